@@ -30,7 +30,7 @@ def test_expectation_is_the_exact_divergence(estimator):
 
 
 def test_k3_keeps_its_digits_near_zero():
-    # k3 = d^2/2 - d^3/6 + ...: at d = 1e-3 that is 4.99833e-7; exp(-d) - 1 + d in float32 is off by up to 6e-8.
+    # k3 = d^2/2 - d^3/6 + ... = 4.99833e-7 at d = 1e-3; exp(-d) - 1 + d in float32 is off by up to 6e-8.
     estimate = kl_estimate(torch.tensor([1e-3]), torch.tensor([0.0]), estimator="k3")
     torch.testing.assert_close(estimate, torch.tensor([4.99833e-7]), rtol=1e-3, atol=0)
 

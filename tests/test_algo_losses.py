@@ -42,7 +42,7 @@ def test_policy_gradient_is_zero_where_the_clip_binds_and_only_there():
     advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0, 2.0]])
     mask = torch.ones(1, 5, dtype=torch.bool)
     policy_loss(logprobs, old_logprobs, advantages, mask, clip_ratio=0.2)[0].backward()
-    # d(-A r)/dlogprob = -A r, over 5 tokens: 0 (too good already), 1.5/5, 0 (bad enough already), -0.5/5, -2/5
+    # d(-A r)/dlogprob = -A r, over 5 tokens: 0 (good enough), 1.5/5, 0 (bad enough), -0.5/5, -2/5
     torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 0.3, 0.0, -0.1, -0.4]]))
 
 
@@ -92,14 +92,13 @@ def test_value_loss_by_hand():
 
 def test_value_gradient_is_zero_where_clipped():
     values = torch.tensor([[1.0, 1.0]], requires_grad=True)
-    old_values, returns = torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]])
-    returns[0, 1] = -1.0
+    old_values, returns = torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, -1.0]])
     # Token 0: clipped 0.2 is further from 2 than 1 is, so the clipped branch counts and has no gradient.
     # Token 1: clipped 1.8 is further from -1 than 1 is: clipped too.
     loss, _ = value_loss(values, old_values, returns, torch.tensor([[True, True]]), clip_value=0.2)
     loss.backward()
     assert values.grad.tolist() == [[0.0, 0.0]]
-    # Moving away from the return: the plain error is the larger one and keeps its gradient, (v - R) / 2 tokens.
+    # Moving away from the return: the plain error is larger and keeps its gradient, (v - R) / 2 tokens.
     values = torch.tensor([[1.0, 1.0]], requires_grad=True)
     returns = torch.tensor([[-1.0, 3.0]])
     value_loss(values, old_values, returns, torch.tensor([[True, True]]), clip_value=0.2)[0].backward()

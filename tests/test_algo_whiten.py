@@ -58,7 +58,7 @@ def test_sharded_whitening_equals_whitening_at_once():
 
 
 def test_merging_survives_a_mean_far_larger_than_the_spread():
-    # Sums of squares would lose this variance: 1e8^2 = 1e16 leaves float64 no digit for 2/3 * 3.
+    # Sums of squares would lose this variance of 1: float64 cannot tell 1e16 + 1 from 1e16.
     values = torch.tensor([1e8 - 1, 1e8, 1e8 + 1], dtype=torch.float64)
     mask = torch.ones(3, dtype=torch.bool)
     merged = merge_moments([masked_moments(values[i : i + 1], mask[:1]) for i in range(3)])
