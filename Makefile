@@ -1,0 +1,41 @@
+# Every target installs what it needs by itself; `make help` lists them.
+BIN := .venv/bin
+comma := ,
+SEEDS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install:  ## create .venv (DEVICE=cpu|cuda; found out by itself)
+	@scripts/install.sh
+
+demo: install  ## the whole recipe in miniature; SEEDS=0,1,2 runs it once per seed
+ifeq ($(SEEDS),)
+	$(BIN)/rlhf-ray run configs/demo.toml --out runs/demo
+else
+	set -e; for seed in $(subst $(comma), ,$(SEEDS)); do \
+	    $(BIN)/rlhf-ray run configs/demo.toml --out runs/demo-seed$$seed --set run.seed=$$seed; \
+	done
+	$(BIN)/rlhf-ray report $(foreach seed,$(subst $(comma), ,$(SEEDS)),runs/demo-seed$(seed))
+endif
+
+# One compute thread per process: two that spin on two shared cores are several times slower than one.
+test test-fast: export OMP_NUM_THREADS := 1
+
+test: install  ## every test
+	$(BIN)/python -m pytest
+
+test-fast: install  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install  ## lint, format, types and links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_links.py
+
+clean:  ## remove what was installed and built; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Creates .venv with everything this project needs. Run by every make target; at once done when nothing changed.
+#
+#   DEVICE=cpu|cuda   which list of pins to install; default: cuda where nvidia-smi works
+#   PYTHON=...        the interpreter to build .venv from; default: python3.11, else python3.12
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+hash=$(cat requirements/*.txt pyproject.toml scripts/install.sh | sha256sum | cut -c1-12)
+stamp=.venv/.installed-$hash  # holds the device
+if [[ -f $stamp && ${DEVICE:-$(<"$stamp")} == "$(<"$stamp")" ]]; then exit 0; fi
+
+say() { echo "install: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+if [[ -z ${DEVICE:-} ]]; then
+    if nvidia-smi >/dev/null 2>&1; then DEVICE=cuda; else DEVICE=cpu; fi
+fi
+[[ $DEVICE == cpu || $DEVICE == cuda ]] || die "DEVICE=$DEVICE must be cpu or cuda"
+
+find_python() {
+    local candidate candidates=${PYTHON:-python3.11 python3.12 python3}
+    for candidate in $candidates; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 or 3.12 is needed, and none of these is one: $candidates; install python3.11 or set PYTHON"
+}
+python=$(find_python)
+
+# DeepSpeed and torch.compile build small C++ extensions when they first run: a compiler and Python's own headers.
+has_toolchain() {
+    command -v g++ >/dev/null && "$python" -c \
+        'import ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
+}
+if ! has_toolchain; then
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing g++ and Python's headers with apt-get"
+        { apt-get update -q && apt-get install -qy g++ make python3-venv python3-dev; } >&2 || true
+    fi
+    has_toolchain || die "g++, Python.h and ensurepip are needed for $python: apt-get install g++ python3-venv python3-dev"
+fi
+
+# A virtual environment that an earlier run left half-filled, or filled for the other device, is made anew.
+# One without this script's marks is somebody's own work and is completed as it is.
+if [[ -f .venv/.incomplete ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 \
+    || ! { cat .venv/.installed-* 2>/dev/null || echo "$DEVICE"; } | grep -qx "$DEVICE"; then
+    say "creating .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv
+fi
+rm -f .venv/.installed-*
+touch .venv/.incomplete
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
+
+say "installing for $DEVICE; this takes a few minutes the first time"
+if [[ $DEVICE == cpu ]]; then
+    # The +cpu build is not in every index; PyTorch's own index for it is asked for torch and nothing else.
+    torch=$(grep '^torch==' requirements/cpu.txt)
+    pip install --no-deps "$torch" 2>/dev/null \
+        || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
+    pip install --no-deps -r requirements/cpu.txt
+else
+    pip install -r requirements/gpu.txt
+fi
+pip install --no-deps -r requirements/dev.txt
+pip install --no-deps --no-build-isolation --editable .
+
+echo "$DEVICE" >"$stamp"
+rm .venv/.incomplete
+say "done"
