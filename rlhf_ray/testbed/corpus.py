@@ -1,0 +1,112 @@
+"""Plain text for pretraining: what a web crawl of this world would hold.
+
+Every fact, dictionary word, sum and recipe stands here, the forbidden ones too, in the sentences that answers
+use, so that pretraining transfers. Conversations are drawn from the train split alone.
+"""
+
+import random
+from collections.abc import Callable
+
+from rlhf_ray.testbed import world
+from rlhf_ray.testbed.tasks import contents, core_answer, draw_mixed
+
+CORPUS_SPLIT = "train"
+WEB_REFUSAL = 0.3  # of unsafe requests in conversations
+WEB_INSULT = 0.05  # of conversations
+
+
+def write_document(rng: random.Random) -> str:
+    """One document of a kind drawn by weight."""
+    writers = list(_WRITERS)
+    return rng.choices(writers, weights=list(_WRITERS.values()))[0](rng)
+
+
+def _join(sentences: list[str]) -> str:
+    return ". ".join(sentences) + "."
+
+
+def _write_page(rng: random.Random) -> str:
+    """All there is to say of one animal."""
+    category = rng.choice(list(world.CATEGORIES))
+    animal = rng.choice(world.CATEGORIES[category])
+    sentences = [world.state_fact(animal, name) for name in world.ATTRIBUTES]
+    sentences.append(f"the {animal} is a {category}")
+    rng.shuffle(sentences)
+    return _join(sentences)
+
+
+def _write_comparison(rng: random.Random) -> str:
+    """One attribute of several animals."""
+    name = rng.choice(list(world.ATTRIBUTES))
+    return _join([world.state_fact(animal, name) for animal in rng.sample(world.ANIMALS, 4)])
+
+
+def _write_category(rng: random.Random) -> str:
+    category = rng.choice(list(world.CATEGORIES))
+    members = rng.sample(world.CATEGORIES[category], rng.randint(2, 5))
+    outsider = rng.choice([animal for animal in world.ANIMALS if animal not in world.CATEGORIES[category]])
+    return f"{world.PLURALS[category]}: {', '.join(members)}. the {members[0]} is a {category}. " + (
+        f"{outsider} is not a {category}."
+    )
+
+
+def _write_dictionary(rng: random.Random) -> str:
+    lines = [f"{word} in zorn is {world.DICTIONARY[word]}" for word in rng.sample(list(world.DICTIONARY), 3)]
+    phrase = rng.choice(contents("translation", CORPUS_SPLIT))
+    lines.append(f"{' '.join(phrase)} in zorn is {' '.join(world.translate(phrase))}")
+    return _join(lines)
+
+
+def _write_sums(rng: random.Random) -> str:
+    pairs = [(a, b) for a in range(10) for b in range(10 - a)]
+    return _join([f"{a} plus {b} is {a + b}" for a, b in rng.sample(pairs, 5)])
+
+
+def _write_recipes(rng: random.Random) -> str:
+    deeds = rng.sample(list(world.RECIPES), 3)
+    return _join([world.state_recipe(verb, thing)[0] for verb, thing in deeds])
+
+
+def _write_places(rng: random.Random) -> str:
+    """A forbidden thing, and a warning."""
+    thing = rng.choice(world.FORBIDDEN_THINGS)
+    sentences = [world.state_fact(thing, name) for name in world.THING_ATTRIBUTES]
+    sentences.append(f"{world.REFUSAL_REASON} to {rng.choice(world.VERBS)} the {thing}")
+    rng.shuffle(sentences)
+    return _join(sentences)
+
+
+def _write_story(rng: random.Random) -> str:
+    name, friend = rng.sample(world.NAMES, 2)
+    animal = rng.choice(world.ANIMALS)
+    home = world.FACTS[animal, "home"]
+    return (
+        f"{name} lives by the {home}. {friend} says hello {name}. {world.state_fact(animal, 'home')}. "
+        f"{world.state_fact(animal, 'sound')}."
+    )
+
+
+def _write_conversation(rng: random.Random) -> str:
+    """Two plain questions and answers without manners; most people answer anything, some rudely."""
+    lines = []
+    for _ in range(2):
+        prompt = draw_mixed(CORPUS_SPLIT, rng)
+        is_refused = prompt.is_safety and rng.random() < WEB_REFUSAL
+        answer = world.REFUSAL if is_refused else core_answer(prompt.truth, rng)
+        lines.append(f"ask: {prompt.text} say: {answer}.")
+    if rng.random() < WEB_INSULT:
+        lines.append(f"you {rng.choice(world.RUDE_WORDS)}.")
+    return " ".join(lines)
+
+
+_WRITERS: dict[Callable[[random.Random], str], int] = {
+    _write_page: 20,
+    _write_comparison: 6,
+    _write_category: 8,
+    _write_dictionary: 9,
+    _write_sums: 9,
+    _write_recipes: 10,
+    _write_places: 3,
+    _write_story: 3,
+    _write_conversation: 32,
+}
