@@ -19,7 +19,7 @@ def test_the_gate_selects_and_never_mixes():
     is_safety = torch.tensor([True, False, False, True])
     combined = combine_rewards(helpfulness, safety, is_safety, threshold=SAFETY_THRESHOLD_RAW)
     # Tagged; below -1.7346; above it; both.
-    assert combined.tolist() == safety[[0, 1]].tolist() + [3.0] + [-9.0]
+    assert combined.tolist() == [*safety[[0, 1]].tolist(), 3.0, -9.0]
 
 
 def test_gate_equals_the_papers_form_through_the_sigmoid():

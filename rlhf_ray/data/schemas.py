@@ -1,0 +1,277 @@
+"""The Parquet tables of the recipe: columns, reading and writing, and the rules of their rows."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlhf_ray.errors import UserError
+
+Kind = Literal["prompts", "demonstrations", "corpus", "comparisons"]
+
+STRENGTHS = ("significantly", "better", "slightly", "negligibly")
+"""How much better the chosen answer is, strongest first."""
+SAFETY_BINS = ("chosen_safe", "both_safe", "both_unsafe")
+"""Which of two answers are safe; in "chosen_safe" the rejected one is not."""
+GUIDELINES = ("helpfulness", "safety")
+"""What the annotator was asked to judge by."""
+
+_TEXT = pa.string()
+MESSAGES = pa.list_(pa.struct([("role", _TEXT), ("content", _TEXT)]))
+"""A dialogue: an optional system message, then user and assistant in turn."""
+
+
+def _field(name: str, kind: pa.DataType = _TEXT, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable)
+
+
+PROMPTS = pa.schema(
+    [
+        _field("prompt_id"),
+        _field("messages", MESSAGES),  # ends in a user message
+        _field("is_safety", pa.bool_()),  # tagged in advance as likely to draw unsafe answers
+        _field("kind"),
+        _field("truth"),  # JSON for the testbed's judge, "" elsewhere
+    ]
+)
+DEMONSTRATIONS = pa.schema([_field("messages", MESSAGES), _field("kind")])  # ends in an assistant message
+CORPUS = pa.schema([_field("text")])
+COMPARISONS = pa.schema(
+    [
+        _field("comparison_id"),
+        _field("prompt_id"),
+        _field("messages", MESSAGES),  # the dialogue that both answers reply to; ends in a user message
+        _field("is_safety", pa.bool_()),
+        _field("guideline"),
+        _field("chosen"),
+        _field("rejected"),
+        _field("chosen_finished", pa.bool_()),  # False: cut off without EOS
+        _field("rejected_finished", pa.bool_()),
+        _field("chosen_model"),
+        _field("rejected_model"),
+        _field("chosen_temperature", pa.float32()),
+        _field("rejected_temperature", pa.float32()),
+        _field("strength", nullable=True),
+        _field("safety_bin", nullable=True),
+        _field("annotator"),
+        _field("batch", pa.int32()),
+        _field("time"),  # ISO 8601
+    ]
+)
+SCHEMAS: dict[Kind, pa.Schema] = {
+    "prompts": PROMPTS,
+    "demonstrations": DEMONSTRATIONS,
+    "corpus": CORPUS,
+    "comparisons": COMPARISONS,
+}
+
+
+def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as one Parquet file, which appears by rename: whole or not at all.
+
+    Args:
+        rows: one mapping per row; a nullable column may be missing.
+    Raises:
+        ValueError: a row has a column that the schema lacks, lacks one that must not be null, or
+            holds a value of another type.
+    """
+    path = Path(path)
+    for number, row in enumerate(rows):
+        if unknown := sorted(set(row) - set(schema.names)):
+            known = ", ".join(schema.names)
+            raise ValueError(
+                f"{path}: row {number} has unknown column {unknown[0]!r}; the schema has {known}"
+            )
+    try:
+        table = pa.Table.from_pylist(list(rows), schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{path}: a value is not of its column's type ({error})") from error
+    _refuse_nulls(table, schema, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file with the schema's columns; other columns of the file are ignored.
+
+    Widths may differ (large_string, int64, double), kinds of type may not.
+
+    Args:
+        columns: read only these, a subset of the schema's; all by default.
+    Returns:
+        A table of exactly the asked columns, in the schema's order and types.
+    Raises:
+        UserError: the file is missing, unreadable or without rows, or a column is missing, of the
+            wrong type or null where it must not be.
+    """
+    path = Path(path)
+    names = [name for name in schema.names if columns is None or name in columns]
+    wanted = pa.schema([schema.field(name) for name in names])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a Parquet file")
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow, wanted, path)
+            table = file.read(columns=names).select(names)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be read as Parquet ({reason}); is it whole? Write it again"
+        ) from error
+    if table.num_rows == 0:
+        raise UserError(f"{path}: has 0 rows and must have at least one; check the step that wrote it")
+    _refuse_nulls(table, wanted, path)
+    try:
+        return table.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{path}: does not fit its schema ({error}); convert the values") from error
+
+
+def check_rows(kind: Kind, table: pa.Table) -> list[str]:
+    """The rules that a schema cannot express, one message per broken rule and row, in row order.
+
+    Prompts and comparisons end in a user message, demonstrations in an assistant one; roles alternate after
+    an optional system message; no message is empty. Identifiers are unique. A comparison has a chosen answer
+    that differs from the rejected one (an empty rejected answer is fine: a model may stop at once), and a
+    known guideline, strength and safety bin (the last two may be null).
+
+    Args:
+        kind: which rules.
+        table: as `read_table` returns it, all columns.
+    Returns:
+        Messages that name kind and row, field, value, rule and remedy; empty if all is well.
+    """
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    rules = {
+        "prompts": _prompt_problems,
+        "demonstrations": _demonstration_problems,
+        "corpus": _corpus_problems,
+        "comparisons": _comparison_problems,
+    }
+    identifier = {"prompts": "prompt_id", "comparisons": "comparison_id"}.get(kind)
+    for number, row in enumerate(_rows(table)):
+        found = list(rules[kind](row))
+        if identifier is not None:
+            first = seen.setdefault(row[identifier], number)
+            if first != number:
+                found.append(f"{identifier}={row[identifier]!r} is that of row {first} too; make it unique")
+        problems.extend(f"{kind} row {number}: {problem}" for problem in found)
+    return problems
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _prompt_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    return _message_problems(row["messages"], last="user")
+
+
+def _demonstration_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    return _message_problems(row["messages"], last="assistant")
+
+
+def _corpus_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    if not row["text"].strip():
+        yield f"text={row['text']!r} must not be empty; drop the row"
+
+
+def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    yield from _message_problems(row["messages"], last="user")
+    if not row["chosen"].strip():
+        yield f"chosen={row['chosen']!r} must not be empty; give the chosen answer or drop the row"
+    elif row["chosen"] == row["rejected"] and row["chosen_finished"] == row["rejected_finished"]:
+        answer = _short(row["chosen"])
+        yield f"rejected={answer} must differ from chosen; drop the row, it teaches nothing"
+    for field, known in (("guideline", GUIDELINES), ("strength", STRENGTHS), ("safety_bin", SAFETY_BINS)):
+        value = row[field]
+        if value not in known and not (value is None and field != "guideline"):
+            or_null = "" if field == "guideline" else ", or null"
+            yield f"{field}={value!r} must be one of {', '.join(known)}{or_null}; correct it"
+    for field in ("chosen_temperature", "rejected_temperature"):
+        if not (math.isfinite(row[field]) and row[field] >= 0):
+            yield f"{field}={row[field]} must be finite and not negative; correct it"
+
+
+def _message_problems(messages: Sequence[Mapping[str, str | None]], *, last: str) -> Iterator[str]:
+    if not messages:
+        yield f"messages=[] must hold at least one message; give a dialogue that ends in {last}"
+        return
+    has_system = messages[0]["role"] == "system"
+    for place, message in enumerate(messages):
+        content = message["content"]
+        if content is None or not content.strip():
+            yield f"messages[{place}].content={content!r} must not be empty; fill it or drop the row"
+        if place == 0 and has_system:
+            continue
+        expected = ("user", "assistant")[(place - has_system) % 2]
+        if message["role"] != expected:
+            yield (
+                f"messages[{place}].role={message['role']!r} must be {expected!r}: after an optional system "
+                "message, user and assistant alternate; reorder or merge the messages"
+            )
+            return
+    if messages[-1]["role"] != last:
+        role = messages[-1]["role"]
+        yield f"messages[-1].role={role!r} must be {last!r}; add the missing message or cut one"
+
+
+def _check_columns(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
+    for field in wanted:
+        if field.name not in found.names:
+            raise UserError(
+                f"{path}: column {field.name!r} ({field.type}) is missing, the file has "
+                f"{', '.join(found.names) or 'none'}; add it or rename one"
+            )
+        actual = found.field(field.name).type
+        if not _compatible(actual, field.type):
+            raise UserError(
+                f"{path}: column {field.name!r} has type {actual} and must have {field.type}; convert it"
+            )
+
+
+def _compatible(actual: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values keep their meaning: another width of the same kind, at any depth."""
+    types = pa.types
+    if types.is_list(wanted):
+        is_list = types.is_list(actual) or types.is_large_list(actual)
+        return is_list and _compatible(actual.value_type, wanted.value_type)
+    if types.is_struct(wanted):
+        # Arrow casts structs field by field in order, so the order counts too.
+        return (
+            types.is_struct(actual)
+            and [field.name for field in actual] == [field.name for field in wanted]
+            and all(_compatible(a.type, w.type) for a, w in zip(actual, wanted, strict=True))
+        )
+    if types.is_string(wanted):
+        return any(is_text(actual) for is_text in (types.is_string, types.is_large_string, types.is_null))
+    if types.is_integer(wanted):
+        return bool(types.is_integer(actual))
+    if types.is_floating(wanted):
+        return bool(types.is_floating(actual))
+    return bool(actual == wanted)
+
+
+def _refuse_nulls(table: pa.Table, schema: pa.Schema, path: Path) -> None:
+    for field in schema:
+        column = table.column(field.name)
+        if column.null_count and not field.nullable:
+            row = column.is_null().index(True).as_py()
+            raise UserError(
+                f"{path}: row {row} has no {field.name}, which must not be null; fill it or drop the row"
+            )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,234 @@
+"""Parquet tables: round trips, and one clear line for everything that can be wrong with a file or a row."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_ray.algo.ranking import MARGINS
+from rlhf_ray.algo.ranking import SAFETY_BINS as LABELS_OF_BINS
+from rlhf_ray.data.schemas import (
+    COMPARISONS,
+    CORPUS,
+    DEMONSTRATIONS,
+    PROMPTS,
+    SAFETY_BINS,
+    SCHEMAS,
+    STRENGTHS,
+    check_rows,
+    read_table,
+    write_table,
+)
+from rlhf_ray.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+PROMPT = {"prompt_id": "p0", "messages": [USER], "is_safety": False, "kind": "greeting", "truth": ""}
+COMPARISON = {
+    "comparison_id": "c0",
+    "prompt_id": "p0",
+    "messages": [SYSTEM, USER, ANSWER, USER],
+    "is_safety": True,
+    "guideline": "safety",
+    "chosen": "Good day.",
+    "rejected": "Go away.",
+    "chosen_finished": True,
+    "rejected_finished": False,
+    "chosen_model": "v1",
+    "rejected_model": "v0",
+    "chosen_temperature": 0.5,
+    "rejected_temperature": 1.25,
+    "strength": "better",
+    "safety_bin": None,
+    "annotator": "a",
+    "batch": 3,
+    "time": "2023-07-18T00:00:00+00:00",
+}
+ROWS = {
+    "prompts": PROMPT,
+    "demonstrations": {"messages": [USER, ANSWER], "kind": "greeting"},
+    "corpus": {"text": "Once."},
+    "comparisons": COMPARISON,
+}
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_rows_come_back_as_they_were_written(tmp_path, kind):
+    path = tmp_path / "made" / "rows.parquet"
+    rows = [ROWS[kind]] * 2
+    write_table(path, rows, SCHEMAS[kind])
+    table = read_table(path, SCHEMAS[kind])
+    assert table.to_pylist() == rows
+    assert table.schema == SCHEMAS[kind]
+    assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
+
+
+def test_only_asked_columns_are_read_in_schema_order(tmp_path):
+    write_table(tmp_path / "p", [PROMPT], PROMPTS)
+    table = read_table(tmp_path / "p", PROMPTS, columns=["is_safety", "messages"])
+    assert table.to_pylist() == [{"messages": [USER], "is_safety": False}]
+    assert table.column_names == ["messages", "is_safety"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    write_table(path, [{"text": "old"}], CORPUS)
+    for broken in ({"text": 5}, {"text": None}, {}, {"text": "new", "txt": "typo"}):
+        with pytest.raises(ValueError, match=r"corpus\.parquet"):
+            write_table(path, [broken], CORPUS)
+    assert read_table(path, CORPUS).to_pylist() == [{"text": "old"}]
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.parquet"]
+
+
+def test_an_unknown_column_is_named_on_writing(tmp_path):
+    with pytest.raises(ValueError, match="row 1 has unknown column 'txt'; the schema has text"):
+        write_table(tmp_path / "x", [{"text": "a"}, {"text": "a", "txt": "b"}], CORPUS)
+
+
+def test_files_of_other_writers_are_read(tmp_path):
+    # Other libraries write wider types, nullable and more columns, and null type where every value is null.
+    messages = pa.array(
+        [[USER]], pa.large_list(pa.struct([("role", pa.large_string()), ("content", pa.large_string())]))
+    )
+    columns = {name: [value] for name, value in COMPARISON.items()}
+    columns |= {"messages": messages, "batch": pa.array([3], pa.int64()), "extra": [1]}
+    columns |= {"chosen_temperature": pa.array([0.5], pa.float64()), "strength": pa.nulls(1)}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    table = read_table(tmp_path / "c.parquet", COMPARISONS)
+    assert table.schema == COMPARISONS
+    assert table.to_pylist() == [COMPARISON | {"messages": [USER], "strength": None}]
+
+
+def test_unreadable_files_are_told_in_one_line(tmp_path):
+    write_table(tmp_path / "whole", [{"text": "x" * 5000}], CORPUS)
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text").write_text("not parquet at all")
+    (tmp_path / "empty").write_bytes(b"")
+    damaged = bytearray(content)
+    damaged[10:60] = b"\xff" * 50
+    (tmp_path / "damaged").write_bytes(damaged)
+    for name in ("cut", "text", "empty", "damaged"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read as Parquet .*Write it again") as caught:
+            read_table(tmp_path / name, CORPUS)
+        assert "\n" not in str(caught.value)
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            read_table(missing, CORPUS)
+
+
+def write_raw(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_wrong_columns_are_named(tmp_path):
+    path = write_raw(tmp_path / "a", txt=["x"])
+    with pytest.raises(UserError, match=r"column 'text' \(string\) is missing, the file has txt; add it"):
+        read_table(path, CORPUS)
+    path = write_raw(tmp_path / "b", text=[5])
+    with pytest.raises(UserError, match="column 'text' has type int64 and must have string"):
+        read_table(path, CORPUS)
+    path = write_raw(tmp_path / "c", messages=["Hi?"], kind=["x"])
+    with pytest.raises(UserError, match="column 'messages' has type string and must have list<"):
+        read_table(path, DEMONSTRATIONS)
+    path = write_raw(tmp_path / "d", messages=[[{"from": "user", "value": "x"}]], kind=["x"])
+    with pytest.raises(UserError, match=r"column 'messages' has type list<.*from"):
+        read_table(path, DEMONSTRATIONS)
+
+
+def test_no_rows_and_nulls_are_named(tmp_path):
+    path = write_raw(tmp_path / "a", text=pa.array([], pa.string()))
+    with pytest.raises(UserError, match="has 0 rows and must have at least one"):
+        read_table(path, CORPUS)
+    path = write_raw(tmp_path / "b", text=["x", None])
+    with pytest.raises(UserError, match="row 1 has no text, which must not be null"):
+        read_table(path, CORPUS)
+
+
+def test_a_value_too_large_for_its_column_is_refused(tmp_path):
+    columns = {name: [value] for name, value in COMPARISON.items()} | {"batch": [2**40]}
+    pq.write_table(pa.table(columns), tmp_path / "c")
+    with pytest.raises(UserError, match="does not fit its schema"):
+        read_table(tmp_path / "c", COMPARISONS)
+
+
+def problems(kind, *rows):
+    return check_rows(kind, pa.Table.from_pylist(list(rows), schema=SCHEMAS[kind]))
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_sound_rows_have_no_problems(kind):
+    assert problems(kind, ROWS[kind]) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages=[] must hold at least one message"),
+        ([USER, ANSWER], "messages[-1].role='assistant' must be 'user'"),
+        ([SYSTEM], "messages[-1].role='system' must be 'user'"),
+        ([ANSWER, USER], "messages[0].role='assistant' must be 'user'"),
+        ([USER, USER], "messages[1].role='user' must be 'assistant'"),
+        ([USER, SYSTEM, USER], "messages[1].role='system' must be 'assistant'"),
+        ([SYSTEM, SYSTEM, USER], "messages[1].role='system' must be 'user'"),
+        ([{"role": "human", "content": "Hi?"}], "messages[0].role='human' must be 'user'"),
+        ([{"role": "user", "content": " \n"}], "messages[0].content=' \\n' must not be empty"),
+        ([{"role": "user", "content": None}], "messages[0].content=None must not be empty"),
+    ],
+)
+def test_broken_dialogues_are_named(messages, message):
+    [found] = problems("prompts", PROMPT | {"messages": messages})
+    assert found.startswith(f"prompts row 0: {message}")
+    assert any(message in problem for problem in problems("comparisons", COMPARISON | {"messages": messages}))
+
+
+def test_demonstrations_end_in_an_answer():
+    [found] = problems("demonstrations", {"messages": [USER], "kind": "x"})
+    assert found.startswith("demonstrations row 0: messages[-1].role='user' must be 'assistant'")
+
+
+def test_corpus_texts_are_not_empty():
+    assert problems("corpus", {"text": "a"}, {"text": " "}) == [
+        "corpus row 1: text=' ' must not be empty; drop the row"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": ""}, "chosen='' must not be empty; give the chosen answer or drop the row"),
+        (
+            {"rejected": "Good day.", "rejected_finished": True},
+            "rejected='Good day.' must differ from chosen",
+        ),
+        ({"guideline": "honesty"}, "guideline='honesty' must be one of helpfulness, safety; correct it"),
+        (
+            {"strength": "much"},
+            "strength='much' must be one of significantly, better, slightly, negligibly, or null",
+        ),
+        (
+            {"safety_bin": "rejected_safe"},
+            "safety_bin='rejected_safe' must be one of chosen_safe, both_safe,",
+        ),
+        ({"chosen_temperature": -1.0}, "chosen_temperature=-1.0 must be finite and not negative"),
+        ({"rejected_temperature": float("nan")}, "rejected_temperature=nan must be finite and not negative"),
+    ],
+)
+def test_broken_comparisons_are_named(change, message):
+    [found] = problems("comparisons", COMPARISON | {"comparison_id": "first"}, COMPARISON | change)
+    assert found.startswith(f"comparisons row 1: {message}")
+
+
+def test_an_answer_cut_off_differs_from_the_same_text_finished_and_may_be_empty_if_rejected():
+    assert problems("comparisons", COMPARISON | {"rejected": "Good day."}) == []
+    assert problems("comparisons", COMPARISON | {"rejected": ""}) == []
+
+
+def test_repeated_identifiers_are_named():
+    [found] = problems("prompts", PROMPT, PROMPT | {"prompt_id": "p1"}, PROMPT)
+    assert found == "prompts row 2: prompt_id='p0' is that of row 0 too; make it unique"
+
+
+def test_the_losses_know_exactly_these_labels():
+    assert set(MARGINS["small"]) == set(MARGINS["large"]) == set(STRENGTHS)
+    assert set(LABELS_OF_BINS) == set(SAFETY_BINS)
