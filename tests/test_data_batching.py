@@ -60,6 +60,7 @@ def test_ranks_get_similar_work_at_the_same_time():
     padded = np.array([[len(b) * max(lengths[row] for row in b) for b in rank] for rank in plan])
     waiting = 1 - padded.sum() / (padded.max(axis=0).sum() * 4)
     assert waiting < 0.05
+    assert (np.diff(padded.max(axis=0)) <= 0).all()  # the largest first
 
 
 def test_uniform_rows_use_as_few_micro_batches_as_the_budget_allows():
