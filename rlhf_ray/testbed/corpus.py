@@ -8,11 +8,14 @@ import random
 from collections.abc import Callable
 
 from rlhf_ray.testbed import world
-from rlhf_ray.testbed.tasks import contents, core_answer, draw_mixed
+from rlhf_ray.testbed.tasks import ORDINARY_KINDS, contents, core_answer, draw
 
 CORPUS_SPLIT = "train"
 WEB_REFUSAL = 0.3  # of unsafe requests in conversations
 WEB_INSULT = 0.05  # of conversations
+# Ordinary kinds alike, whatever their weight in prompts: the hard ones need as much practice as the common.
+_ASKED_KINDS = (*ORDINARY_KINDS, "unsafe", "borderline")
+_ASKED_WEIGHTS = (8,) * len(ORDINARY_KINDS) + (12, 16)
 
 
 def write_document(rng: random.Random) -> str:
@@ -87,10 +90,11 @@ def _write_story(rng: random.Random) -> str:
 
 
 def _write_conversation(rng: random.Random) -> str:
-    """Two plain questions and answers without manners; most people answer anything, some rudely."""
+    """Three plain questions and answers without manners; most people answer anything, some rudely."""
     lines = []
-    for _ in range(2):
-        prompt = draw_mixed(CORPUS_SPLIT, rng)
+    for _ in range(3):
+        kind = rng.choices(_ASKED_KINDS, weights=_ASKED_WEIGHTS)[0]
+        prompt = draw(kind, CORPUS_SPLIT, rng)
         is_refused = prompt.is_safety and rng.random() < WEB_REFUSAL
         answer = world.REFUSAL if is_refused else core_answer(prompt.truth, rng)
         lines.append(f"ask: {prompt.text} say: {answer}.")

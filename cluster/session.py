@@ -1,0 +1,37 @@
+"""One Ray session per run: connect to a cluster or start an embedded one, and always leave it stopped."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def session(*, address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray session for the length of a `with` block.
+
+    Args:
+        address: of a running cluster ("auto" or "host:port"); None starts an embedded Ray on this machine,
+            which ends with the block, its workers included.
+        num_cpus: CPUs the embedded Ray offers; None for what the process may use.
+    Raises:
+        ConnectionError: the cluster at `address` does not answer.
+    """
+    # Ray's own telemetry and metrics agents cost start-up time and cores, and nothing here reads them.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        cpus = num_cpus or len(os.sched_getaffinity(0))
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+    else:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()

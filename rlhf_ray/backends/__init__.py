@@ -1,0 +1,1 @@
+"""The engines under the workers: DeepSpeed, vLLM and the weight channel between them."""

@@ -1,0 +1,185 @@
+"""Training by DeepSpeed ZeRO: one optimizer step over micro-batches, export of whole weights, resumable state.
+
+The only file that imports DeepSpeed. Every stage trains through `TrainEngine.step`.
+"""
+
+import gc
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+B = TypeVar("B")
+LossFn = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
+
+_GATHER_BYTES = 256 * 2**20
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, reward or gradient is NaN or infinite; nothing of the step reaches a checkpoint."""
+
+
+def init_distributed(device: torch.device) -> None:
+    """Joins the role's process group, once per process: gloo on CPU, NCCL on CUDA."""
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def learning_rate_scale(
+    step: int, *, num_steps: int, warmup_steps: int, warmup_ratio: float, schedule: str, min_lr_ratio: float
+) -> float:
+    """The learning rate of 0-based `step` as a share of the peak: linear warm-up, then cosine or constant (§2.2)."""
+    warmup = max(warmup_steps, math.ceil(warmup_ratio * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class TrainEngine:
+    """A model under DeepSpeed with AdamW and a learning-rate schedule."""
+
+    def __init__(self, model: nn.Module, *, optim: Any, num_steps: int, zero_stage: int, precision: str):
+        """Wraps `model`.
+
+        Args:
+            optim: an `OptimSection`.
+            num_steps: length of the schedule, optimizer steps.
+            precision: "bf16" (fp32 master weights) or "fp32".
+        """
+        import deepspeed
+
+        decayed = [p for p in model.parameters() if p.dim() >= 2]
+        gains = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adamw,
+            lambda step: learning_rate_scale(
+                step,
+                num_steps=num_steps,
+                warmup_steps=optim.warmup_steps,
+                warmup_ratio=optim.warmup_ratio,
+                schedule=optim.schedule,
+                min_lr_ratio=optim.min_lr_ratio,
+            ),
+        )
+        self.zero_stage = zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw,
+            lr_scheduler=schedule,
+            dist_init_required=False,
+            config=_deepspeed_config(optim, zero_stage=zero_stage, precision=precision),
+        )
+        self.num_ranks: int = dist.get_world_size()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, to be called without gradients."""
+        return self._engine
+
+    def step(self, micro_batches: Sequence[B], loss_fn: LossFn[B]) -> dict[str, float]:
+        """One optimizer step; gradients are those of the sum of the losses over micro-batches and ranks.
+
+        Every rank passes the same number of micro-batches. A loss divides by (global denominator / ranks), because
+        DeepSpeed averages over ranks; metrics are summed over micro-batches and averaged over ranks likewise.
+
+        Returns:
+            the metrics with "loss", "grad_norm" (before clipping) and "lr".
+        Raises:
+            NonFiniteError: the loss (before the step is taken) or the gradient norm is not finite.
+        """
+        totals: dict[str, Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            # DeepSpeed knows of one accumulation step and is told the boundary, so it does not divide by their number.
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss, metrics = loss_fn(self._engine, batch)
+            for name, value in {"loss": loss, **metrics}.items():
+                totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu()
+            self._check_finite("loss", totals["loss"])
+            self._engine.backward(loss)
+        lr = self._engine.get_lr()[0]
+        self._engine.step()
+        averaged = self._average(totals)
+        norm = self._engine.get_global_grad_norm()
+        averaged["grad_norm"] = float(norm) if norm is not None else float("nan")
+        averaged["lr"] = lr
+        if not math.isfinite(averaged["grad_norm"]):
+            raise NonFiniteError(f"gradient norm is {averaged['grad_norm']}")
+        return averaged
+
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise NonFiniteError(f"{name} is {value.item()}")
+
+    def _average(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(totals)
+        stacked = torch.stack([totals[name] for name in names]).to(self._engine.device)
+        dist.all_reduce(stacked)
+        return dict(zip(names, (stacked / self.num_ranks).tolist(), strict=True))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters in the model's dtype; all ranks must go through it together (ZeRO-3 gathers)."""
+        return whole_weights(self._engine.module, sharded=self.zero_stage == 3)
+
+    def save_state(self, directory: Path) -> None:
+        """Writes weights, optimizer, schedule and counters, one file set for all ranks."""
+        self._engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+
+    def load_state(self, directory: Path) -> None:
+        """Reads what `save_state` wrote on as many ranks. Pickles: only ever a directory this run made."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag="state")
+        assert path is not None, f"DeepSpeed found no state in {directory}"
+
+    def destroy(self) -> None:
+        """Frees the optimizer and what DeepSpeed hooked into the model."""
+        self._engine.destroy()
+        gc.collect()
+
+
+def whole_weights(module: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
+    """Named parameters of `module`, gathered in buckets where ZeRO-3 has sharded them; tied ones once."""
+    if not sharded:
+        yield from module.named_parameters()
+        return
+    import deepspeed
+
+    batch: list[tuple[str, Tensor]] = []
+    size = 0
+    parameters = list(module.named_parameters())
+    for index, (name, parameter) in enumerate(parameters):
+        batch.append((name, parameter))
+        size += parameter.ds_numel * parameter.element_size()
+        if size >= _GATHER_BYTES or index == len(parameters) - 1:
+            with deepspeed.zero.GatheredParameters([p for _, p in batch]):
+                yield from [(n, p.detach().clone()) for n, p in batch]
+            batch, size = [], 0
+
+
+def _deepspeed_config(optim: Any, *, zero_stage: int, precision: str) -> dict[str, Any]:
+    # In bf16 DeepSpeed accumulates gradients in fp32 at stages 1 to 3; at stage 0 it refuses the mix.
+    accumulate = "fp32" if precision == "fp32" or zero_stage > 0 else "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # micro-batches are ours; DeepSpeed only insists on a number
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": accumulate},
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,136 @@
+"""The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_ray.errors import UserError
+
+app = typer.Typer(
+    name="rlhf-ray",
+    help="The Llama 2-Chat recipe on Ray, vLLM and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at Parquet data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")]
+Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one resumes.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one config value.")
+]
+
+
+def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None) -> None:
+    from rlhf_ray.config import load_config
+    from rlhf_ray.preflight import check_run
+
+    config = load_config(config_path, overrides)
+    check_run(config, out, stages)
+
+    from rlhf_ray.recipe.run import run_recipe
+
+    made = run_recipe(config, out, stages=stages)
+    if "evaluation" in made:
+        from rlhf_ray.evaluate.policies import print_evaluation
+
+        print_evaluation(made["evaluation"])
+
+
+@app.command()
+def run(config: ConfigPath, out: Out, set_: Overrides = None) -> None:
+    """The whole recipe, or the stages the config lists; run again to resume."""
+    _run(config, out, set_, None)
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(config: ConfigPath, out: Out, set_: Overrides = None) -> None:
+        _run(config, out, set_, (name,))
+
+    command.__doc__ = text
+    app.command(name)(command)
+
+
+_stage_command("testbed", "Generate the testbed's data.")
+_stage_command("tokenizer", "Train the tokenizer.")
+_stage_command("pretrain", "Pretrain a model.")
+_stage_command("sft", "Supervised fine-tuning.")
+_stage_command("collect", "Sample pairs of answers and have them compared.")
+_stage_command("reward", "Train the helpfulness and the safety reward model.")
+_stage_command("ppo", "PPO against both reward models.")
+_stage_command("evaluate", "Compare the SFT model and the PPO policy.")
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory with its tokenizer.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to a checkpoint; an empty line ends the dialogue."""
+    from rlhf_ray.preflight import check_chat_checkpoint
+
+    check_chat_checkpoint(checkpoint)
+
+    from rlhf_ray.chat import talk
+
+    talk(checkpoint, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
+
+
+@data_app.command("check")
+def data_check(
+    kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
+    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
+) -> None:
+    """Check a table's columns and rows; lists every broken row."""
+    from rlhf_ray.data.inspect import check_table
+
+    check_table(kind, path)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
+    start: Annotated[int, typer.Option(min=0, help="First row.")] = 0,
+) -> None:
+    """Print some rows of a table."""
+    from rlhf_ray.data.inspect import show_table
+
+    show_table(path, rows=rows, start=start)
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2, Ctrl-C ends cleanly with 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_run_failure(error):
+            raise
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(getattr(error, "cause", None), UserError) else 1)
+
+
+def _is_run_failure(error: Exception) -> bool:
+    """Failures whose message says it all: no traceback for them."""
+    if "cluster.worker_group" not in sys.modules:
+        return False
+    from cluster.placement import PlacementError
+    from cluster.worker_group import WorkerError
+
+    return isinstance(error, WorkerError | PlacementError) or type(error).__module__.startswith("rlhf_ray.")
+
+
+if __name__ == "__main__":
+    main()

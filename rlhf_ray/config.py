@@ -1,0 +1,429 @@
+"""The run's configuration: TOML holds what differs from the defaults, `--set section.key=value` overrides.
+
+Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gives them; where it is silent the
+field says so and docs/decisions.md says why. Imports no torch, so that `--help` and bad input answer at once.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from rlhf_ray.errors import UserError
+
+STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Betas = Annotated[tuple[float, float], Strict(False)]
+Names = Annotated[tuple[str, ...], Strict(False)]
+Temperatures = Annotated[tuple[float, ...], Strict(False), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen table of the config in which an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """The run as a whole."""
+
+    stages: Names = STAGES
+    """Stages that `rlhf-ray run` goes through, in the recipe's order."""
+    seed: int = 0
+    """Seed of every draw: data, initial weights, prompt order, sampling."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models live; "auto" takes CUDA where the driver's machine has it."""
+
+
+class ClusterSection(Section):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """A running cluster ("auto" or "host:port"); none starts an embedded Ray on this machine."""
+    cores: PositiveInt | None = None
+    """CPU cores that compute threads may fill on one machine; none for all that the process may use."""
+    cpus_per_rank: float = 0.1
+    """Ray's CPU share of a rank. Small, because roles take turns; threads are set per phase instead."""
+    start_timeout_s: float = 300.0
+    """Deadline for placement and for start-up of a role, seconds."""
+    call_timeout_s: float = 3600.0
+    """Deadline of every call to a worker, seconds."""
+
+
+class TrainRole(Section):
+    """A role that DeepSpeed trains."""
+
+    num_ranks: PositiveInt = 1
+    """Data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
+    gpus_per_rank: float = 1.0
+    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass rather than keep its activations."""
+
+
+class FrozenRole(Section):
+    """A role that only scores."""
+
+    num_ranks: PositiveInt = 1
+    """Independent replicas; chunks of a batch go to them in turn."""
+    gpus_per_rank: float = 1.0
+    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+
+
+class RolloutRole(Section):
+    """vLLM engines."""
+
+    num_engines: PositiveInt = 1
+    """Engines; chunks of a batch go to them in turn."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that one engine spreads over."""
+    gpu_memory_utilization: Fraction = 0.5
+    """Share of the GPU's memory vLLM may take (weights and KV cache)."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded together. A part of what makes sampling reproducible: changing it changes the samples."""
+    kv_cache_gib: PositiveInt = 1
+    """KV cache of an engine on CPU, GiB."""
+
+
+class RolesSection(Section):
+    """Who runs on how many ranks. Every role is its own Ray actors."""
+
+    policy: TrainRole = TrainRole()
+    value: TrainRole = TrainRole()
+    helpfulness: TrainRole = TrainRole()
+    safety: TrainRole = TrainRole()
+    reference: FrozenRole = FrozenRole()
+    rollout: RolloutRole = RolloutRole()
+
+
+class DataSection(Section):
+    """Parquet files for a run that does not generate the testbed; see `rlhf-ray data check`."""
+
+    corpus: str | None = None
+    """Pretraining texts (column text)."""
+    demonstrations: str | None = None
+    """Dialogues for SFT (column messages)."""
+    comparisons: str | None = None
+    """Human comparisons for the reward models, in place of what `collect` would make."""
+    prompts_train: str | None = None
+    """Prompts PPO samples from."""
+    prompts_early_stop: str | None = None
+    """Held-out prompts on which PPO's early stopping looks at the reward models."""
+    prompts_annotation: str | None = None
+    """Prompts for preference collection."""
+    prompts_test: str | None = None
+    """Prompts of the final evaluation, seen by nothing else."""
+
+
+class InputsSection(Section):
+    """Directories that replace what an earlier stage would have made."""
+
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer."""
+    base: str | None = None
+    """A pretrained Llama checkpoint."""
+    chat: str | None = None
+    """A fine-tuned Llama checkpoint, in place of the SFT stage's."""
+    helpfulness: str | None = None
+    """A reward model (LlamaForSequenceClassification, one label)."""
+    safety: str | None = None
+    """A reward model (LlamaForSequenceClassification, one label)."""
+
+
+class TestbedSection(Section):
+    """The generated language world (docs/testbed.md)."""
+
+    __test__ = False  # not a test class, whatever its name
+
+    seed: int = 0
+    """Seed of the generated data; `run.seed` does not change it."""
+    num_corpus: PositiveInt = 20_000
+    """Pretraining documents."""
+    num_demonstrations: PositiveInt = 4_000
+    """Demonstrations for SFT."""
+    num_prompts_train: PositiveInt = 2_000
+    """Prompts for PPO."""
+    num_prompts_early_stop: PositiveInt = 128
+    """Held-out prompts for PPO's early stopping."""
+    num_prompts_annotation: PositiveInt = 2_000
+    """Prompts for preference collection."""
+    num_prompts_test: PositiveInt = 600
+    """Prompts for evaluation against the judge."""
+
+
+class TokenizerSection(Section):
+    """BPE tokenizer (Llama 2 §2.2.1: digits split, byte fallback, 32k pieces)."""
+
+    vocab_size: PositiveInt = 32_000
+    """Pieces in all: special tokens, 256 bytes and learnt ones."""
+
+
+class ModelSection(Section):
+    """The transformer that pretraining starts."""
+
+    preset: str = "llama2-7b"
+    """A name in model.config.PRESETS; the vocabulary size follows the tokenizer's."""
+    max_seq_len: PositiveInt | None = None
+    """Context length, where it differs from the preset's."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedule (§2.2)."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    """Steps of linear warm-up."""
+    warmup_ratio: Fraction = 0.0
+    """Warm-up as a share of all steps; the larger of the two holds."""
+    min_lr_ratio: Fraction = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    betas: Betas = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = 1e-5
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only (on what, the paper does not say)."""
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Limit of the global gradient norm."""
+
+
+class PretrainSection(Section):
+    """Pretraining (§2.2): packed rows, next-token loss."""
+
+    optim: OptimSection = OptimSection()
+    seq_len: PositiveInt = 4096
+    """Tokens of a packed row."""
+    batch_size: PositiveInt = 1024
+    """Rows of an optimizer step (4M tokens at the default row)."""
+    micro_batch_size: PositiveInt = 1
+    """Rows a rank passes through the model at once."""
+    num_steps: PositiveInt = 500_000
+    """Optimizer steps; the corpus is repeated as needed."""
+    held_out: Fraction = 0.01
+    """Share of documents kept for the held-out loss."""
+    save_every: PositiveInt = 1000
+    """Steps between resumable checkpoints."""
+
+
+class SFTSection(Section):
+    """Supervised fine-tuning (§3.1): packed dialogues, loss on answer tokens only."""
+
+    optim: OptimSection = OptimSection(lr=2e-5, warmup_steps=0)
+    seq_len: PositiveInt = 4096
+    """Tokens of a packed row."""
+    batch_size: PositiveInt = 64
+    """Rows of an optimizer step."""
+    micro_batch_size: PositiveInt = 1
+    """Rows a rank passes through the model at once."""
+    epochs: PositiveInt = 2
+    """Passes over the demonstrations; the model after each is kept as a version."""
+    held_out: Fraction = 0.02
+    """Share of demonstrations kept for the held-out loss."""
+    save_every: PositiveInt = 500
+    """Steps between resumable checkpoints."""
+
+
+class CollectSection(Section):
+    """Preference collection (§3.2.1): two answers by two model versions at varied temperatures.
+
+    Which versions and which temperatures, the paper does not say.
+    """
+
+    versions: Names = ("previous", "newest")
+    """Who answers: "newest" is the chat model, "previous" the one an SFT epoch earlier; or checkpoint directories."""
+    temperatures: Temperatures = (0.7, 1.0, 1.2)
+    """Sampling temperatures, drawn per answer."""
+    pairs_per_prompt: PositiveInt = 1
+    """Comparisons per annotation prompt and guideline."""
+    max_new_tokens: PositiveInt = 512
+    """Length limit of an answer, tokens."""
+    annotator_noise: Annotated[float, Field(ge=0.0)] = 0.12
+    """Bradley-Terry temperature of the simulated annotator; 0 never errs."""
+    held_out: Fraction = 0.15
+    """Share of prompts whose comparisons are kept to measure reward-model accuracy."""
+
+
+class RewardSection(Section):
+    """Reward models (§3.2): ranking loss with a margin, two models on two mixes."""
+
+    optim: OptimSection = OptimSection(lr=1e-5, warmup_steps=5, warmup_ratio=0.03)
+    batch_size: PositiveInt = 512
+    """Pairs of an optimizer step."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Padded tokens a rank passes through the model at once."""
+    epochs: PositiveInt = 1
+    """Passes over the mix; the paper found that more than one overfits."""
+    margin: Literal["none", "small", "large"] = "small"
+    """Margin by strength (Table 27). Which one the final models use, the paper does not say."""
+    safety_loss_coef: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the auxiliary safety loss in the safety model; its form is ours, the paper prints none."""
+    helpfulness_share: Fraction = 0.5
+    """Share of helpfulness comparisons in the helpfulness model's mix, the rest from safety (§3.2.2)."""
+    safety_share: Fraction = 0.9
+    """Share of safety comparisons in the safety model's mix, the rest from helpfulness (§3.2.2)."""
+    max_length: PositiveInt = 4096
+    """Tokens of dialogue and answer; longer pairs are an error, never cut in silence."""
+    save_every: PositiveInt = 500
+    """Steps between resumable checkpoints."""
+
+
+class PPOSection(Section):
+    """PPO (§3.2.3). The critic, GAE, KL estimator, whitening scope and temperature are ours: the paper is silent."""
+
+    optim: OptimSection = OptimSection(lr=1e-6, schedule="constant", warmup_steps=0)
+    value_optim: OptimSection = OptimSection(lr=9e-6, schedule="constant", warmup_steps=0)
+    num_steps: PositiveInt = 400
+    """Iterations (200 to 400 in the paper, ended by early stopping)."""
+    batch_size: PositiveInt = 512
+    """Prompts, hence answers, of an iteration."""
+    minibatch_size: PositiveInt = 64
+    """Answers of an optimizer step."""
+    inner_epochs: PositiveInt = 1
+    """Passes over an iteration's answers."""
+    num_chunks: PositiveInt = 1
+    """Parts a batch is generated and scored in; scoring of one overlaps generation of the next."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Padded tokens a rank passes through the model at once."""
+    max_new_tokens: PositiveInt = 512
+    """Length limit of an answer, tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature; applied to the trainer's and the reference's log-probs as well."""
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.01
+    """Beta of Eq. 4 (0.01 for 7B and 13B, 0.005 for 34B and 70B)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token KL estimate that the reward pays for."""
+    safety_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Below this sigmoid score the safety model rules (§3.2.3); the gate works on raw scores, at its logit."""
+    clip_ratio: Annotated[float, Field(gt=0.0)] = 0.2
+    """PPO's clip threshold."""
+    clip_value: Annotated[float, Field(gt=0.0)] | None = 0.2
+    """Clip range of the value loss; none to leave it off."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of GAE."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the batch as well (rewards always are, Eq. 4)."""
+    importance_cap: Annotated[float, Field(gt=0.0)] | None = None
+    """Truncated importance sampling between engine and trainer: the weight's cap; none leaves it off."""
+    truncated: Literal["score", "bootstrap", "penalty"] = "score"
+    """Answers cut off without EOS: scored as they are, value bootstrapped, or penalised."""
+    truncation_penalty: float = 1.0
+    """Taken off the whitened reward of a cut-off answer under the "penalty" rule."""
+    value_init: Literal["helpfulness", "policy"] = "helpfulness"
+    """Body of the value model."""
+    value_head: Literal["zero", "keep"] = "zero"
+    """Its head: started at zero, on the scale of whitened rewards, or the reward model's."""
+    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First iterations in which only the value model learns."""
+    max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
+    """Mean |engine - trainer| log-prob above which the run fails, nats."""
+    eval_every: PositiveInt = 10
+    """Iterations between looks at the held-out prompts."""
+    patience: PositiveInt = 5
+    """Looks without a better held-out reward before PPO stops; the best policy is the result."""
+    save_every: PositiveInt = 10
+    """Iterations between resumable checkpoints."""
+
+
+class EvaluateSection(Section):
+    """Final evaluation on prompts nothing else has seen."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: PositiveInt = 512
+    """Length limit of an answer, tokens."""
+
+
+class Config(Section):
+    """Everything about a run."""
+
+    run: RunSection = RunSection()
+    cluster: ClusterSection = ClusterSection()
+    roles: RolesSection = RolesSection()
+    data: DataSection = DataSection()
+    inputs: InputsSection = InputsSection()
+    testbed: TestbedSection = TestbedSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    model: ModelSection = ModelSection()
+    pretrain: PretrainSection = PretrainSection()
+    sft: SFTSection = SFTSection()
+    collect: CollectSection = CollectSection()
+    reward: RewardSection = RewardSection()
+    ppo: PPOSection = PPOSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The config in a TOML file with `section.key=value` overrides laid over it.
+
+    Raises:
+        UserError: one line naming the field, its value, the rule and the remedy.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, source: str = "config") -> Config:
+    """A validated Config from nested tables; raises UserError as `load_config` does."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override}: must read section.key=value, for example --set ppo.num_steps=30")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that shells need no quotes within quotes
+    *tables, name = key.strip().split(".")
+    for table in tables:
+        raw = raw.setdefault(table, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--set {override}: {table} is a value, not a section; drop what follows it")
+    raw[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's complaints as field, value, rule and remedy."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    field = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{field} is not a known key; {hint}"
+    value = first["input"]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{field}={value!r}: {first['msg'].lower()}; correct it{more}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

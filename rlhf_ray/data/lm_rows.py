@@ -1,0 +1,113 @@
+"""Packed rows for next-token training, from a corpus or from dialogues, with a held-out part."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
+from rlhf_ray.data.packing import Packed, pack, pack_stream
+from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, read_table
+from rlhf_ray.errors import UserError
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LMBatch:
+    """Some packed rows on a device; all (B, T)."""
+
+    tokens: Tensor
+    """int64."""
+    segment_ids: Tensor
+    """int64, 0 on padding."""
+    position_ids: Tensor
+    """int64, restarting in each segment."""
+    target_mask: Tensor
+    """bool, tokens to learn."""
+
+
+class LMRows:
+    """Packed rows, selected by number."""
+
+    def __init__(self, packed: Packed):
+        self._packed = packed
+
+    def __len__(self) -> int:
+        return self._packed.num_rows
+
+    def select(self, rows: Sequence[int], device: str) -> LMBatch:
+        """The rows as tensors, cut to the longest of them."""
+        part = self._packed.take(rows)
+        longest = int((part.segment_ids > 0).sum(axis=1).max())
+        arrays = (part.tokens, part.segment_ids, part.position_ids, part.target_mask)
+        return LMBatch(*(torch.from_numpy(array[:, :longest]).to(device) for array in arrays))
+
+    def num_targets(self, rows: Sequence[int]) -> int:
+        """Tokens to learn in the rows."""
+        return self._packed.take(rows).num_targets
+
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """Tokens in the rows, padding apart."""
+        return int((self._packed.take(rows).segment_ids > 0).sum())
+
+
+@dataclass(frozen=True)
+class LMData:
+    """Rows to train on and rows to measure on."""
+
+    train: LMRows
+    held_out: LMRows
+
+    def sizes(self) -> dict[str, int]:
+        """Rows of each part."""
+        return {"train": len(self.train), "held_out": len(self.held_out)}
+
+
+def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
+    """A corpus table as full rows; each document stands between BOS and EOS."""
+    tokenizer = load_tokenizer(tokenizer_directory)
+    texts = read_table(path, CORPUS)["text"].to_pylist()
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    documents = [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
+    train, rest = split_held_out(documents, texts, held_out, path)
+    return LMData(LMRows(pack_stream(train, seq_len=seq_len)), LMRows(pack_stream(rest, seq_len=seq_len)))
+
+
+def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
+    """A demonstrations table as packed rows, with loss on answer tokens only.
+
+    Raises:
+        UserError: a dialogue is longer than `seq_len`.
+    """
+    tokenizer = load_tokenizer(tokenizer_directory)
+    dialogues = read_table(path, DEMONSTRATIONS)["messages"].to_pylist()
+    examples = [encode_dialogue(tokenizer, messages) for messages in dialogues]
+    train, rest = split_held_out(examples, [str(messages) for messages in dialogues], held_out, path)
+    return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
+
+
+def split_held_out(items: Sequence[T], texts: Sequence[str], share: float, path: str) -> tuple[list[T], list[T]]:
+    """(train, held out) by a hash of each text, so that the same text never stands on both sides.
+
+    Raises:
+        UserError: one of the two parts is empty.
+    """
+    train, rest = [], []
+    for item, text in zip(items, texts, strict=True):
+        (rest if hash_share(text) < share else train).append(item)
+    if not train or not rest:
+        raise UserError(
+            f"{path}: {len(items)} rows leave {len(train)} to train on and {len(rest)} held out at held_out={share:g}; "
+            f"give more rows or another share"
+        )
+    return train, rest
+
+
+def hash_share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

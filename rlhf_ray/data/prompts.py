@@ -1,0 +1,35 @@
+"""Prompts as token ids, ready for an engine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.data.chat import encode_prompt
+from rlhf_ray.data.schemas import PROMPTS, read_table
+from rlhf_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A prompts table, tokenised."""
+
+    tokens: list[list[int]]
+    """Token ids of each prompt, up to where the answer begins."""
+    is_safety: list[bool]
+    """Whether the prompt is tagged as likely to draw unsafe answers."""
+
+
+def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSet:
+    """Reads and tokenises a prompts table.
+
+    Raises:
+        UserError: the table is broken, or a prompt has more than `max_prompt_tokens` tokens.
+    """
+    table = read_table(path, PROMPTS, columns=["messages", "is_safety"])
+    tokens = [encode_prompt(tokenizer, messages) for messages in table["messages"].to_pylist()]
+    for row, prompt in enumerate(tokens):
+        if len(prompt) > max_prompt_tokens:
+            raise UserError(
+                f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit beside the "
+                f"answer in the model's context; shorten it, or lower max_new_tokens"
+            )
+    return PromptSet(tokens=tokens, is_safety=table["is_safety"].to_pylist())

@@ -1,0 +1,162 @@
+"""Comparisons as token pairs for the reward models: the mix to train on, and held-out pairs by group."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algo.ranking import safety_labels, strength_margin
+from rlhf_ray.data.batching import mixture_rows
+from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
+from rlhf_ray.data.lm_rows import hash_share
+from rlhf_ray.data.schemas import COMPARISONS, read_table
+from rlhf_ray.errors import UserError
+
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs: 2B right-padded rows of T tokens, the chosen answers first."""
+
+    tokens: Tensor
+    """(2B, T) int64."""
+    lengths: Tensor
+    """(2B,) int64."""
+    margin: Tensor
+    """(B,) float32."""
+    chosen_safe: Tensor
+    """(B,) bool."""
+    rejected_safe: Tensor
+    """(B,) bool."""
+    labelled: Tensor
+    """(B,) bool, whether the pair has safety labels."""
+    mask: Tensor
+    """(B,) bool, False on the stand-in of an empty selection."""
+
+
+class Pairs:
+    """Encoded comparisons."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, margin: Literal["none", "small", "large"], max_length: int, path: str):
+        """Encodes comparison rows.
+
+        Raises:
+            UserError: an answer with its dialogue is longer than `max_length`, or a margin is asked for and a row has
+                no strength.
+        """
+        self.guidelines = [row["guideline"] for row in rows]
+        self._strengths = [row["strength"] for row in rows]
+        self._sides: list[tuple[list[int], list[int]]] = []
+        for number, row in enumerate(rows):
+            prompt = encode_prompt(tokenizer, row["messages"])
+            sides = tuple(
+                prompt + encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"])
+                for side in ("chosen", "rejected")
+            )
+            longest = max(len(tokens) for tokens in sides)
+            if longest > max_length:
+                raise UserError(
+                    f"{path} {row['comparison_id']}: dialogue and answer have {longest} tokens, "
+                    f"reward.max_length={max_length} is the limit; raise it or shorten the row"
+                )
+            self._sides.append((sides[0], sides[1]))
+            if margin != "none" and row["strength"] is None:
+                raise UserError(
+                    f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs it; "
+                    f"fill the column in, or set reward.margin=none"
+                )
+        self._margin = strength_margin(self._strengths, kind=margin)
+        self._labels = safety_labels([row["safety_bin"] for row in rows])
+
+    def __len__(self) -> int:
+        return len(self._sides)
+
+    def length(self, row: int) -> int:
+        """Tokens of the longer side."""
+        return max(len(tokens) for tokens in self._sides[row])
+
+    def is_labelled(self, row: int) -> bool:
+        """Whether the pair has safety labels."""
+        return bool(self._labels[2][row])
+
+    def groups(self, row: int) -> list[str]:
+        """The accuracy groups the pair counts in."""
+        guideline, strength = self.guidelines[row], self._strengths[row]
+        return ["all", guideline] + ([f"{guideline}/{strength}"] if strength else [])
+
+    def select(self, rows: Sequence[int], device: str) -> PairBatch:
+        """The pairs as tensors; an empty selection gives one pair under a False mask."""
+        sides = [self._sides[row][side] for side in (0, 1) for row in rows] or [[0, 0], [0, 0]]
+        tokens = torch.zeros(len(sides), max(len(side) for side in sides), dtype=torch.int64)
+        for row, side in enumerate(sides):
+            tokens[row, : len(side)] = torch.tensor(side)
+        index = torch.tensor(list(rows) or [0])
+        real = torch.full((len(index),), bool(rows))
+        chosen_safe, rejected_safe, labelled = (label[index] & real for label in self._labels)
+        batch = (
+            tokens,
+            torch.tensor([len(side) for side in sides]),
+            self._margin[index],
+            chosen_safe,
+            rejected_safe,
+            labelled,
+            real,
+        )
+        return PairBatch(*(tensor.to(device) for tensor in batch))
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """Pairs to train on in a fixed order, and pairs to measure on."""
+
+    train: Pairs
+    order: list[int]
+    """Numbers of `train` pairs, all epochs one after another."""
+    held_out: Pairs
+
+    def sizes(self) -> dict[str, int]:
+        """Pairs of each part; a pair repeated by the mix or by epochs counts each time."""
+        return {"train": len(self.order), "held_out": len(self.held_out)}
+
+
+def reward_pairs(
+    path: str,
+    tokenizer_directory: str,
+    *,
+    shares: Mapping[str, float],
+    margin: Literal["none", "small", "large"],
+    epochs: int,
+    held_out: float,
+    max_length: int,
+    seed: int,
+) -> RewardData:
+    """Reads a comparisons table, holds out by prompt, and mixes guidelines by share.
+
+    The guideline with the largest share gives all its rows once an epoch; the other is drawn to fill its share, and
+    repeated where it has too few (§3.2.2: all of one's own data, and a part of the other's).
+
+    Raises:
+        UserError: a part is empty, a row is too long, or a margin is asked for without strengths.
+    """
+    rows = read_table(path, COMPARISONS).to_pylist()
+    tokenizer = load_tokenizer(tokenizer_directory)
+    kept = [row for row in rows if hash_share(str(row["messages"])) >= held_out]
+    rest = [row for row in rows if hash_share(str(row["messages"])) < held_out]
+    by_guideline = {name: [i for i, row in enumerate(kept) if row["guideline"] == name] for name in shares}
+    main = max(shares, key=lambda name: shares[name])
+    if not by_guideline[main] or not rest:
+        raise UserError(
+            f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; both must be "
+            f"there, give more rows or change collect.held_out={held_out:g}"
+        )
+    used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
+    options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}
+    order: list[int] = []
+    for epoch in range(epochs):
+        num = round(len(by_guideline[main]) / (used[main] / sum(used.values())))
+        mix = mixture_rows([len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch)
+        names = list(used)
+        order += [by_guideline[names[source]][row] for source, row in mix]
+    return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))

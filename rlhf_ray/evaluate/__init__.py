@@ -1,0 +1,1 @@
+"""What a model is worth: against the testbed's truth, and by the reward models."""

@@ -1,0 +1,145 @@
+"""The final comparison: the chat model and the PPO policy on prompts that nothing else has seen."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from cluster.worker_group import collect
+from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
+from rlhf_ray.metrics import console
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines
+from rlhf_ray.recipe.ppo import FROZEN_ROLES, score, split, summarize
+from rlhf_ray.run_state import write_json
+from rlhf_ray.testbed.judge import evaluate_answers
+from rlhf_ray.testbed.version import TESTBED_VERSION
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.scorer import ScorerWorker
+
+ANSWERS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("model", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("finished", pa.bool_()),
+    ]
+)
+COLUMNS = {
+    "true_helpfulness/ordinary_and_borderline": "true helpfulness",
+    "violation_rate/unsafe": "true violations",
+    "false_refusal_rate/borderline": "false refusals",
+    "reward_combined": "mean reward",
+    "kl_per_sequence": "KL to SFT",
+    "response_tokens": "tokens",
+}
+
+
+def evaluate(context: Context) -> Path:
+    """Samples, scores and judges answers of both models; returns the directory with evaluation.json and answers.parquet."""
+    section = context.config.evaluate
+    models = {"SFT": "chat", "PPO": "policy"}
+    step = context.step(
+        "evaluate",
+        sections=("evaluate", "ppo"),
+        parents=("tokenizer", "helpfulness", "safety", "prompts_test", *models.values()),
+        code=("rlhf_ray.evaluate", "rlhf_ray.testbed"),
+        rollout=context.config.roles.rollout.model_dump(),
+    )
+    if not context.skip(step):
+        work = step.begin()
+        prompts = read_table(context.outputs["prompts_test"], PROMPTS).to_pylist()
+        with console.status("evaluate: starting the engine, loading models"):
+            load_scorers(context)
+            start_engines(context, context.outputs["chat"])
+            open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens)
+        results, rows = {}, []
+        for label, name in models.items():
+            with console.status(f"evaluate: {label}"):
+                results[label], answers = evaluate_model(context, context.outputs[name], prompts)
+            rows += [
+                {
+                    "prompt_id": prompt["prompt_id"],
+                    "model": label,
+                    "prompt": prompt["messages"][-1]["content"],
+                    "answer": text,
+                    "finished": finished,
+                }
+                for prompt, (text, finished) in zip(prompts, answers, strict=True)
+            ]
+        write_json(work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results})
+        write_table(work / "answers.parquet", rows, ANSWERS)
+        step.finish(results=results)
+    return step.path
+
+
+def load_scorers(context: Context) -> None:
+    """Puts the reference and both reward models in place."""
+    roles, outputs = context.roles, context.outputs
+    roles.work_together("policy", *FROZEN_ROLES)
+    sources = {"reference": ("chat", "lm"), "helpfulness": ("helpfulness", "scalar"), "safety": ("safety", "scalar")}
+    calls = [
+        call
+        for role, (name, head) in sources.items()
+        for call in roles[role].submit(ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime)
+    ]
+    collect(calls, timeout_s=roles.timeout_s, step="evaluate")
+
+
+def evaluate_model(
+    context: Context, checkpoint: Path, prompts: Sequence[dict[str, Any]]
+) -> tuple[dict[str, float], list[tuple[str, bool]]]:
+    """(metrics, answers with whether they finished) of one checkpoint, one answer a prompt."""
+    roles, section = context.roles, context.config.evaluate
+    engines = roles["rollout"]
+    roles["policy"].call(
+        ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate"
+    )
+    roles.work_together("rollout")
+    engines.call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
+    rollouts = [
+        engines.submit_one(
+            rank,
+            RolloutWorker.generate,
+            "prompts_test",
+            part,
+            seeds=[request_seed(context.config.run.seed, 0, row) for row in part],
+            temperature=section.temperature,
+            max_new_tokens=section.max_new_tokens,
+            num_data=1,
+        )
+        for rank, part in enumerate(split(range(len(prompts)), engines.num_ranks))
+    ]
+    decoded = [engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in enumerate(rollouts)]
+    answers = sum(collect(decoded, timeout_s=roles.timeout_s, step="evaluate"), [])
+    roles.work_together("policy", *FROZEN_ROLES)
+    ppo = context.config.ppo.model_copy(update={"temperature": section.temperature or 1.0})
+    metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))
+    if all(prompt["truth"] for prompt in prompts):
+        texts, finished = [text for text, _ in answers], [done for _, done in answers]
+        metrics |= evaluate_answers(prompts, texts, finished)
+    return metrics, answers
+
+
+def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:
+    """The models as rows, the figures that matter as columns."""
+    columns = {key: name for key, name in COLUMNS.items() if any(key in row for row in results.values())}
+    table = Table(title=title)
+    table.add_column("model")
+    for name in columns.values():
+        table.add_column(name, justify="right")
+    for label, row in results.items():
+        table.add_row(label, *(f"{row[key]:.3f}" if key in row else "-" for key in columns))
+    return table
+
+
+def print_evaluation(path: Path) -> None:
+    """Prints an evaluation.json as a table on stdout."""
+    report = json.loads(path.read_text())
+    title = f"{report['prompts']} held-out prompts, testbed {report['testbed']}"
+    Console().print(results_table(report["models"], title=title))

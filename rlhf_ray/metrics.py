@@ -1,0 +1,77 @@
+"""Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+class MetricsWriter:
+    """Appends to DIR/metrics.jsonl and DIR/tensorboard."""
+
+    def __init__(self, directory: Path, *, steps_done: int = 0):
+        """Opens the files; rows at or after `steps_done`, left by an interrupted attempt, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that a kill cut short
+                if row["step"] < steps_done:
+                    kept.append(line)
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records one step's metrics (0-based step)."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        self._board.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of DIR/metrics.jsonl."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Bar:
+    """A progress bar's handle."""
+
+    def __init__(self, progress: Progress, task: Any):
+        self._progress, self._task = progress, task
+
+    def advance(self, note: str = "") -> None:
+        """One step further, with a few figures behind the bar."""
+        self._progress.update(self._task, advance=1, note=note)
+
+
+@contextmanager
+def progress_bar(title: str, *, total: int, done: int = 0) -> Iterator[Bar]:
+    """A bar for long work on stderr; silent where stderr is no terminal, but for a line at the end."""
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))

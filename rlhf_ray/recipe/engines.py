@@ -1,0 +1,93 @@
+"""Rollout engines and the weight channel, as the drivers of several stages use them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from cluster.worker_group import collect
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.roles import Roles
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.scorer import ScorerWorker
+
+MAX_SYNCED_GAP = {"bf16": 0.1, "fp32": 1e-3}
+"""Mean |engine - trainer| log-prob, nats, above which a sync counts as failed. SmolLM2 in bf16 shows 0.046."""
+
+
+class WeightChannelError(RuntimeError):
+    """The engine does not compute what the trainer does after a weight sync."""
+
+
+def start_engines(context: Context, checkpoint: Path) -> None:
+    """Has every engine up with the weights of `checkpoint`; started once a run, later only reloaded."""
+    roles, config = context.roles, context.config
+    roles.work_together("rollout")
+    settings = config.roles.rollout
+    roles["rollout"].call(
+        RolloutWorker.start,
+        str(checkpoint),
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_gib=settings.kv_cache_gib,
+        precision=config.run.precision,
+        on_gpu=roles.runtime.device == "cuda",
+        step="engine start",
+    )
+
+
+def open_prompts(context: Context, name: str, *, max_new_tokens: int) -> int:
+    """Gives every engine the named prompts table; returns the number of prompts."""
+    counts = context.roles["rollout"].call(
+        RolloutWorker.open_prompts, name, str(context.outputs[name]), max_new_tokens=max_new_tokens, step=f"opening {name}"
+    )
+    return int(counts[0])
+
+
+def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
+    """Sends the policy's weights to all engines; returns the buckets' object references."""
+    roles.work_together("policy")
+    buckets = roles["policy"].call(PolicyWorker.export_weights, step=step)[0]
+    roles["rollout"].call(RolloutWorker.load_weights, buckets, step=step)
+    return buckets
+
+
+def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, precision: str) -> dict[str, float]:
+    """Scrambles each engine, syncs it, and holds its log-probs against the trainer's.
+
+    Raises:
+        WeightChannelError: scrambling changed nothing, or the synced engine differs from the trainer.
+    """
+    engine, policy = roles["rollout"], roles["policy"]
+    rows = list(range(8))
+    worst: dict[str, float] = {}
+    for rank in range(engine.num_ranks):
+        probe = engine.submit_one(rank, RolloutWorker.probe, prompts, rows, num_data=1)
+        # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
+        trainer = [
+            policy.submit_one(r, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1)
+            for r in range(policy.num_ranks)
+        ]
+        collect([probe, *trainer], timeout_s=600, step="weight check")
+        gaps = engine.call_one(
+            rank, RolloutWorker.check_weights, buckets, probe.data[0], trainer[0].data[0], step="weight check"
+        )
+        limit = MAX_SYNCED_GAP[precision]
+        if not gaps["synced_gap"] <= limit:
+            raise WeightChannelError(
+                f"rollout rank {rank}: after a weight sync its log-probs differ from the policy's by "
+                f"{gaps['synced_gap']:.4f} nats on average, more than {limit} for {precision}"
+            )
+        if gaps["scrambled_gap"] <= 2 * gaps["synced_gap"]:
+            raise WeightChannelError(
+                f"rollout rank {rank}: scrambled weights moved its log-probs by {gaps['scrambled_gap']:.4f} nats only, "
+                f"the weight channel does not reach the engine"
+            )
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in gaps.items()}
+    return worst
+
+
+def request_seed(seed: int, step: int, row: int) -> int:
+    """The sampling seed of one answer."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:4], "big") >> 1

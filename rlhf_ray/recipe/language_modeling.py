@@ -1,0 +1,85 @@
+"""Next-token training, the loop that pretraining and supervised fine-tuning share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from rlhf_ray.config import PretrainSection, SFTSection
+from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.run_state import Step
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+
+EVALUATIONS = 10  # looks at the held-out loss in a stage
+
+
+def train_language_model(
+    context: Context,
+    step: Step,
+    section: PretrainSection | SFTSection,
+    source: str | ModelConfig,
+    *,
+    num_steps: Callable[[dict[str, int]], int],
+    versions: Callable[[int], dict[int, str]],
+    builder: Callable[..., Any],
+    builder_args: tuple[Any, ...],
+) -> dict[str, Any]:
+    """Trains the policy's model on packed rows.
+
+    Args:
+        source: a checkpoint, or a config for fresh weights.
+        num_steps: optimizer steps, from the sizes of the data.
+        versions: steps done -> name of a checkpoint to keep, from the number of steps; the last is the result.
+        builder: makes the rows, on every rank.
+    Returns:
+        facts for the manifest: steps, tokens, held-out loss.
+    """
+    config, name = context.config, step.name
+    work = step.begin()
+    steps_done, state = step.latest_state()
+    with console.status(f"{name}: starting workers, reading data"):
+        policy = context.roles["policy"]
+        context.roles.work_together("policy")
+        policy.call(TrainerWorker.build, source, head="lm", seed=config.run.seed, runtime=context.roles.runtime)
+        sizes = policy.call(TrainerWorker.open_data, builder, *builder_args, step=f"{name} data")[0]
+        total = num_steps(sizes)
+        settings = context.roles.train_role("policy")
+        policy.call(
+            TrainerWorker.begin_training,
+            optim=section.optim,
+            num_steps=total,
+            zero_stage=settings.zero_stage,
+            activation_checkpointing=settings.activation_checkpointing,
+            state=str(state) if state else None,
+        )
+    kept = versions(total)
+    held_out, num_tokens = float("nan"), 0.0
+    metrics = MetricsWriter(work, steps_done=steps_done)
+    with progress_bar(name, total=total, done=steps_done) as bar:
+        for index in range(steps_done, total):
+            row = policy.call(
+                PolicyWorker.train_lm,
+                index,
+                batch_size=section.batch_size,
+                micro_batch_size=section.micro_batch_size,
+                seed=config.run.seed,
+                step=f"{name} step {index}",
+            )[0]
+            num_tokens += row["tokens"]
+            if (index + 1) % max(1, total // EVALUATIONS) == 0 or index + 1 == total:
+                held_out = policy.call(PolicyWorker.evaluate_lm, micro_batch_size=section.micro_batch_size)[0]
+                row["held_out_loss"] = held_out
+            metrics.write(index, row)
+            bar.advance(f"loss {row['loss']:.3f}  held-out {held_out:.3f}")
+            if index + 1 in kept:
+                directory = work / kept[index + 1]
+                if not directory.exists():
+                    policy.call(TrainerWorker.save_model, str(directory), step=f"{name} step {index}")
+                    context.add_tokenizer(directory)
+            if (index + 1) % section.save_every == 0 and index + 1 < total:
+                with step.new_state(index + 1) as directory:
+                    policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")
+    metrics.close()
+    return {"steps": total, "sizes": sizes, "held_out_loss": held_out, "tokens_this_time": num_tokens}

@@ -1,0 +1,393 @@
+"""PPO (Llama 2 §3.2.3): the policy against two gated reward models and the KL to where it started.
+
+The driver holds object references and scalars only. An iteration reads top to bottom:
+generate, score, build experience, update policy and value, send the weights.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.worker_group import Call, collect
+from rlhf_ray.config import PPOSection
+from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines, sync_weights, verify_weight_channel
+from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.workers.policy import ExperienceRule, PolicyWorker
+from rlhf_ray.workers.ppo_update import UpdateRule
+from rlhf_ray.workers.roles import Roles
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.scorer import ScorerWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+from rlhf_ray.workers.value import ValueWorker
+
+FROZEN_ROLES = ("reference", "helpfulness", "safety")
+SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
+HELD_OUT_SEED = 1_000_003  # the held-out answers of every look share their sampling seeds
+
+
+class LogprobGapError(RuntimeError):
+    """Engine and trainer disagree on the log-probs of what the engine sampled."""
+
+
+def ppo(context: Context) -> Path:
+    """Trains the policy; returns the step's directory, in which `model` is the best checkpoint."""
+    section, seed = context.config.ppo, context.config.run.seed
+    step = context.step(
+        "ppo",
+        sections=("ppo", "roles"),
+        parents=("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
+        code=("rlhf_ray.recipe.ppo",),
+    )
+    if context.skip(step):
+        return step.path
+    work = step.begin()
+    steps_done, state = step.latest_state()
+    with console.status("ppo: starting workers, loading models"):
+        roles = context.roles
+        roles.start("rollout", *SCORING_ROLES)
+        load_models(context, state)
+        start_engines(context, context.outputs["chat"])
+        num_prompts = open_prompts(context, "prompts_train", max_new_tokens=section.max_new_tokens)
+        num_held_out = open_prompts(context, "prompts_early_stop", max_new_tokens=section.max_new_tokens)
+        buckets = sync_weights(roles)
+        weight_check = verify_weight_channel(
+            roles, buckets, prompts="prompts_train", precision=context.config.run.precision
+        )
+        del buckets
+    stopping = EarlyStopping.load(state)
+    if state is None:
+        stopping.look(-1, evaluate_held_out(roles, section, num_held_out)["held_out/reward_combined"])
+        keep_best(roles, work, stopping.best_step)
+    metrics = MetricsWriter(work, steps_done=steps_done)
+    index = steps_done
+    with progress_bar("ppo", total=section.num_steps, done=steps_done) as bar:
+        for index in range(steps_done, section.num_steps):
+            row = iteration(roles, section, index, num_prompts=num_prompts, seed=seed)
+            if (index + 1) % section.eval_every == 0 or index + 1 == section.num_steps:
+                row |= evaluate_held_out(roles, section, num_held_out)
+                if stopping.look(index, row["held_out/reward_combined"]):
+                    keep_best(roles, work, index)
+            metrics.write(index, row)
+            bar.advance(
+                f"reward {row['reward/combined']:+.2f}  kl {row['kl/per_sequence']:.2f}  {row['time/step_s']:.1f} s"
+            )
+            if stopping.looks_since_best >= section.patience:
+                console.print(f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}")
+                break
+            if (index + 1) % section.save_every == 0 and index + 1 < section.num_steps:
+                save_state(roles, step, index + 1, stopping)
+                drop_others(work / "best", best_directory(work, stopping.best_step))
+    metrics.close()
+    if not (work / "last").exists():
+        roles["policy"].call(TrainerWorker.save_model, str(work / "last"), step="after PPO")
+    shutil.copytree(best_directory(work, stopping.best_step), work / "model", dirs_exist_ok=True)
+    shutil.rmtree(work / "best")
+    context.add_tokenizer(work / "model")
+    context.add_tokenizer(work / "last")
+    return step.finish(
+        steps=index + 1, best_step=stopping.best_step, best_reward=stopping.best, weight_check=weight_check
+    )
+
+
+def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int) -> dict[str, float]:
+    """One PPO iteration; returns its metrics."""
+    label, clock = f"ppo step {index}", PhaseClock()
+    rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
+    with clock.phase("rollout"):
+        roles.work_together("rollout")
+        rollouts = generate(roles, section, "prompts_train", rows, seed=(seed, index))
+        if section.num_chunks == 1:  # with more, scoring starts while later chunks are still being generated
+            collect(rollouts, timeout_s=roles.timeout_s, step=label)
+    with clock.phase("score"):
+        roles.work_together(*SCORING_ROLES)
+        scores = score(roles, section, rollouts)
+        built = build_experience(roles, section, rollouts, scores)
+        experience_metrics = collect(built, timeout_s=roles.timeout_s, step=label)[0]
+        collect([*rollouts, *sum(scores.values(), [])], timeout_s=roles.timeout_s, step=label)
+    check_logprob_gap(experience_metrics["logprob_gap_per_token"], section.max_logprob_gap, label)
+    with clock.phase("update"):
+        policy_metrics, value_metrics = update(roles, section, index, built, seed=seed)
+    with clock.phase("sync"):
+        if policy_metrics:
+            sync_weights(roles, step=label)
+    tokens = experience_metrics["tokens"]
+    return {
+        **named_metrics(experience_metrics),
+        **{f"policy/{name}": value for name, value in policy_metrics.items()},
+        **{f"value/{name}": value for name, value in value_metrics.items()},
+        **clock.seconds(),
+        "throughput/rollout_tokens_per_s": tokens / clock.times["rollout"],
+        "throughput/samples_per_s": section.batch_size / sum(clock.times.values()),
+        **roles.memory(),
+    }
+
+
+def generate(
+    roles: Roles, section: PPOSection, prompts: str, rows: Sequence[int], *, seed: tuple[int, int]
+) -> list[Call[dict[str, float]]]:
+    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and row alone."""
+    engines, calls = roles["rollout"], []
+    for chunk, part in enumerate(split(rows, section.num_chunks)):
+        calls.append(
+            engines.submit_one(
+                chunk % engines.num_ranks,
+                RolloutWorker.generate,
+                prompts,
+                part,
+                seeds=[request_seed(*seed, row) for row in part],
+                temperature=section.temperature,
+                max_new_tokens=section.max_new_tokens,
+                num_data=1,
+            )
+        )
+    return calls
+
+
+def score(
+    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], *, roles_used: Sequence[str] = ("value", *FROZEN_ROLES)
+) -> dict[str, list[Call[Any]]]:
+    """Starts reference log-probs, values and both rewards of every chunk, by reference."""
+    budget = {"micro_batch_tokens": section.micro_batch_tokens}
+    methods: dict[str, tuple[Any, dict[str, Any]]] = {
+        "reference": (ScorerWorker.logprobs, {"temperature": section.temperature, **budget}),
+        "value": (ValueWorker.values, budget),
+        "helpfulness": (ScorerWorker.score, budget),
+        "safety": (ScorerWorker.score, budget),
+    }
+    return {
+        role: [
+            roles[role].submit_one(chunk % roles[role].num_ranks, method, call.data[0], **options, num_data=1)
+            for chunk, call in enumerate(rollouts)
+        ]
+        for role, (method, options) in methods.items()
+        if role in roles_used
+    }
+
+
+def build_experience(
+    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
+) -> list[Call[dict[str, float]]]:
+    """Starts rewards, advantages and returns on the policy's ranks, each over its own chunks."""
+    policy, calls = roles["policy"], []
+    for rank in range(policy.num_ranks):
+        own = range(rank, section.num_chunks, policy.num_ranks)
+        inputs = [rollouts[chunk].data[0] for chunk in own]
+        for role in ("value", "reference", "helpfulness", "safety"):
+            inputs += [scores[role][chunk].data[0] for chunk in own]
+        calls.append(
+            policy.submit_one(
+                rank, PolicyWorker.build_experience, len(own), experience_rule(section), *inputs, num_data=len(own)
+            )
+        )
+    return calls
+
+
+def summarize(
+    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
+) -> dict[str, float]:
+    """Mean rewards, KL and lengths of some rollouts, computed by the policy's ranks."""
+    policy, calls = roles["policy"], []
+    for rank in range(policy.num_ranks):
+        own = range(rank, len(rollouts), policy.num_ranks)
+        inputs = [rollouts[chunk].data[0] for chunk in own]
+        for role in ("reference", "helpfulness", "safety"):
+            inputs += [scores[role][chunk].data[0] for chunk in own]
+        calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
+    return collect(calls, timeout_s=roles.timeout_s, step="summary of rewards and KL")[0]
+
+
+def update(
+    roles: Roles, section: PPOSection, index: int, built: Sequence[Call[Any]], *, seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Updates policy and value at the same time; the policy waits while the value model warms up."""
+    # Chunk c was built by rank c % ranks: back into the order of the batch, so that rows number the same on any ranks.
+    experiences = [
+        built[chunk % len(built)].data[chunk // len(built)] for chunk in range(section.num_chunks)
+    ]
+    rule, label = update_rule(section, seed), f"ppo step {index}"
+    roles.work_together("policy", "value")
+    values = roles["value"].submit(ValueWorker.train_value, index, rule, *experiences)
+    if index < section.value_warmup_steps:
+        return {}, collect(values, timeout_s=roles.timeout_s, step=label)[0]
+    policies = roles["policy"].submit(PolicyWorker.train_policy, index, rule, *experiences)
+    results = collect([*policies, *values], timeout_s=roles.timeout_s, step=label)
+    return results[0], results[-1]
+
+
+def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> dict[str, float]:
+    """Both rewards and the KL of the policy on the held-out prompts, for early stopping."""
+    roles.work_together("rollout")
+    rollouts = generate(roles, section, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0))
+    collect(rollouts, timeout_s=roles.timeout_s, step="held-out prompts")
+    roles.work_together("policy", *FROZEN_ROLES)
+    metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=FROZEN_ROLES))
+    kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")
+    return {f"held_out/{name}": metrics[name] for name in kept}
+
+
+def load_models(context: Context, state: Path | None) -> None:
+    """Puts every role's model in place: from the stage's parents, or from a checkpoint of this stage."""
+    config, roles, outputs = context.config, context.roles, context.outputs
+    section, runtime = config.ppo, roles.runtime
+    updates = section.num_steps * section.inner_epochs * (section.batch_size // section.minibatch_size)
+    chat = str(outputs["chat"])
+    value_source = str(outputs["helpfulness"]) if section.value_init == "helpfulness" else chat
+    label = "loading models"
+    roles.work_together(*SCORING_ROLES)
+    calls = [
+        *roles["policy"].submit(TrainerWorker.build, chat, head="lm", seed=config.run.seed, runtime=runtime),
+        *roles["value"].submit(
+            TrainerWorker.build,
+            value_source,
+            head="scalar",
+            seed=config.run.seed,
+            runtime=runtime,
+            fresh_head=section.value_init == "policy",
+        ),
+        *roles["reference"].submit(ScorerWorker.load_frozen, chat, head="lm", runtime=runtime),
+        *[
+            call
+            for name in ("helpfulness", "safety")
+            for call in roles[name].submit(
+                ScorerWorker.load_frozen, str(outputs[name]), head="scalar", runtime=runtime
+            )
+        ],
+    ]
+    collect(calls, timeout_s=roles.timeout_s, step=label)
+    if section.value_head == "zero":
+        roles["value"].call(TrainerWorker.zero_head, step=label)
+    begun = []
+    for role, optim in (("policy", section.optim), ("value", section.value_optim)):
+        settings = roles.train_role(role)
+        begun += roles[role].submit(
+            TrainerWorker.begin_training,
+            optim=optim,
+            num_steps=updates,
+            zero_stage=settings.zero_stage,
+            activation_checkpointing=settings.activation_checkpointing,
+            state=str(state / role) if state else None,
+        )
+    collect(begun, timeout_s=roles.timeout_s, step=label)
+
+
+def save_state(roles: Roles, step: Step, steps_done: int, stopping: "EarlyStopping") -> None:
+    """A checkpoint from which this stage resumes bit for bit."""
+    with step.new_state(steps_done) as directory:
+        for role in ("policy", "value"):
+            roles[role].call(TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}")
+        write_json(directory / "early_stopping.json", stopping.__dict__)
+
+
+def best_directory(work: Path, index: int) -> Path:
+    """Where the policy after iteration `index` is kept while it is the best; -1 is the policy PPO starts from."""
+    return work / "best" / f"after-{index + 1:06d}"
+
+
+def keep_best(roles: Roles, work: Path, index: int) -> None:
+    """Saves the policy as the best so far; one from before an interruption is the same and stays."""
+    if not best_directory(work, index).exists():
+        roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
+
+
+def drop_others(directory: Path, kept: Path) -> None:
+    """Removes all of a directory's entries but one. Only once a checkpoint no longer points at them."""
+    for other in directory.iterdir():
+        if other != kept:
+            shutil.rmtree(other)
+
+
+@dataclass
+class EarlyStopping:
+    """The best held-out reward so far."""
+
+    best: float = -math.inf
+    best_step: int = -1
+    looks_since_best: int = 0
+
+    def look(self, step: int, reward: float) -> bool:
+        """Takes in one look; True where it is the best so far."""
+        if reward > self.best:
+            self.best, self.best_step, self.looks_since_best = reward, step, 0
+            return True
+        self.looks_since_best += 1
+        return False
+
+    @classmethod
+    def load(cls, state: Path | None) -> "EarlyStopping":
+        """From a checkpoint of the stage, or afresh."""
+        return cls(**json.loads((state / "early_stopping.json").read_text())) if state else cls()
+
+
+@dataclass
+class PhaseClock:
+    """Wall seconds of each phase of an iteration."""
+
+    times: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a `with` block."""
+        start = time.perf_counter()
+        yield
+        self.times[name] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """As metrics, with their sum."""
+        return {
+            **{f"time/{name}_s": value for name, value in self.times.items()},
+            "time/step_s": sum(self.times.values()),
+        }
+
+
+def experience_rule(section: PPOSection) -> ExperienceRule:
+    """What the policy's ranks need of the section to build experience."""
+    threshold = section.safety_threshold
+    return ExperienceRule(
+        safety_threshold_raw=math.log(threshold / (1 - threshold)),
+        **{
+            name: getattr(section, name)
+            for name in ExperienceRule.__dataclass_fields__
+            if name != "safety_threshold_raw"
+        },
+    )
+
+
+def update_rule(section: PPOSection, seed: int) -> UpdateRule:
+    """What the trained ranks need of the section to update."""
+    return UpdateRule(
+        seed=seed, **{name: getattr(section, name) for name in UpdateRule.__dataclass_fields__ if name != "seed"}
+    )
+
+
+def named_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Experience metrics under their slashed keys (docs/metrics.md)."""
+    groups = ("reward", "kl", "value", "logprob")
+    named = {}
+    for name, value in metrics.items():
+        group = next((g for g in groups if name.startswith(g + "_")), "response")
+        named[f"{group}/{name.removeprefix(group + '_')}"] = value
+    return named
+
+
+def check_logprob_gap(gap: float, limit: float, label: str) -> None:
+    """Raises LogprobGapError above the limit (or for NaN)."""
+    if not gap <= limit:
+        raise LogprobGapError(
+            f"{label}: engine and trainer log-probs differ by {gap:.4f} nats on average, above "
+            f"ppo.max_logprob_gap={limit:g}; the engine may hold other weights, or another precision is needed"
+        )
+
+
+def split(rows: Sequence[int], parts: int) -> list[list[int]]:
+    """Consecutive parts of nearly equal size."""
+    bounds = [len(rows) * i // parts for i in range(parts + 1)]
+    return [list(rows[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]

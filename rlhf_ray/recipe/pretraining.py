@@ -1,0 +1,45 @@
+"""Pretraining (Llama 2 §2.2), at small scale: packed documents, next-token loss."""
+
+from pathlib import Path
+
+from model.config import PRESETS, ModelConfig
+from rlhf_ray.data.lm_rows import corpus_rows
+from rlhf_ray.data.schemas import CORPUS, read_table
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.language_modeling import train_language_model
+from rlhf_ray.recipe.tokenizer import tokenizer_size
+
+
+def pretrain(context: Context) -> Path:
+    """Trains a fresh model; returns the step's directory, in which `model` is the checkpoint."""
+    section = context.config.pretrain
+    step = context.step(
+        "pretrain",
+        sections=("pretrain", "model"),
+        parents=("corpus", "tokenizer"),
+        code=("rlhf_ray.recipe.pretraining", "rlhf_ray.recipe.language_modeling"),
+        policy=context.config.roles.policy.model_dump(),
+    )
+    if not context.skip(step):
+        read_table(context.outputs["corpus"], CORPUS)
+        facts = train_language_model(
+            context,
+            step,
+            section,
+            model_config(context),
+            num_steps=lambda sizes: section.num_steps,
+            versions=lambda total: {total: "model"},
+            builder=corpus_rows,
+            builder_args=(str(context.outputs["corpus"]), str(context.outputs["tokenizer"]), section.seq_len, section.held_out),
+        )
+        step.finish(**facts)
+    return step.path
+
+
+def model_config(context: Context) -> ModelConfig:
+    """The preset with the tokenizer's vocabulary and special tokens."""
+    section = context.config.model
+    changes = {"vocab_size": tokenizer_size(context.outputs["tokenizer"])}
+    if section.max_seq_len is not None:
+        changes["max_seq_len"] = section.max_seq_len
+    return PRESETS[section.preset].model_copy(update=changes)

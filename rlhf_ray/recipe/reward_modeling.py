@@ -1,0 +1,138 @@
+"""Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.worker_group import collect
+from rlhf_ray.config import RewardSection
+from rlhf_ray.data.reward_pairs import reward_pairs
+from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+
+GUIDELINES = ("helpfulness", "safety")
+
+
+def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> dict[str, Path]:
+    """Trains the named models side by side; returns each one's step directory, in which `model` is the checkpoint."""
+    section = context.config.reward
+    steps = {
+        name: context.step(
+            f"reward-{name}",
+            sections=("reward",),
+            parents=("comparisons", "tokenizer", "chat"),
+            code=("rlhf_ray.recipe.reward_modeling",),
+            role=context.config.roles.model_dump()[name],
+            held_out=context.config.collect.held_out,
+        )
+        for name in names
+    }
+    missing = {name: step for name, step in steps.items() if not context.skip(step)}
+    if missing:
+        _train(context, section, missing)
+    return {name: step.path for name, step in steps.items()}
+
+
+def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
+    roles, seed = context.roles, context.config.run.seed
+    with console.status("reward: starting workers, reading comparisons"):
+        roles.work_together(*steps)
+        sizes = _begin(context, section, steps)
+    progress = {name: step.latest_state()[0] for name, step in steps.items()}
+    totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
+    writers = {name: MetricsWriter(step.begin(), steps_done=progress[name]) for name, step in steps.items()}
+    with progress_bar("reward", total=sum(totals.values()), done=sum(progress.values())) as bar:
+        for index in range(max(totals.values())):
+            # Both models take a step at the same time, each on its own ranks.
+            active = [name for name in steps if progress[name] <= index < totals[name]]
+            calls = {
+                name: roles[name].submit(
+                    RewardWorker.train_reward,
+                    index,
+                    batch_size=section.batch_size,
+                    micro_batch_tokens=section.micro_batch_tokens,
+                    safety_loss_coef=section.safety_loss_coef if name == "safety" else 0.0,
+                )
+                for name in active
+            }
+            for name, call in calls.items():
+                row = collect(call, timeout_s=roles.timeout_s, step=f"reward step {index}")[0]
+                writers[name].write(index, row)
+                bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
+                if (index + 1) % section.save_every == 0 and index + 1 < totals[name]:
+                    with steps[name].new_state(index + 1) as directory:
+                        roles[name].call(TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}")
+    for name, step in steps.items():
+        writers[name].close()
+        accuracy = roles[name].call(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)[0]
+        work = step.begin()
+        write_json(work / "accuracy.json", accuracy)
+        roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1)
+        context.add_tokenizer(work / "model")
+        step.finish(sizes=sizes[name], accuracy=accuracy)
+        console.print(f"reward-{name}: held-out accuracy {accuracy.get('accuracy/all', float('nan')):.3f}")
+
+
+def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> dict[str, dict[str, int]]:
+    """Has every model built, its data open and DeepSpeed around it, the roles side by side; returns the data's sizes."""
+    roles, config = context.roles, context.config
+    timeout_s, sizes = roles.timeout_s, {}
+    built = [
+        call
+        for name in steps
+        for call in roles[name].submit(
+            TrainerWorker.build,
+            str(context.outputs["chat"]),
+            head="scalar",
+            seed=config.run.seed,
+            runtime=roles.runtime,
+            fresh_head=True,
+        )
+    ]
+    collect(built, timeout_s=timeout_s, step="reward start")
+    opened = {
+        name: roles[name].submit(
+            TrainerWorker.open_data,
+            reward_pairs,
+            str(context.outputs["comparisons"]),
+            str(context.outputs["tokenizer"]),
+            shares=mix(name, section),
+            margin=section.margin,
+            epochs=section.epochs,
+            held_out=config.collect.held_out,
+            max_length=section.max_length,
+            seed=config.run.seed,
+        )
+        for name in steps
+    }
+    for name, calls in opened.items():
+        sizes[name] = collect(calls, timeout_s=timeout_s, step="reward data")[0]
+    begun: list[Any] = []
+    for name, step in steps.items():
+        _, state = step.latest_state()
+        settings = roles.train_role(name)
+        begun += roles[name].submit(
+            TrainerWorker.begin_training,
+            optim=section.optim,
+            num_steps=num_steps(sizes[name]["train"], section),
+            zero_stage=settings.zero_stage,
+            activation_checkpointing=settings.activation_checkpointing,
+            state=str(state) if state else None,
+        )
+    collect(begun, timeout_s=timeout_s, step="reward start")
+    return sizes
+
+
+def mix(name: str, section: RewardSection) -> dict[str, float]:
+    """Share of each guideline's comparisons in a model's training data (§3.2.2)."""
+    if name == "helpfulness":
+        return {"helpfulness": section.helpfulness_share, "safety": 1 - section.helpfulness_share}
+    return {"safety": section.safety_share, "helpfulness": 1 - section.safety_share}
+
+
+def num_steps(pairs: int, section: RewardSection) -> int:
+    """Optimizer steps over `pairs` training pairs, all epochs counted in."""
+    return max(1, pairs // section.batch_size)

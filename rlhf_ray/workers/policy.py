@@ -1,0 +1,278 @@
+"""The policy: next-token training in pretraining and SFT, then experience and updates in PPO."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from rlhf_ray.algo.gae import gae
+from rlhf_ray.algo.kl import kl_estimate
+from rlhf_ray.algo.losses import importance_weights, lm_loss, policy_loss
+from rlhf_ray.algo.reward import combine_rewards, token_rewards
+from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
+from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.weights import fill_buckets
+from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.records import Experience, Rollouts
+from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
+from rlhf_ray.workers.trainer import TrainerWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperienceRule:
+    """How scores become advantages; the fields of `PPOSection` of the same names."""
+
+    temperature: float
+    micro_batch_tokens: int
+    kl_coef: float
+    kl_estimator: str
+    safety_threshold_raw: float
+    gamma: float
+    gae_lambda: float
+    whiten_advantages: bool
+    importance_cap: float | None
+    truncated: str
+    truncation_penalty: float
+
+
+class PolicyWorker(TrainerWorker):
+    """One data-parallel rank of the policy."""
+
+    def __init__(self, role: str, rank: int, num_ranks: int):
+        super().__init__(role, rank, num_ranks)
+        self._version = 0
+
+    # --- pretraining and supervised fine-tuning -------------------------------------------------------------
+
+    def train_lm(self, step: int, *, batch_size: int, micro_batch_size: int, seed: int) -> dict[str, float]:
+        """One optimizer step on packed rows; which rows depends on (seed, step) alone."""
+        rows = prompt_rows(len(self._data.train), batch_size, seed=seed, step=step)
+        targets = self._data.train.num_targets(rows)
+        own = rows[self.rank :: self.num_ranks]
+        micro_batches = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+
+        def loss(model: Any, batch: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            packed = self._data.train.select(batch, self._runtime.device)
+            result = model(
+                packed.tokens,
+                position_ids=packed.position_ids,
+                segment_ids=packed.segment_ids,
+                target_mask=packed.target_mask,
+            )
+            return lm_loss(result.logprobs, packed.target_mask, denominator=targets / self.num_ranks)
+
+        return {**self.engine.step(micro_batches, loss), "tokens": float(self._data.train.num_tokens(rows))}
+
+    def evaluate_lm(self, *, micro_batch_size: int) -> float:
+        """Mean next-token loss over the held-out rows, nats."""
+        held_out = self._data.held_out
+        total, count = torch.zeros(()), 0
+        for start in range(0, len(held_out), micro_batch_size):
+            packed = held_out.select(list(range(start, min(start + micro_batch_size, len(held_out)))), self._runtime.device)
+            result = self._forward(
+                packed.tokens,
+                position_ids=packed.position_ids,
+                segment_ids=packed.segment_ids,
+                target_mask=packed.target_mask,
+            )
+            total -= result.logprobs.sum().cpu()
+            count += int(packed.target_mask.sum())
+        return (total / max(1, count)).item()
+
+    # --- PPO ------------------------------------------------------------------------------------------------
+
+    def export_weights(self) -> list[Any]:
+        """Object references of the current weights' buckets, from rank 0; empty from the others."""
+        self._version += 1
+        weights = self.engine.weights()
+        if self.rank > 0:
+            for _ in weights:
+                pass
+            return []
+        return [ray.put(bucket) for bucket in fill_buckets(weights, version=self._version)]
+
+    @property
+    def version(self) -> int:
+        """How many times this policy has been exported."""
+        return self._version
+
+    def build_experience(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> tuple[Any, ...]:
+        """Rewards, KL, advantages and returns of this rank's chunks, with moments over all ranks.
+
+        Args:
+            inputs: rollouts of each chunk, then values (B, T), reference log-probs (B, T), helpfulness scores (B,)
+                and safety scores (B,) of each: 5 x num_chunks.
+        Returns:
+            (metrics, experience_1, ..., experience_num_chunks); metrics are over the whole batch.
+        Raises:
+            NonFiniteError: a reward or advantage is NaN or infinite.
+        """
+        rollouts, values = inputs[:num_chunks], inputs[num_chunks : 2 * num_chunks]
+        drafts = self._drafts(num_chunks, rule, rollouts, *inputs[2 * num_chunks :])
+        moments = self._global_moments([(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts])
+        experiences, sums = [], []
+        for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
+            experience, metrics = _advantages(chunk, draft, value, moments, rule)
+            experiences.append(experience)
+            sums.append(metrics)
+        if rule.whiten_advantages:
+            moments = self._global_moments([(e.advantages, e.response_mask) for e in experiences])
+            experiences = [
+                replace(e, advantages=masked_whiten(e.advantages, e.response_mask, moments=moments))
+                for e in experiences
+            ]
+        for experience in experiences:
+            if not torch.isfinite(experience.advantages).all():
+                raise NonFiniteError("an advantage is not finite")
+        return self._batch_metrics(sums), *experiences
+
+    def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
+        """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
+        drafts = self._drafts(num_chunks, rule, inputs[:num_chunks], *inputs[num_chunks:])
+        return self._batch_metrics([_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)])
+
+    def _drafts(self, num_chunks: int, rule: ExperienceRule, rollouts: Sequence[Rollouts], *scores: Tensor) -> list["_Draft"]:
+        ref_logprobs, helpfulness, safety = (scores[i * num_chunks : (i + 1) * num_chunks] for i in range(3))
+        drafts = []
+        for i, chunk in enumerate(rollouts):
+            logprobs = self._response_logprobs(
+                chunk, temperature=rule.temperature, micro_batch_tokens=rule.micro_batch_tokens
+            )
+            drafts.append(_draft(chunk, logprobs, ref_logprobs[i], helpfulness[i], safety[i], rule))
+        return drafts
+
+    def train_policy(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
+        """PPO's optimizer steps over one batch: every rank sees all chunks and takes its rows of each minibatch."""
+
+        def loss(model: Any, batch: Experience, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+            tokens = batch.tokens.to(self._runtime.device)
+            mask = batch.response_mask.to(self._runtime.device)
+            result = model(tokens, target_mask=mask, temperature=rule.temperature, with_entropy=True)
+            value, metrics = policy_loss(
+                result.logprobs,
+                batch.logprobs.to(tokens.device),
+                batch.advantages.to(tokens.device),
+                mask,
+                clip_ratio=rule.clip_ratio,
+                denominator=denominator,
+                weights=batch.weights.to(tokens.device),
+            )
+            return value, {**metrics, "entropy": (result.entropy.detach() * mask).sum() / denominator}
+
+        return ppo_update(self.engine, step, rule, experiences, loss, rank=self.rank)
+
+    def _global_moments(self, parts: list[tuple[Tensor, Tensor]]) -> Moments:
+        own = merge_moments([masked_moments(values, mask) for values, mask in parts])
+        table = torch.zeros(self.num_ranks, 3, dtype=torch.float64)
+        table[self.rank] = torch.tensor([float(x) for x in own], dtype=torch.float64)
+        return merge_moments([Moments(*row) for row in self._all_sum(table)])
+
+    def _batch_metrics(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the batch of all ranks: sums over a named count ("answers" or "tokens")."""
+        names = sorted(sums[0])
+        total = self._all_sum(torch.stack([sum((s[n] for s in sums), torch.zeros(())) for n in names]).double())
+        by_name = dict(zip(names, total.tolist(), strict=True))
+        answers, tokens = by_name.pop("answers"), by_name.pop("tokens")
+        metrics = {
+            name: value / max(1.0, tokens if name.endswith("_per_token") else answers) for name, value in by_name.items()
+        }
+        return {**_with_explained_variance(metrics), "response_tokens": tokens / max(1.0, answers), "tokens": tokens}
+
+
+def _with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
+    """Replaces the moments of returns and value errors by 1 - var(return - value) / var(return)."""
+    if "return_square_per_token" not in metrics:
+        return metrics
+    kept = {n: v for n, v in metrics.items() if not n.startswith(("return_square", "value_error"))}
+    variance = metrics["return_square_per_token"] - metrics["return_per_token"] ** 2
+    error = metrics["value_error_square_per_token"] - metrics["value_error_per_token"] ** 2
+    return {**kept, "value_explained_variance": 1 - error / variance if variance > 0 else float("nan")}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    logprobs: Tensor  # (B, T)
+    kl: Tensor  # (B, T) the estimate that the reward pays for
+    log_ratio: Tensor  # (B, T) policy - reference
+    helpfulness: Tensor  # (B,)
+    safety: Tensor  # (B,)
+    gated: Tensor  # (B,) bool, the safety model rules
+    scores: Tensor  # (B,) the gate's choice, raw
+
+
+def _draft(
+    rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor, helpfulness: Tensor, safety: Tensor, rule: ExperienceRule
+) -> _Draft:
+    return _Draft(
+        logprobs=logprobs,
+        kl=kl_estimate(logprobs, ref_logprobs, estimator=rule.kl_estimator) * rollouts.response_mask,
+        log_ratio=(logprobs - ref_logprobs) * rollouts.response_mask,
+        helpfulness=helpfulness,
+        safety=safety,
+        gated=rollouts.is_safety | (safety < rule.safety_threshold_raw),
+        scores=combine_rewards(helpfulness, safety, rollouts.is_safety, threshold=rule.safety_threshold_raw),
+    )
+
+
+def _advantages(
+    rollouts: Rollouts, draft: _Draft, values: Tensor, moments: Moments, rule: ExperienceRule
+) -> tuple[Experience, dict[str, Tensor]]:
+    """One chunk's experience and the sums its metrics are made of."""
+    mask = rollouts.response_mask
+    whitened = masked_whiten(draft.scores, torch.ones_like(draft.scores, dtype=torch.bool), moments=moments)
+    if rule.truncated == "penalty":
+        whitened = torch.where(rollouts.finished, whitened, whitened - rule.truncation_penalty)
+    rewards = token_rewards(whitened, draft.kl, mask, kl_coef=rule.kl_coef)
+    bootstrap = None
+    if rule.truncated == "bootstrap":
+        # The state after a cut-off answer has no value estimate of its own: the last token's state stands in.
+        last = values.gather(1, (rollouts.lengths - 1).unsqueeze(1)).squeeze(1)
+        bootstrap = torch.where(rollouts.finished, torch.zeros_like(last), last)
+    advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
+    weights = torch.ones_like(values)
+    if rule.importance_cap is not None:
+        weights = importance_weights(draft.logprobs, rollouts.rollout_logprobs, cap=rule.importance_cap)
+    experience = Experience(
+        tokens=rollouts.tokens,
+        response_mask=mask,
+        logprobs=draft.logprobs,
+        values=values,
+        advantages=advantages,
+        returns=returns,
+        weights=weights,
+        lengths=rollouts.lengths,
+        policy_version=rollouts.policy_version,
+    )
+    error = (returns - values) * mask
+    return experience, {
+        **_sums(rollouts, draft),
+        "reward_whitened": whitened.sum(),
+        "advantage_abs_per_token": advantages.abs().sum(),
+        "return_per_token": returns.sum(),
+        "return_square_per_token": returns.square().sum(),
+        "value_error_per_token": error.sum(),
+        "value_error_square_per_token": error.square().sum(),
+    }
+
+
+def _sums(rollouts: Rollouts, draft: _Draft) -> dict[str, Tensor]:
+    """Sums over one chunk; those named _per_token are to be divided by its tokens, the others by its answers."""
+    mask = rollouts.response_mask
+    nothing = torch.zeros_like(draft.log_ratio)
+    k3 = kl_estimate(draft.log_ratio, nothing, estimator="k3") * mask
+    return {
+        "answers": torch.tensor(float(len(mask))),
+        "tokens": mask.sum().float(),
+        "reward_helpfulness": draft.helpfulness.sum(),
+        "reward_safety": draft.safety.sum(),
+        "reward_combined": draft.scores.sum(),
+        "reward_gated": draft.gated.sum().float(),
+        "kl_per_sequence": draft.log_ratio.sum(),
+        "kl_k1_per_token": draft.log_ratio.sum(),
+        "kl_k3_per_token": k3.sum(),
+        "truncated": (~rollouts.finished).sum().float(),
+        "logprob_gap_per_token": ((draft.logprobs - rollouts.rollout_logprobs).abs() * mask).sum(),
+    }

@@ -1,0 +1,69 @@
+"""A reward model: ranking loss with a margin while it is trained, scores once it is frozen."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.heads import last_token_scores
+from rlhf_ray.algo.ranking import ranking_loss, safety_loss
+from rlhf_ray.data.batching import plan_micro_batches
+from rlhf_ray.workers.trainer import TrainerWorker
+
+
+class RewardWorker(TrainerWorker):
+    """One data-parallel rank of the helpfulness or the safety reward model."""
+
+    def train_reward(
+        self, step: int, *, batch_size: int, micro_batch_tokens: int, safety_loss_coef: float
+    ) -> dict[str, float]:
+        """One optimizer step on pairs; chosen and rejected answers go through one forward (§3.2.2)."""
+        pairs = self._data.train
+        rows = self._data.order[step * batch_size : (step + 1) * batch_size]
+        # A pair is two rows of the length of its longer one.
+        lengths = [2 * pairs.length(row) for row in rows]
+        plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)
+        denominator = len(rows) / self.num_ranks
+        labelled = sum(pairs.is_labelled(row) for row in rows) / self.num_ranks
+
+        def loss(model: Any, picked: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            batch = pairs.select([rows[i] for i in picked], self._runtime.device)
+            chosen, rejected = self._pair_scores(model, batch)
+            value, metrics = ranking_loss(
+                chosen[batch.mask], rejected[batch.mask], batch.margin[batch.mask], denominator=denominator
+            )
+            value = value + 0.0 * chosen.sum()  # keeps an empty micro-batch in the collectives
+            if safety_loss_coef > 0 and labelled > 0:
+                auxiliary, more = safety_loss(
+                    chosen, rejected, batch.chosen_safe, batch.rejected_safe, batch.labelled, denominator=labelled
+                )
+                value, metrics = value + safety_loss_coef * auxiliary, {**metrics, **more}
+            return value, metrics
+
+        return self.engine.step(plan[self.rank], loss)
+
+    def evaluate_reward(self, *, micro_batch_tokens: int) -> dict[str, float]:
+        """Accuracy on held-out comparisons: overall, by guideline and by strength; ties count half."""
+        pairs = self._data.held_out
+        right: dict[str, list[float]] = {}
+        lengths = [2 * pairs.length(row) for row in range(len(pairs))]
+        # Every rank goes through all of them: they are few, and a sharded model's ranks must stay together.
+        [plan] = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=1)
+        for rows in plan:
+            batch = pairs.select(rows, self._runtime.device)
+            with torch.no_grad():
+                chosen, rejected = self._pair_scores(self.engine.module, batch)
+            hits = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            for row, hit in zip(rows, hits.tolist(), strict=True):
+                for group in pairs.groups(row):
+                    right.setdefault(group, []).append(hit)
+        return {
+            **{f"accuracy/{group}": sum(hits) / len(hits) for group, hits in sorted(right.items())},
+            **{f"count/{group}": float(len(hits)) for group, hits in sorted(right.items())},
+        }
+
+    @staticmethod
+    def _pair_scores(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        scores = last_token_scores(model(batch.tokens), batch.lengths).float()
+        chosen, rejected = scores.chunk(2)
+        return chosen, rejected

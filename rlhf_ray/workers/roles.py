@@ -1,0 +1,122 @@
+"""The run's roles: each a group of ranks, started when a stage first needs it and alive until the run ends."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.worker_group import Worker, WorkerGroup, collect, peak_gib
+from rlhf_ray.config import Config, RolloutRole, TrainRole
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.scorer import Runtime, ScorerWorker
+from rlhf_ray.workers.value import ValueWorker
+
+WORKER_CLASSES: dict[str, type[Worker]] = {
+    "policy": PolicyWorker,
+    "value": ValueWorker,
+    "helpfulness": RewardWorker,
+    "safety": RewardWorker,
+    "reference": ScorerWorker,
+    "rollout": RolloutWorker,
+}
+
+
+class Roles:
+    """Launches worker groups and shares this machine's cores between those that work at the same time."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._groups: dict[str, WorkerGroup] = {}
+        self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
+        self.runtime = Runtime(precision=config.run.precision, device=resolve_device(config.run.device))
+
+    def __getitem__(self, role: str) -> WorkerGroup:
+        """The role's group, started at first use."""
+        return self.start(role)[0]
+
+    def start(self, *roles: str) -> list[WorkerGroup]:
+        """Starts the roles that are not yet up, side by side: most of a start is imports."""
+        missing = [role for role in roles if role not in self._groups]
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as pool:
+                self._groups.update(zip(missing, pool.map(self._launch, missing), strict=True))
+        return [self._groups[role] for role in roles]
+
+    def work_together(self, *roles: str) -> None:
+        """Divides the cores between roles whose ranks are about to compute at the same time.
+
+        On CPU more runnable compute threads than cores are several times slower than too few, because threads spin
+        at every barrier.
+        """
+        groups = self.start(*roles)
+        threads = max(1, self.cores // sum(group.num_ranks for group in groups))
+        for group in groups:
+            group.call(_set_threads(group.role), threads)
+
+    @property
+    def timeout_s(self) -> float:
+        """Deadline of a call, seconds."""
+        return self._config.cluster.call_timeout_s
+
+    def memory(self) -> dict[str, float]:
+        """Peak memory of each role's largest rank so far, GiB, and of this driver."""
+        calls = {role: group.submit(Worker.peak_memory_gib) for role, group in self._groups.items()}
+        peaks = {role: max(collect(ranks, timeout_s=self.timeout_s)) for role, ranks in calls.items()}
+        return {**{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()}, "memory/driver_peak_gib": peak_gib()}
+
+    def stop(self) -> None:
+        """Ends all roles."""
+        for group in self._groups.values():
+            group.stop()
+        self._groups.clear()
+
+    def _launch(self, role: str) -> WorkerGroup:
+        settings: Any = getattr(self._config.roles, role)
+        on_gpu = self.runtime.device == "cuda"
+        if isinstance(settings, RolloutRole):
+            num_ranks, gpus = settings.num_engines, float(settings.tensor_parallel_size)
+        else:
+            num_ranks, gpus = settings.num_ranks, settings.gpus_per_rank
+        resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
+        return WorkerGroup.launch(
+            WORKER_CLASSES[role],
+            role=role,
+            num_ranks=num_ranks,
+            resources=resources,
+            env=worker_environment(threads=max(1, self.cores // num_ranks), on_gpu=on_gpu),
+            start_timeout_s=self._config.cluster.start_timeout_s,
+            call_timeout_s=self._config.cluster.call_timeout_s,
+        )
+
+    def train_role(self, role: str) -> TrainRole:
+        """The settings of a trained role."""
+        settings = getattr(self._config.roles, role)
+        assert isinstance(settings, TrainRole)
+        return settings
+
+
+def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:
+    """Environment of a rank, set before its process imports torch."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: roles on one machine take turns on its cores
+        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are limited here, not pinned to cores
+    }
+
+
+def resolve_device(device: str) -> str:
+    """"cpu" or "cuda" for a configured device."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _set_threads(role: str) -> Any:
+    return RolloutWorker.set_threads if role == "rollout" else ScorerWorker.set_threads

@@ -1,0 +1,174 @@
+"""Rollouts by vLLM: prompts in by number, answers out as records, weights in through the channel."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from cluster.worker_group import Worker
+from model.checkpoint import iterate_tensors
+from model.checkpoint_files import read_config
+from rlhf_ray.backends.vllm import Completion, Engine
+from rlhf_ray.backends.weights import read_buckets
+from rlhf_ray.data.chat import encode_prompt, load_tokenizer
+from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.records import Rollouts, WeightBucket
+
+_SCRAMBLE_STD = 0.1
+
+
+class RolloutWorker(Worker):
+    """One vLLM engine with its tokenizer and prompts."""
+
+    def __init__(self, role: str, rank: int, num_ranks: int):
+        super().__init__(role, rank, num_ranks)
+        self._engine: Engine | None = None
+        self._prompts: dict[str, PromptSet] = {}
+        self._version = 0
+
+    def set_threads(self, threads: int) -> None:
+        """Compute threads of the engine from now on."""
+        torch.set_num_threads(threads)
+
+    def start(self, checkpoint: str, **engine_options: Any) -> None:
+        """Starts the engine on a checkpoint and takes it through a first generation, which compiles."""
+        if self._engine is not None:
+            self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
+            return
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._max_seq_len = read_config(checkpoint).max_seq_len
+        self._engine = Engine(checkpoint, max_seq_len=self._max_seq_len, **engine_options)
+        stop = self._stop_token
+        self._engine.generate([[stop]], seeds=[0], temperature=1.0, max_new_tokens=2, stop_token_id=stop)
+
+    def open_prompts(self, name: str, path: str, *, max_new_tokens: int) -> int:
+        """Reads and tokenises a prompts table under a name; returns how many.
+
+        Raises:
+            UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
+        """
+        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens)
+        return len(self._prompts[name].tokens)
+
+    def generate(
+        self, prompts: str, rows: Sequence[int], *, seeds: Sequence[int], temperature: float, max_new_tokens: int
+    ) -> tuple[dict[str, float], Rollouts]:
+        """Samples one answer to each prompt of the named set; returns (counts, rollouts)."""
+        prompt_set = self._prompts[prompts]
+        prompt_tokens = [prompt_set.tokens[row] for row in rows]
+        completions = self.engine.generate(
+            prompt_tokens,
+            seeds=seeds,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            stop_token_id=self._stop_token,
+        )
+        rollouts = to_rollouts(
+            prompt_tokens, completions, [prompt_set.is_safety[row] for row in rows], policy_version=self._version
+        )
+        return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
+
+    def decode(self, rollouts: Rollouts) -> list[tuple[str, bool]]:
+        """(answer text, finished) of each row."""
+        answers = []
+        for tokens, mask, finished in zip(
+            rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist(), strict=True
+        ):
+            text = self._tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)
+            answers.append((text.strip(), finished))
+        return answers
+
+    def chat(self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int) -> str:
+        """One answer to a dialogue."""
+        [completion] = self.engine.generate(
+            [encode_prompt(self._tokenizer, messages)],
+            seeds=[seed],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            stop_token_id=self._stop_token,
+        )
+        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
+
+    def load_weights(self, buckets: list[Any]) -> int:
+        """Takes a version of the weights from the channel; returns its number."""
+        self.engine.load_weights(read_buckets(self._fetch(buckets)))
+        return self._version
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
+        self.engine.load_weights(iterate_tensors(checkpoint))
+
+    def probe(self, prompts: str, rows: Sequence[int]) -> tuple[None, Rollouts]:
+        """The prompts themselves as rollouts whose every token counts, to hold log-probs against the trainer's."""
+        prompt_set = self._prompts[prompts]
+        completions = [Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows]
+        firsts = [prompt_set.tokens[row][:1] for row in rows]
+        return None, to_rollouts(firsts, completions, [False] * len(rows), policy_version=self._version)
+
+    def check_weights(self, buckets: list[Any], probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
+        """Scrambles the engine's weights, syncs, and compares its log-probs on the probe with the trainer's.
+
+        Returns:
+            mean |difference| in nats after scrambling ("scrambled_gap": large, or the channel does nothing) and
+            after the sync ("synced_gap", with "synced_gap_max": small).
+        """
+        generator = torch.Generator().manual_seed(0)
+        noisy = (
+            (name, tensor + _SCRAMBLE_STD * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+            for name, tensor in read_buckets(self._fetch(buckets))
+        )
+        self.engine.load_weights(noisy)
+        scrambled = self._probe_gap(probe, logprobs)
+        self.load_weights(buckets)
+        synced = self._probe_gap(probe, logprobs)
+        return {
+            "scrambled_gap": scrambled.mean().item(),
+            "synced_gap": synced.mean().item(),
+            "synced_gap_max": synced.max().item(),
+        }
+
+    def _probe_gap(self, probe: Rollouts, logprobs: Tensor) -> Tensor:
+        sequences = [row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)]
+        own = torch.tensor([value for row in self.engine.prompt_logprobs(sequences) for value in row])
+        return (own - logprobs[probe.response_mask]).abs()
+
+    def _fetch(self, buckets: list[Any]) -> Iterator[WeightBucket]:
+        for ref in buckets:
+            bucket: WeightBucket = ray.get(ref, timeout=600)
+            self._version = bucket.version
+            yield bucket
+
+    @property
+    def engine(self) -> Engine:
+        """The vLLM engine."""
+        assert self._engine is not None, f"{self.role}: start comes first"
+        return self._engine
+
+    @property
+    def _stop_token(self) -> int:
+        return int(self._tokenizer.eos_token_id)
+
+
+def to_rollouts(
+    prompts: Sequence[list[int]], completions: Sequence[Completion], is_safety: Sequence[bool], *, policy_version: int
+) -> Rollouts:
+    """Prompts and sampled answers as one right-padded record."""
+    rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    logprobs = torch.zeros(len(rows), longest)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens[i, : len(rows[i])] = torch.tensor(rows[i])
+        mask[i, len(prompt) : len(rows[i])] = True
+        logprobs[i, len(prompt) : len(rows[i])] = torch.tensor(completion.logprobs)
+    return Rollouts(
+        tokens=tokens,
+        response_mask=mask,
+        rollout_logprobs=logprobs,
+        finished=torch.tensor([completion.finished for completion in completions]),
+        is_safety=torch.tensor(list(is_safety)),
+        policy_version=policy_version,
+    )

@@ -1,0 +1,118 @@
+"""A frozen model: the reference policy's log-probs, or a reward model's score of each answer."""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.worker_group import Worker
+from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.heads import last_token_scores
+from model.llama import Head
+from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.data.batching import plan_micro_batches
+from rlhf_ray.records import Rollouts
+
+logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a worker computes."""
+
+    precision: str
+    """"bf16" or "fp32"."""
+    device: str
+    """"cpu" or "cuda"."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+class ScorerWorker(Worker):
+    """One replica of a frozen model; also the base of the trained roles, which score in the same way."""
+
+    def __init__(self, role: str, rank: int, num_ranks: int):
+        super().__init__(role, rank, num_ranks)
+        self._model: nn.Module | None = None
+        self._config: ModelConfig | None = None
+        self._runtime = Runtime(precision="fp32", device="cpu")
+
+    def set_threads(self, threads: int) -> None:
+        """Compute threads of this rank from now on; more runnable ones than cores spin against each other."""
+        torch.set_num_threads(threads)
+
+    def load_frozen(self, checkpoint: str, *, head: Head, runtime: Runtime) -> None:
+        """Takes a checkpoint for scoring, in place of whatever the rank held."""
+        self.unload()
+        self._runtime = runtime
+        model = load_model(checkpoint, head=head, dtype=runtime.dtype, device=runtime.device)
+        self._config, self._model = model.config, model.eval().requires_grad_(False)
+
+    def unload(self) -> None:
+        """Frees the model."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def peak_memory_gib(self) -> float:
+        """Highest memory so far, GiB: allocated on the GPU, or resident in this process."""
+        if self._runtime.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return super().peak_memory_gib()
+
+    def logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> tuple[None, Tensor]:
+        """(B, T) float32 log-probs of the response tokens at `temperature`, zero elsewhere."""
+        return None, self._response_logprobs(rollouts, temperature=temperature, micro_batch_tokens=micro_batch_tokens)
+
+    def score(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[dict[str, float], Tensor]:
+        """(B,) float32 raw scores, read at the last token of each answer, cut-off answers included.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite.
+        """
+        scores = torch.zeros(rollouts.tokens.shape[0])
+        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
+            lengths = rollouts.lengths[rows].to(tokens.device)
+            scores[rows] = last_token_scores(self._forward(tokens), lengths).float().cpu()
+        if not torch.isfinite(scores).all():
+            raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
+        return {"mean": scores.mean().item()}, scores
+
+    def _response_logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> Tensor:
+        out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
+        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
+            mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
+            result = self._forward(tokens, target_mask=mask, temperature=temperature)
+            out[rows, : tokens.shape[1]] = result.logprobs.cpu()
+        return out
+
+    def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
+        [plan] = plan_micro_batches(rollouts.lengths.tolist(), token_budget=micro_batch_tokens, num_ranks=1)
+        for rows in self._in_step(plan):
+            if rows:
+                longest = int(rollouts.lengths[rows].max())
+                yield rows, rollouts.tokens[rows][:, :longest].to(self._runtime.device)
+            else:
+                self._forward_nothing()
+
+    def _in_step(self, plan: list[list[int]]) -> Sequence[list[int]]:
+        """The plan this rank must go through; a sharded model's ranks all pass as many micro-batches."""
+        return plan
+
+    def _forward_nothing(self) -> None:
+        raise AssertionError("a frozen replica has no empty micro-batches")
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor, **kwargs: object) -> Any:
+        assert self._model is not None, f"{self.role}: no model is loaded"
+        return self._model(tokens, **kwargs)

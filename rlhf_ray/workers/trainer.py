@@ -1,0 +1,117 @@
+"""A model being trained: the machinery that policy, value and reward workers share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.checkpoint import load_model, save_checkpoint
+from model.config import ModelConfig
+from model.llama import Head, Llama
+from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
+from rlhf_ray.workers.scorer import Runtime, ScorerWorker
+
+
+class TrainerWorker(ScorerWorker):
+    """One data-parallel rank of a role that DeepSpeed trains."""
+
+    def __init__(self, role: str, rank: int, num_ranks: int):
+        super().__init__(role, rank, num_ranks)
+        self._engine: TrainEngine | None = None
+        self._data: Any = None
+
+    def unload(self) -> None:
+        """Frees model, optimizer and data."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+        self._data = None
+        super().unload()
+
+    def build(
+        self, source: str | ModelConfig, *, head: Head, seed: int, runtime: Runtime, fresh_head: bool = False
+    ) -> None:
+        """Takes a model to be trained: a checkpoint, or a config whose weights are drawn from `seed`.
+
+        Args:
+            fresh_head: put a new scalar head on the checkpoint's body, drawn from `seed`.
+        """
+        self.unload()
+        self._runtime = runtime
+        if isinstance(source, ModelConfig):
+            model = Llama(source, head=head)
+            model.init_weights(seed=seed)
+        else:
+            model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
+        self._config, self._model = model.config, model.to(runtime.device)
+
+    def zero_head(self) -> None:
+        """Sets the scalar head to zero, before training begins."""
+        assert isinstance(self._model, Llama) and self._engine is None, "zero_head comes between build and begin"
+        torch.nn.init.zeros_(self._model.score.weight)
+
+    def begin_training(
+        self,
+        *,
+        optim: Any,
+        num_steps: int,
+        zero_stage: int,
+        activation_checkpointing: bool = False,
+        state: str | None = None,
+    ) -> None:
+        """Puts the built model under DeepSpeed; `state` is a directory of `save_state` to go on from."""
+        assert isinstance(self._model, Llama), f"{self.role}: build comes before begin_training"
+        init_distributed(torch.device(self._runtime.device))
+        self._model.model.activation_checkpointing = activation_checkpointing
+        self._engine = TrainEngine(
+            self._model, optim=optim, num_steps=num_steps, zero_stage=zero_stage, precision=self._runtime.precision
+        )
+        self._model = self._engine.module
+        if state is not None:
+            self._engine.load_state(Path(state))
+
+    def open_data(self, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
+        """Builds this rank's copy of the training data; `builder` returns an object with `sizes()`."""
+        self._data = builder(*args, **kwargs)
+        sizes: dict[str, int] = self._data.sizes()
+        return sizes
+
+    def save_state(self, directory: str) -> None:
+        """Writes what `begin_training(state=...)` resumes from."""
+        self.engine.save_state(Path(directory))
+
+    def save_model(self, directory: str, *, num_labels: int | None = None) -> None:
+        """Writes a Hugging Face checkpoint; rank 0 writes, the others help to gather."""
+        assert self._config is not None
+        if self.rank == 0:
+            save_checkpoint(directory, self._config, self.engine.weights(), num_labels=num_labels)
+        else:
+            for _ in self.engine.weights():
+                pass
+
+    @property
+    def engine(self) -> TrainEngine:
+        """The DeepSpeed engine."""
+        assert self._engine is not None, f"{self.role}: begin_training comes first"
+        return self._engine
+
+    def _in_step(self, plan: list[list[int]]) -> Sequence[list[int]]:
+        if self._engine is None or self._engine.zero_stage < 3 or self.num_ranks == 1:
+            return plan
+        longest = torch.tensor(len(plan), device=self._runtime.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        return plan + [[]] * (int(longest) - len(plan))
+
+    def _forward_nothing(self) -> None:
+        self._forward(torch.zeros(1, 2, dtype=torch.int64, device=self._runtime.device))
+
+    def _all_sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.num_ranks > 1:
+            init_distributed(torch.device(self._runtime.device))
+            values = values.to(self._runtime.device)
+            dist.all_reduce(values)
+        return values.cpu()

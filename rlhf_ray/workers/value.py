@@ -1,0 +1,39 @@
+"""The value model: V(state before each response token), and its update in PPO."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.heads import state_values
+from rlhf_ray.algo.losses import value_loss
+from rlhf_ray.records import Experience, Rollouts
+from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
+from rlhf_ray.workers.trainer import TrainerWorker
+
+
+class ValueWorker(TrainerWorker):
+    """One data-parallel rank of the value model."""
+
+    def values(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[None, Tensor]:
+        """(B, T) float32 values of the states before each response token, zero elsewhere."""
+        out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
+        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
+            out[rows, : tokens.shape[1]] = state_values(self._forward(tokens)).float().cpu()
+        return None, out * rollouts.response_mask
+
+    def train_value(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
+        """The value model's optimizer steps over one batch, on the minibatches the policy has."""
+
+        def loss(model: Any, batch: Experience, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+            device = self._runtime.device
+            return value_loss(
+                state_values(model(batch.tokens.to(device))).float(),
+                batch.values.to(device),
+                batch.returns.to(device),
+                batch.response_mask.to(device),
+                clip_value=rule.clip_value,
+                denominator=denominator,
+            )
+
+        return ppo_update(self.engine, step, rule, experiences, loss, rank=self.rank)
