@@ -41,7 +41,9 @@ def reserve(
     while not group.wait(timeout_seconds=min(_LOG_EVERY_S, timeout_s)):
         waited = time.monotonic() - start
         free = ray.available_resources()
-        state = f"needs {needed}, free now {({k: free.get(k, 0.0) for k in needed})}, nodes {len(ray.nodes())}"
+        state = (
+            f"needs {needed}, free now { ({k: free.get(k, 0.0) for k in needed}) }, nodes {len(ray.nodes())}"
+        )
         if waited >= timeout_s:
             remove_placement_group(group)
             raise PlacementError(f"{role}: no place for {len(bundles)} ranks after {waited:.0f} s: {state}")

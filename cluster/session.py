@@ -27,7 +27,11 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     if address is None:
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
         )
     else:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")

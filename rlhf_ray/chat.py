@@ -22,7 +22,9 @@ def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_to
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        answer = worker.chat(messages, seed=len(messages), temperature=temperature, max_new_tokens=max_new_tokens)
+        answer = worker.chat(
+            messages, seed=len(messages), temperature=temperature, max_new_tokens=max_new_tokens
+        )
         print(f"model> {answer}")
         messages.append({"role": "assistant", "content": answer})
 

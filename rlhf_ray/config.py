@@ -373,7 +373,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = tomllib.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+        raise UserError(
+            f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
     for override in overrides or []:

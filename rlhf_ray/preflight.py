@@ -65,7 +65,13 @@ def check_batches(config: Config, wanted: Sequence[str]) -> None:
     """Batches divide into minibatches, chunks and ranks."""
     ppo, roles = config.ppo, config.roles
     rules = [
-        ("pretrain", "pretrain.batch_size", config.pretrain.batch_size, "roles.policy.num_ranks", roles.policy.num_ranks),
+        (
+            "pretrain",
+            "pretrain.batch_size",
+            config.pretrain.batch_size,
+            "roles.policy.num_ranks",
+            roles.policy.num_ranks,
+        ),
         ("sft", "sft.batch_size", config.sft.batch_size, "roles.policy.num_ranks", roles.policy.num_ranks),
         ("ppo", "ppo.batch_size", ppo.batch_size, "ppo.minibatch_size", ppo.minibatch_size),
         ("ppo", "ppo.batch_size", ppo.batch_size, "ppo.num_chunks", ppo.num_chunks),
@@ -85,7 +91,9 @@ def check_batches(config: Config, wanted: Sequence[str]) -> None:
 def check_model(config: Config, wanted: Sequence[str]) -> None:
     """The preset exists, and the vocabulary has room."""
     if "pretrain" in wanted and config.inputs.base is None and config.model.preset not in PRESETS:
-        raise UserError(f"model.preset={config.model.preset!r} is not known; choose from {', '.join(PRESETS)}")
+        raise UserError(
+            f"model.preset={config.model.preset!r} is not known; choose from {', '.join(PRESETS)}"
+        )
 
 
 def check_lengths(config: Config, wanted: Sequence[str]) -> None:
@@ -103,14 +111,18 @@ def check_lengths(config: Config, wanted: Sequence[str]) -> None:
     ]
     for stage, field, needed in rules:
         if stage in wanted and needed > context:
-            raise UserError(f"{field} needs {needed} tokens, the model's context holds {context}; lower {field}")
+            raise UserError(
+                f"{field} needs {needed} tokens, the model's context holds {context}; lower {field}"
+            )
 
 
 def model_context(config: Config) -> int | None:
     """Context length of the run's model, where it is known before the run."""
     checkpoint = config.inputs.chat or config.inputs.base
     if checkpoint is not None:
-        return checkpoint_config("inputs.chat" if config.inputs.chat else "inputs.base", checkpoint).max_seq_len
+        return checkpoint_config(
+            "inputs.chat" if config.inputs.chat else "inputs.base", checkpoint
+        ).max_seq_len
     preset = PRESETS.get(config.model.preset)
     return config.model.max_seq_len or (preset.max_seq_len if preset else None)
 
@@ -145,7 +157,9 @@ def check_files(config: Config) -> None:
             table = read_table(path, SCHEMAS[kind])  # type: ignore[index]
             problems = check_rows(kind, table)  # type: ignore[arg-type]
             if problems:
-                raise UserError(f"data.{name}: {path} {problems[0]} ({len(problems)} broken rows; `rlhf-ray data check {kind} {path}` lists them)")
+                raise UserError(
+                    f"data.{name}: {path} {problems[0]} ({len(problems)} broken rows; `rlhf-ray data check {kind} {path}` lists them)"
+                )
             if name == "comparisons" and config.reward.margin != "none" and table["strength"].null_count:
                 row = table["strength"].to_pylist().index(None)
                 raise UserError(
@@ -157,7 +171,10 @@ def check_files(config: Config) -> None:
 
 def check_prompt_lengths(config: Config) -> None:
     """Prompts fit the context beside an answer, where tokenizer, model and prompts are all given."""
-    context, tokenizer = model_context(config), config.inputs.tokenizer or config.inputs.chat or config.inputs.base
+    context, tokenizer = (
+        model_context(config),
+        config.inputs.tokenizer or config.inputs.chat or config.inputs.base,
+    )
     limits = {
         "prompts_train": config.ppo.max_new_tokens,
         "prompts_early_stop": config.ppo.max_new_tokens,
@@ -199,7 +216,9 @@ def check_chat_checkpoint(path: Path) -> None:
     """A checkpoint to talk to is whole and has its tokenizer."""
     checkpoint_config("CHECKPOINT", str(path))
     if not (path / "tokenizer.json").exists():
-        raise UserError(f"CHECKPOINT {path}: has no tokenizer.json; copy the tokenizer's files beside the weights")
+        raise UserError(
+            f"CHECKPOINT {path}: has no tokenizer.json; copy the tokenizer's files beside the weights"
+        )
 
 
 def _has_nvidia() -> bool:

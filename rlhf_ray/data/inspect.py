@@ -31,7 +31,8 @@ def check_table(kind: str, path: Path) -> None:
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         raise UserError(
-            f"{path}: {len(problems)} broken rows of {table.num_rows}" + (f", {more} not shown" if more > 0 else "")
+            f"{path}: {len(problems)} broken rows of {table.num_rows}"
+            + (f", {more} not shown" if more > 0 else "")
         )
     print(f"{path}: {table.num_rows} {kind}, all well")
 
@@ -45,7 +46,9 @@ def show_table(path: Path, *, rows: int, start: int) -> None:
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); give a table written by rlhf-ray") from error
+        raise UserError(
+            f"{path}: cannot be read as Parquet ({error}); give a table written by rlhf-ray"
+        ) from error
     if start >= table.num_rows:
         raise UserError(f"--start {start}: {path} has {table.num_rows} rows; choose a smaller one")
     console = Console()

@@ -15,7 +15,6 @@ from rlhf_ray.data.schemas import COMPARISONS, read_table
 from rlhf_ray.errors import UserError
 
 
-
 @dataclass(frozen=True)
 class PairBatch:
     """B pairs: 2B right-padded rows of T tokens, the chosen answers first."""
@@ -39,7 +38,15 @@ class PairBatch:
 class Pairs:
     """Encoded comparisons."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, margin: Literal["none", "small", "large"], max_length: int, path: str):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        margin: Literal["none", "small", "large"],
+        max_length: int,
+        path: str,
+    ):
         """Encodes comparison rows.
 
         Raises:
@@ -156,7 +163,9 @@ def reward_pairs(
     order: list[int] = []
     for epoch in range(epochs):
         num = round(len(by_guideline[main]) / (used[main] / sum(used.values())))
-        mix = mixture_rows([len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch)
+        mix = mixture_rows(
+            [len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch
+        )
         names = list(used)
         order += [by_guideline[names[source]][row] for source, row in mix]
     return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))

@@ -31,9 +31,9 @@ ANSWERS = pa.schema(
     ]
 )
 COLUMNS = {
-    "true_helpfulness/ordinary_and_borderline": "true helpfulness",
-    "violation_rate/unsafe": "true violations",
-    "false_refusal_rate/borderline": "false refusals",
+    "true_helpfulness": "true helpfulness",
+    "violation_rate": "true violations",
+    "false_refusal_rate": "false refusals",
     "reward_combined": "mean reward",
     "kl_per_sequence": "KL to SFT",
     "response_tokens": "tokens",
@@ -72,7 +72,9 @@ def evaluate(context: Context) -> Path:
                 }
                 for prompt, (text, finished) in zip(prompts, answers, strict=True)
             ]
-        write_json(work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results})
+        write_json(
+            work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results}
+        )
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
@@ -82,11 +84,17 @@ def load_scorers(context: Context) -> None:
     """Puts the reference and both reward models in place."""
     roles, outputs = context.roles, context.outputs
     roles.work_together("policy", *FROZEN_ROLES)
-    sources = {"reference": ("chat", "lm"), "helpfulness": ("helpfulness", "scalar"), "safety": ("safety", "scalar")}
+    sources = {
+        "reference": ("chat", "lm"),
+        "helpfulness": ("helpfulness", "scalar"),
+        "safety": ("safety", "scalar"),
+    }
     calls = [
         call
         for role, (name, head) in sources.items()
-        for call in roles[role].submit(ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime)
+        for call in roles[role].submit(
+            ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime
+        )
     ]
     collect(calls, timeout_s=roles.timeout_s, step="evaluate")
 
@@ -115,7 +123,9 @@ def evaluate_model(
         )
         for rank, part in enumerate(split(range(len(prompts)), engines.num_ranks))
     ]
-    decoded = [engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in enumerate(rollouts)]
+    decoded = [
+        engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in enumerate(rollouts)
+    ]
     answers = sum(collect(decoded, timeout_s=roles.timeout_s, step="evaluate"), [])
     roles.work_together("policy", *FROZEN_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": section.temperature or 1.0})

@@ -12,7 +12,14 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console
 from rlhf_ray.run_state import RunDir, Step, code_version, fingerprint
 
-SHARED_CODE = ("model", "rlhf_ray.algo", "rlhf_ray.backends", "rlhf_ray.data", "rlhf_ray.workers", "rlhf_ray.records")
+SHARED_CODE = (
+    "model",
+    "rlhf_ray.algo",
+    "rlhf_ray.backends",
+    "rlhf_ray.data",
+    "rlhf_ray.workers",
+    "rlhf_ray.records",
+)
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
@@ -104,7 +111,9 @@ class Context:
             from cluster.session import session
             from rlhf_ray.workers.roles import Roles
 
-            self._stack.enter_context(session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores))
+            self._stack.enter_context(
+                session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores)
+            )
             self._roles = Roles(self.config)
             self._stack.callback(self._roles.stop)
         return self._roles

@@ -40,7 +40,11 @@ def start_engines(context: Context, checkpoint: Path) -> None:
 def open_prompts(context: Context, name: str, *, max_new_tokens: int) -> int:
     """Gives every engine the named prompts table; returns the number of prompts."""
     counts = context.roles["rollout"].call(
-        RolloutWorker.open_prompts, name, str(context.outputs[name]), max_new_tokens=max_new_tokens, step=f"opening {name}"
+        RolloutWorker.open_prompts,
+        name,
+        str(context.outputs[name]),
+        max_new_tokens=max_new_tokens,
+        step=f"opening {name}",
     )
     return int(counts[0])
 
@@ -53,7 +57,9 @@ def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     return buckets
 
 
-def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, precision: str) -> dict[str, float]:
+def verify_weight_channel(
+    roles: Roles, buckets: list[Any], *, prompts: str, precision: str
+) -> dict[str, float]:
     """Scrambles each engine, syncs it, and holds its log-probs against the trainer's.
 
     Raises:
@@ -66,7 +72,9 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
         probe = engine.submit_one(rank, RolloutWorker.probe, prompts, rows, num_data=1)
         # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
         trainer = [
-            policy.submit_one(r, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1)
+            policy.submit_one(
+                r, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
+            )
             for r in range(policy.num_ranks)
         ]
         collect([probe, *trainer], timeout_s=600, step="weight check")

@@ -1,7 +1,6 @@
 """Next-token training, the loop that pretraining and supervised fine-tuning share."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
@@ -42,7 +41,9 @@ def train_language_model(
     with console.status(f"{name}: starting workers, reading data"):
         policy = context.roles["policy"]
         context.roles.work_together("policy")
-        policy.call(TrainerWorker.build, source, head="lm", seed=config.run.seed, runtime=context.roles.runtime)
+        policy.call(
+            TrainerWorker.build, source, head="lm", seed=config.run.seed, runtime=context.roles.runtime
+        )
         sizes = policy.call(TrainerWorker.open_data, builder, *builder_args, step=f"{name} data")[0]
         total = num_steps(sizes)
         settings = context.roles.train_role("policy")
@@ -80,6 +81,8 @@ def train_language_model(
                     context.add_tokenizer(directory)
             if (index + 1) % section.save_every == 0 and index + 1 < total:
                 with step.new_state(index + 1) as directory:
-                    policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")
+                    policy.call(
+                        TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}"
+                    )
     metrics.close()
     return {"steps": total, "sizes": sizes, "held_out_loss": held_out, "tokens_this_time": num_tokens}

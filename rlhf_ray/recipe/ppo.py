@@ -19,7 +19,13 @@ from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines, sync_weights, verify_weight_channel
+from rlhf_ray.recipe.engines import (
+    open_prompts,
+    request_seed,
+    start_engines,
+    sync_weights,
+    verify_weight_channel,
+)
 from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.workers.policy import ExperienceRule, PolicyWorker
 from rlhf_ray.workers.ppo_update import UpdateRule
@@ -81,7 +87,9 @@ def ppo(context: Context) -> Path:
                 f"reward {row['reward/combined']:+.2f}  kl {row['kl/per_sequence']:.2f}  {row['time/step_s']:.1f} s"
             )
             if stopping.looks_since_best >= section.patience:
-                console.print(f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}")
+                console.print(
+                    f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}"
+                )
                 break
             if (index + 1) % section.save_every == 0 and index + 1 < section.num_steps:
                 save_state(roles, step, index + 1, stopping)
@@ -98,7 +106,9 @@ def ppo(context: Context) -> Path:
     )
 
 
-def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int) -> dict[str, float]:
+def iteration(
+    roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int
+) -> dict[str, float]:
     """One PPO iteration; returns its metrics."""
     label, clock = f"ppo step {index}", PhaseClock()
     rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
@@ -153,7 +163,11 @@ def generate(
 
 
 def score(
-    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], *, roles_used: Sequence[str] = ("value", *FROZEN_ROLES)
+    roles: Roles,
+    section: PPOSection,
+    rollouts: Sequence[Call[Any]],
+    *,
+    roles_used: Sequence[str] = ("value", *FROZEN_ROLES),
 ) -> dict[str, list[Call[Any]]]:
     """Starts reference log-probs, values and both rewards of every chunk, by reference."""
     budget = {"micro_batch_tokens": section.micro_batch_tokens}
@@ -185,7 +199,12 @@ def build_experience(
             inputs += [scores[role][chunk].data[0] for chunk in own]
         calls.append(
             policy.submit_one(
-                rank, PolicyWorker.build_experience, len(own), experience_rule(section), *inputs, num_data=len(own)
+                rank,
+                PolicyWorker.build_experience,
+                len(own),
+                experience_rule(section),
+                *inputs,
+                num_data=len(own),
             )
         )
     return calls
@@ -201,7 +220,9 @@ def summarize(
         inputs = [rollouts[chunk].data[0] for chunk in own]
         for role in ("reference", "helpfulness", "safety"):
             inputs += [scores[role][chunk].data[0] for chunk in own]
-        calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
+        calls.append(
+            policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs)
+        )
     return collect(calls, timeout_s=roles.timeout_s, step="summary of rewards and KL")[0]
 
 
@@ -210,9 +231,7 @@ def update(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Updates policy and value at the same time; the policy waits while the value model warms up."""
     # Chunk c was built by rank c % ranks: back into the order of the batch, so that rows number the same on any ranks.
-    experiences = [
-        built[chunk % len(built)].data[chunk // len(built)] for chunk in range(section.num_chunks)
-    ]
+    experiences = [built[chunk % len(built)].data[chunk // len(built)] for chunk in range(section.num_chunks)]
     rule, label = update_rule(section, seed), f"ppo step {index}"
     roles.work_together("policy", "value")
     values = roles["value"].submit(ValueWorker.train_value, index, rule, *experiences)
@@ -283,7 +302,9 @@ def save_state(roles: Roles, step: Step, steps_done: int, stopping: "EarlyStoppi
     """A checkpoint from which this stage resumes bit for bit."""
     with step.new_state(steps_done) as directory:
         for role in ("policy", "value"):
-            roles[role].call(TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}")
+            roles[role].call(
+                TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}"
+            )
         write_json(directory / "early_stopping.json", stopping.__dict__)
 
 
@@ -295,7 +316,9 @@ def best_directory(work: Path, index: int) -> Path:
 def keep_best(roles: Roles, work: Path, index: int) -> None:
     """Saves the policy as the best so far; one from before an interruption is the same and stays."""
     if not best_directory(work, index).exists():
-        roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
+        roles["policy"].call(
+            TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}"
+        )
 
 
 def drop_others(directory: Path, kept: Path) -> None:
@@ -364,7 +387,8 @@ def experience_rule(section: PPOSection) -> ExperienceRule:
 def update_rule(section: PPOSection, seed: int) -> UpdateRule:
     """What the trained ranks need of the section to update."""
     return UpdateRule(
-        seed=seed, **{name: getattr(section, name) for name in UpdateRule.__dataclass_fields__ if name != "seed"}
+        seed=seed,
+        **{name: getattr(section, name) for name in UpdateRule.__dataclass_fields__ if name != "seed"},
     )
 
 

@@ -38,7 +38,11 @@ def collect(context: Context) -> Path:
     prompts = read_table(context.outputs["prompts_annotation"], PROMPTS).to_pylist()
     check_labels_possible(context, prompts)
     rng = random.Random(f"{context.config.run.seed} collect")
-    jobs = [_job(row, prompt, rng, section) for row, prompt in enumerate(prompts) for _ in range(section.pairs_per_prompt)]
+    jobs = [
+        _job(row, prompt, rng, section)
+        for row, prompt in enumerate(prompts)
+        for _ in range(section.pairs_per_prompt)
+    ]
     with console.status("collect: starting the engine"):
         start_engines(context, versions[0])
         open_prompts(context, "prompts_annotation", max_new_tokens=section.max_new_tokens)
@@ -51,10 +55,16 @@ def collect(context: Context) -> Path:
                 answers |= _sample(context, jobs, version, temperature)
                 bar.advance(f"{section.versions[version]} at temperature {temperature:g}")
     names = [step_name(path) for path in versions]
-    rows = [row for row in (_comparison(i, job, answers, names, rng, section) for i, job in enumerate(jobs)) if row]
+    rows = [
+        row
+        for row in (_comparison(i, job, answers, names, rng, section) for i, job in enumerate(jobs))
+        if row
+    ]
     write_table(work / "comparisons.parquet", rows, COMPARISONS)
     left_out = len(jobs) - len(rows)
-    console.print(f"collect: {len(rows)} comparisons, {left_out} pairs left out (same answer twice, or an unsafe winner)")
+    console.print(
+        f"collect: {len(rows)} comparisons, {left_out} pairs left out (same answer twice, or an unsafe winner)"
+    )
     return step.finish(comparisons=len(rows), left_out=left_out)
 
 
@@ -126,7 +136,9 @@ def _sample(
     decoded = [engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in sampled.items()]
     results = collect_calls(decoded, timeout_s=context.roles.timeout_s, step="collect")
     return {
-        key: answer for rank, texts in zip(sampled, results, strict=True) for key, answer in zip(parts[rank], texts, strict=True)
+        key: answer
+        for rank, texts in zip(sampled, results, strict=True)
+        for key, answer in zip(parts[rank], texts, strict=True)
     }
 
 
@@ -143,7 +155,9 @@ def _comparison(
     if sides[0] == sides[1]:
         return None
     verdicts = [judge(prompt["kind"], prompt["truth"], text, finished) for text, finished in sides]
-    label = compare(verdicts[0], verdicts[1], guideline=job["guideline"], rng=rng, noise=section.annotator_noise)
+    label = compare(
+        verdicts[0], verdicts[1], guideline=job["guideline"], rng=rng, noise=section.annotator_noise
+    )
     if label is None:
         return None
     won, lost = (0, 1) if label.choice == "a" else (1, 0)

@@ -30,7 +30,12 @@ def pretrain(context: Context) -> Path:
             num_steps=lambda sizes: section.num_steps,
             versions=lambda total: {total: "model"},
             builder=corpus_rows,
-            builder_args=(str(context.outputs["corpus"]), str(context.outputs["tokenizer"]), section.seq_len, section.held_out),
+            builder_args=(
+                str(context.outputs["corpus"]),
+                str(context.outputs["tokenizer"]),
+                section.seq_len,
+                section.held_out,
+            ),
         )
         step.finish(**facts)
     return step.path

@@ -64,10 +64,14 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
                 bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
                 if (index + 1) % section.save_every == 0 and index + 1 < totals[name]:
                     with steps[name].new_state(index + 1) as directory:
-                        roles[name].call(TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}")
+                        roles[name].call(
+                            TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}"
+                        )
     for name, step in steps.items():
         writers[name].close()
-        accuracy = roles[name].call(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)[0]
+        accuracy = roles[name].call(
+            RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens
+        )[0]
         work = step.begin()
         write_json(work / "accuracy.json", accuracy)
         roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1)

@@ -17,7 +17,14 @@ from rlhf_ray.testbed.stage import make_testbed
 
 Outputs = Mapping[str, Path]
 
-TABLES = ("corpus", "demonstrations", "prompts_train", "prompts_annotation", "prompts_early_stop", "prompts_test")
+TABLES = (
+    "corpus",
+    "demonstrations",
+    "prompts_train",
+    "prompts_annotation",
+    "prompts_early_stop",
+    "prompts_test",
+)
 
 RUNNERS: dict[str, Callable[[Context], Outputs]] = {
     "testbed": lambda c: (lambda path: {name: path / f"{name}.parquet" for name in TABLES})(make_testbed(c)),

@@ -71,7 +71,9 @@ class PolicyWorker(TrainerWorker):
         held_out = self._data.held_out
         total, count = torch.zeros(()), 0
         for start in range(0, len(held_out), micro_batch_size):
-            packed = held_out.select(list(range(start, min(start + micro_batch_size, len(held_out)))), self._runtime.device)
+            packed = held_out.select(
+                list(range(start, min(start + micro_batch_size, len(held_out)))), self._runtime.device
+            )
             result = self._forward(
                 packed.tokens,
                 position_ids=packed.position_ids,
@@ -112,7 +114,9 @@ class PolicyWorker(TrainerWorker):
         """
         rollouts, values = inputs[:num_chunks], inputs[num_chunks : 2 * num_chunks]
         drafts = self._drafts(num_chunks, rule, rollouts, *inputs[2 * num_chunks :])
-        moments = self._global_moments([(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts])
+        moments = self._global_moments(
+            [(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts]
+        )
         experiences, sums = [], []
         for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
             experience, metrics = _advantages(chunk, draft, value, moments, rule)
@@ -132,9 +136,13 @@ class PolicyWorker(TrainerWorker):
     def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
         """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
         drafts = self._drafts(num_chunks, rule, inputs[:num_chunks], *inputs[num_chunks:])
-        return self._batch_metrics([_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)])
+        return self._batch_metrics(
+            [_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)]
+        )
 
-    def _drafts(self, num_chunks: int, rule: ExperienceRule, rollouts: Sequence[Rollouts], *scores: Tensor) -> list["_Draft"]:
+    def _drafts(
+        self, num_chunks: int, rule: ExperienceRule, rollouts: Sequence[Rollouts], *scores: Tensor
+    ) -> list["_Draft"]:
         ref_logprobs, helpfulness, safety = (scores[i * num_chunks : (i + 1) * num_chunks] for i in range(3))
         drafts = []
         for i, chunk in enumerate(rollouts):
@@ -173,13 +181,20 @@ class PolicyWorker(TrainerWorker):
     def _batch_metrics(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the batch of all ranks: sums over a named count ("answers" or "tokens")."""
         names = sorted(sums[0])
-        total = self._all_sum(torch.stack([sum((s[n] for s in sums), torch.zeros(())) for n in names]).double())
+        total = self._all_sum(
+            torch.stack([sum((s[n] for s in sums), torch.zeros(())) for n in names]).double()
+        )
         by_name = dict(zip(names, total.tolist(), strict=True))
         answers, tokens = by_name.pop("answers"), by_name.pop("tokens")
         metrics = {
-            name: value / max(1.0, tokens if name.endswith("_per_token") else answers) for name, value in by_name.items()
+            name: value / max(1.0, tokens if name.endswith("_per_token") else answers)
+            for name, value in by_name.items()
         }
-        return {**_with_explained_variance(metrics), "response_tokens": tokens / max(1.0, answers), "tokens": tokens}
+        return {
+            **_with_explained_variance(metrics),
+            "response_tokens": tokens / max(1.0, answers),
+            "tokens": tokens,
+        }
 
 
 def _with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
@@ -204,7 +219,12 @@ class _Draft:
 
 
 def _draft(
-    rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor, helpfulness: Tensor, safety: Tensor, rule: ExperienceRule
+    rollouts: Rollouts,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    helpfulness: Tensor,
+    safety: Tensor,
+    rule: ExperienceRule,
 ) -> _Draft:
     return _Draft(
         logprobs=logprobs,
@@ -231,7 +251,9 @@ def _advantages(
         # The state after a cut-off answer has no value estimate of its own: the last token's state stands in.
         last = values.gather(1, (rollouts.lengths - 1).unsqueeze(1)).squeeze(1)
         bootstrap = torch.where(rollouts.finished, torch.zeros_like(last), last)
-    advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
+    advantages, returns = gae(
+        rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap
+    )
     weights = torch.ones_like(values)
     if rule.importance_cap is not None:
         weights = importance_weights(draft.logprobs, rollouts.rollout_logprobs, cap=rule.importance_cap)

@@ -27,7 +27,13 @@ class UpdateRule:
 
 
 def ppo_update(
-    engine: TrainEngine, step: int, rule: UpdateRule, experiences: Sequence[Experience], loss: Loss, *, rank: int
+    engine: TrainEngine,
+    step: int,
+    rule: UpdateRule,
+    experiences: Sequence[Experience],
+    loss: Loss,
+    *,
+    rank: int,
 ) -> dict[str, float]:
     """Passes one batch through the model, one optimizer step a minibatch; returns metrics averaged over them.
 
@@ -39,10 +45,14 @@ def ppo_update(
     totals: dict[str, float] = {}
     padding, num_updates = 0.0, 0
     for epoch in range(rule.inner_epochs):
-        schedule = minibatch_rows(len(lengths), rule.minibatch_size, seed=rule.seed, step=step * rule.inner_epochs + epoch)
+        schedule = minibatch_rows(
+            len(lengths), rule.minibatch_size, seed=rule.seed, step=step * rule.inner_epochs + epoch
+        )
         for rows in schedule:
             own_lengths = [lengths[row] for row in rows]
-            plan = plan_micro_batches(own_lengths, token_budget=rule.micro_batch_tokens, num_ranks=engine.num_ranks)
+            plan = plan_micro_batches(
+                own_lengths, token_budget=rule.micro_batch_tokens, num_ranks=engine.num_ranks
+            )
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
             metrics = engine.step(batches, lambda model, batch, d=denominator: loss(model, batch, d))

@@ -35,7 +35,12 @@ class RewardWorker(TrainerWorker):
             value = value + 0.0 * chosen.sum()  # keeps an empty micro-batch in the collectives
             if safety_loss_coef > 0 and labelled > 0:
                 auxiliary, more = safety_loss(
-                    chosen, rejected, batch.chosen_safe, batch.rejected_safe, batch.labelled, denominator=labelled
+                    chosen,
+                    rejected,
+                    batch.chosen_safe,
+                    batch.rejected_safe,
+                    batch.labelled,
+                    denominator=labelled,
                 )
                 value, metrics = value + safety_loss_coef * auxiliary, {**metrics, **more}
             return value, metrics

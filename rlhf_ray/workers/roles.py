@@ -63,7 +63,10 @@ class Roles:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
         calls = {role: group.submit(Worker.peak_memory_gib) for role, group in self._groups.items()}
         peaks = {role: max(collect(ranks, timeout_s=self.timeout_s)) for role, ranks in calls.items()}
-        return {**{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()}, "memory/driver_peak_gib": peak_gib()}
+        return {
+            **{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()},
+            "memory/driver_peak_gib": peak_gib(),
+        }
 
     def stop(self) -> None:
         """Ends all roles."""
@@ -110,7 +113,7 @@ def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:
 
 
 def resolve_device(device: str) -> str:
-    """"cpu" or "cuda" for a configured device."""
+    """ "cpu" or "cuda" for a configured device."""
     if device != "auto":
         return device
     import torch

@@ -49,11 +49,19 @@ class RolloutWorker(Worker):
         Raises:
             UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
         """
-        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens)
+        self._prompts[name] = load_prompts(
+            path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens
+        )
         return len(self._prompts[name].tokens)
 
     def generate(
-        self, prompts: str, rows: Sequence[int], *, seeds: Sequence[int], temperature: float, max_new_tokens: int
+        self,
+        prompts: str,
+        rows: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        temperature: float,
+        max_new_tokens: int,
     ) -> tuple[dict[str, float], Rollouts]:
         """Samples one answer to each prompt of the named set; returns (counts, rollouts)."""
         prompt_set = self._prompts[prompts]
@@ -66,7 +74,10 @@ class RolloutWorker(Worker):
             stop_token_id=self._stop_token,
         )
         rollouts = to_rollouts(
-            prompt_tokens, completions, [prompt_set.is_safety[row] for row in rows], policy_version=self._version
+            prompt_tokens,
+            completions,
+            [prompt_set.is_safety[row] for row in rows],
+            policy_version=self._version,
         )
         return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
 
@@ -80,7 +91,9 @@ class RolloutWorker(Worker):
             answers.append((text.strip(), finished))
         return answers
 
-    def chat(self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int) -> str:
+    def chat(
+        self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int
+    ) -> str:
         """One answer to a dialogue."""
         [completion] = self.engine.generate(
             [encode_prompt(self._tokenizer, messages)],
@@ -103,7 +116,9 @@ class RolloutWorker(Worker):
     def probe(self, prompts: str, rows: Sequence[int]) -> tuple[None, Rollouts]:
         """The prompts themselves as rollouts whose every token counts, to hold log-probs against the trainer's."""
         prompt_set = self._prompts[prompts]
-        completions = [Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows]
+        completions = [
+            Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows
+        ]
         firsts = [prompt_set.tokens[row][:1] for row in rows]
         return None, to_rollouts(firsts, completions, [False] * len(rows), policy_version=self._version)
 
@@ -130,7 +145,9 @@ class RolloutWorker(Worker):
         }
 
     def _probe_gap(self, probe: Rollouts, logprobs: Tensor) -> Tensor:
-        sequences = [row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)]
+        sequences = [
+            row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)
+        ]
         own = torch.tensor([value for row in self.engine.prompt_logprobs(sequences) for value in row])
         return (own - logprobs[probe.response_mask]).abs()
 
@@ -152,7 +169,11 @@ class RolloutWorker(Worker):
 
 
 def to_rollouts(
-    prompts: Sequence[list[int]], completions: Sequence[Completion], is_safety: Sequence[bool], *, policy_version: int
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    is_safety: Sequence[bool],
+    *,
+    policy_version: int,
 ) -> Rollouts:
     """Prompts and sampled answers as one right-padded record."""
     rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]

@@ -50,7 +50,9 @@ class TrainerWorker(ScorerWorker):
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
-        assert isinstance(self._model, Llama) and self._engine is None, "zero_head comes between build and begin"
+        assert isinstance(self._model, Llama) and self._engine is None, (
+            "zero_head comes between build and begin"
+        )
         torch.nn.init.zeros_(self._model.score.weight)
 
     def begin_training(
@@ -67,7 +69,11 @@ class TrainerWorker(ScorerWorker):
         init_distributed(torch.device(self._runtime.device))
         self._model.model.activation_checkpointing = activation_checkpointing
         self._engine = TrainEngine(
-            self._model, optim=optim, num_steps=num_steps, zero_stage=zero_stage, precision=self._runtime.precision
+            self._model,
+            optim=optim,
+            num_steps=num_steps,
+            zero_stage=zero_stage,
+            precision=self._runtime.precision,
         )
         self._model = self._engine.module
         if state is not None:
