@@ -1,0 +1,164 @@
+"""What a model costs: parameters, floating-point operations, bytes.
+
+Pure arithmetic on a ModelConfig, without torch, for the planner and for model FLOPs utilisation.
+Letters: H hidden size, N query heads, K key/value heads, D head size, F feed-forward size, V vocabulary.
+"""
+
+from model.config import ModelConfig
+
+PEAK_FLOPS: dict[str, float] = {
+    # Dense bfloat16 tensor-core peaks of the makers' data sheets, in FLOP/s. Names are matched as parts of
+    # the device name, the first match winning.
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 peak of a device in FLOP/s, or None for one that is not in the table.
+
+    Args:
+        device_name: As torch.cuda.get_device_name returns it, e.g. "NVIDIA H100 80GB HBM3".
+    """
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def num_parameters(config: ModelConfig, *, scalar_head: bool = False) -> int:
+    """Parameters of the model; with scalar_head, of a reward or value model, which has no output projection.
+
+    L (H N D + 2 H K D + N D H + 3 H F + 2 H) + V H (twice unless tied) + H
+    """
+    tables = config.vocab_size * config.hidden_size
+    if scalar_head:
+        tables += config.hidden_size
+    elif not config.tie_embeddings:
+        tables *= 2
+    return num_non_embedding_parameters(config) + tables
+
+
+def num_non_embedding_parameters(config: ModelConfig) -> int:
+    """Parameters without the input embedding and without any head."""
+    norms = 2 * config.hidden_size
+    return config.num_layers * (_block_matrix_parameters(config) + norms) + config.hidden_size
+
+
+def forward_flops_per_token(config: ModelConfig, context_length: int, *, with_head: bool = True) -> float:
+    """FLOPs to run one token forward, averaged over a sequence of context_length tokens.
+
+    Two per multiply-add: 2 * (matrix parameters) + L * 4 N D * (mean number of keys). The mean counts only
+    keys that causality lets a token see, (context_length + 1) / 2: utilisation figures built on it are lower
+    than those that count the whole square. Norms, RoPE, softmax and the embedding look-up are left out.
+
+    Args:
+        context_length: Tokens in the sequence.
+        with_head: Include the output projection to the vocabulary (no for scalar heads, nor for positions
+            whose log-probability is not asked for).
+    """
+    mean_keys = (context_length + 1) / 2
+    attention = 4 * config.num_heads * config.head_dim * mean_keys
+    head = 2 * config.vocab_size * config.hidden_size if with_head else 0
+    return config.num_layers * (2 * _block_matrix_parameters(config) + attention) + head
+
+
+def train_flops_per_token(
+    config: ModelConfig,
+    context_length: int,
+    *,
+    with_head: bool = True,
+    activation_checkpointing: bool = False,
+) -> float:
+    """FLOPs to run one token forward and backward: three forwards, four when activations are recomputed.
+
+    For model FLOPs utilisation leave activation_checkpointing False: recomputed work is not useful work.
+    """
+    passes = 4 if activation_checkpointing else 3
+    return passes * forward_flops_per_token(config, context_length, with_head=with_head)
+
+
+def weight_bytes(config: ModelConfig, *, scalar_head: bool = False, bytes_per_parameter: int = 2) -> int:
+    """Bytes of one whole copy of the weights (bfloat16 by default)."""
+    return num_parameters(config, scalar_head=scalar_head) * bytes_per_parameter
+
+
+def optimizer_bytes(
+    config: ModelConfig, *, zero_stage: int, num_ranks: int, scalar_head: bool = False
+) -> int:
+    """Bytes per rank of AdamW's state: fp32 master weights (4) and two fp32 moments (8) per parameter.
+
+    ZeRO stages 1 to 3 divide it over the ranks (arXiv 1910.02054 §5).
+    """
+    parameters = num_parameters(config, scalar_head=scalar_head)
+    return 12 * _shard(parameters, zero_stage, num_ranks, divided_from=1)
+
+
+def training_bytes(
+    config: ModelConfig,
+    *,
+    zero_stage: int,
+    num_ranks: int,
+    scalar_head: bool = False,
+    bytes_per_gradient: int = 2,
+) -> int:
+    """Bytes per rank of everything training holds except activations and communication buffers.
+
+    bfloat16 weights (2 each, divided by ZeRO 3), gradients (bytes_per_gradient each, divided from ZeRO 2)
+    and `optimizer_bytes` (divided from ZeRO 1); 16 per parameter without ZeRO.
+
+    Args:
+        bytes_per_gradient: 2 for bfloat16; 4 where gradients are accumulated in float32.
+    """
+    parameters = num_parameters(config, scalar_head=scalar_head)
+    weights = 2 * _shard(parameters, zero_stage, num_ranks, divided_from=3)
+    gradients = bytes_per_gradient * _shard(parameters, zero_stage, num_ranks, divided_from=2)
+    return (
+        weights
+        + gradients
+        + optimizer_bytes(config, zero_stage=zero_stage, num_ranks=num_ranks, scalar_head=scalar_head)
+    )
+
+
+def activation_bytes(
+    config: ModelConfig, tokens: int, *, activation_checkpointing: bool = False, bytes_per_element: int = 2
+) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass, head excluded.
+
+    Per token a block keeps the inputs and outputs of two norms (4 H), queries, attention output (2 N D),
+    keys, values (2 K D), gate, up, silu and their product (4 F), and in fp32 the softmax normaliser of each
+    head and two norm scales. With checkpointing only the input (H) of every block stays, and one block at a
+    time is recomputed. The head keeps at most model.logprobs.LOGITS_CHUNK_BYTES more. Counts what the fused
+    GPU kernels keep; CPU kernels work in fp32 and keep more.
+
+    Args:
+        tokens: Tokens of the micro-batch, padding included.
+    """
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    elements = 4 * config.hidden_size + heads + 4 * config.ffn_size
+    block = bytes_per_element * elements + 4 * (config.num_heads + 2)
+    final_norm = 2 * config.hidden_size * bytes_per_element
+    if activation_checkpointing:
+        return tokens * (config.num_layers * config.hidden_size * bytes_per_element + block + final_norm)
+    return tokens * (config.num_layers * block + final_norm)
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, *, bytes_per_element: int = 2) -> int:
+    """Bytes that generation keeps for each token of context: keys and values of all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_element
+
+
+def _block_matrix_parameters(config: ModelConfig) -> int:
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (attention + 3 * config.ffn_size)
+
+
+def _shard(parameters: int, zero_stage: int, num_ranks: int, *, divided_from: int) -> int:
+    """Parameters per rank of a kind of state that ZeRO divides from some stage on, rounded up."""
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage={zero_stage} must be 0, 1, 2 or 3")
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks={num_ranks} must be at least 1")
+    return -(-parameters // num_ranks) if zero_stage >= divided_from else parameters

@@ -1,0 +1,336 @@
+"""The Llama transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Modules carry Hugging Face's names, so that a checkpoint's tensors are this model's parameters, unrenamed.
+Everything trainable is reached through `Llama.forward`: DeepSpeed's engine and ZeRO-3 hook nothing else.
+Shapes come from the released Llama 2 files, since the paper does not print them (Llama 2 §2.2).
+
+Letters: B rows, T positions, H hidden size, N query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import Llama3RopeScaling, ModelConfig
+from model.heads import LMHead, ScalarHead
+from model.logprobs import TokenLogprobs
+
+Head = Literal["lm", "scalar", "none"]
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and signed sines of the rotation angles, each (T, 1, D) or (B, T, 1, D)."""
+
+    cos: Tensor
+    sin: Tensor
+    """Negated in the first half, so that the rotation needs only a roll."""
+
+
+def rotary_tables(config: ModelConfig, device: torch.device) -> RotaryTables:
+    """Tables for all positions, (max_seq_len, 1, D) float32, in Hugging Face's half-split layout.
+
+    Element i is paired with element i + D/2 and turned by position * theta^(-2i/D). Meta's own files pair
+    neighbours instead; converted checkpoints have their projection rows permuted to match.
+    Source: arXiv 2104.09864.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling)
+    positions = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)[:, None, :]  # (max_seq_len, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return RotaryTables(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def _stretch(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Llama 3.1's scaling: slow rotations slowed by `factor`, fast ones kept, a linear blend between."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: Tensor, rotary: RotaryTables) -> Tensor:
+    """Turn queries or keys (B, T, N, D) by their positions."""
+    return x * rotary.cos + x.roll(x.shape[-1] // 2, dims=-1) * rotary.sin
+
+
+def packing_mask(segment_ids: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: position t may look at s <= t of its own example.
+
+    Padding (segment 0) sees padding, so that no row of the softmax is empty.
+
+    Args:
+        segment_ids: (B, T) int, 0 for padding, 1.. for the examples packed into the row.
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same & torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 inside."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One fused kernel on GPU; torch computes it in float32 for half-precision inputs.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _Linear(nn.Linear):
+    """Linear without bias, whose weights are left to Llama.init_weights or to a checkpoint."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each key/value head serves a group of query heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = _Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = _Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = _Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = _Linear(config.num_heads * config.head_dim, config.hidden_size)
+
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), rotary).transpose(1, 2)  # (B, N, T, D)
+        k = rotate(self.k_proj(x).view(heads), rotary).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of q (B, N, T, D) over k, v (B, K, T, D); causal unless a mask says more."""
+    dtype = q.dtype
+    if q.device.type == "cpu":
+        # torch's bfloat16 CPU kernel runs backward 3x slower than float32 at 96 tokens and no faster at
+        # 1,024; its forward is level. Both passes upcast, so that scoring and training agree exactly.
+        q, k, v = q.float(), k.float(), v.float()
+    elif mask is not None and k.shape[1] != q.shape[1]:
+        # Among CUDA kernels that take a mask, only the one that holds all T x T scores groups heads itself.
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.to(dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = _Linear(config.hidden_size, config.ffn_size)
+        self.up_proj = _Linear(config.hidden_size, config.ffn_size)
+        self.down_proj = _Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens to final normalised hidden states; everything below the head."""
+
+    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # Not a buffer: casting the model to bfloat16 must not round the tables, nor `to_empty` wipe them.
+        self._tables: RotaryTables | None = None
+
+    def forward(self, tokens: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        x = self.embed_tokens(tokens)  # (B, T, H)
+        rotary = self._rotary(tokens, position_ids, x.dtype)
+        mask = None if segment_ids is None else packing_mask(segment_ids)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # No dropout, hence no random state to replay.
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotary, mask)
+        return self.norm(x)
+
+    def _rotary(self, tokens: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> RotaryTables:
+        if self._tables is None or self._tables.cos.device != tokens.device:
+            self._tables = rotary_tables(self.config, tokens.device)
+        length = tokens.shape[1]
+        if position_ids is None:
+            if length > self.config.max_seq_len:
+                raise ValueError(
+                    f"rows of {length} tokens must not exceed max_seq_len={self.config.max_seq_len}"
+                )
+            return RotaryTables(*(table[:length].to(dtype) for table in self._tables))
+        return RotaryTables(*(table[position_ids].to(dtype) for table in self._tables))
+
+
+class Llama(nn.Module):
+    """A Llama model with a language-model head, a scalar head (reward, value), or none.
+
+    Rows are right-padded, or packed with `segment_ids`. Attention being causal, right padding needs no
+    mask: what padding positions hold is never read by the others.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, head: Head = "lm", activation_checkpointing: bool = False
+    ) -> None:
+        """Build and, except on the meta device, initialise with seed 0.
+
+        Args:
+            config: Shape.
+            head: "lm", "scalar" or "none".
+            activation_checkpointing: Keep only each block's input; recompute the rest in the backward pass.
+        """
+        super().__init__()
+        self.config = config
+        self.head = head
+        self.model = Transformer(config, activation_checkpointing=activation_checkpointing)
+        if head == "lm":
+            tied_to = self.model.embed_tokens.weight if config.tie_embeddings else None
+            self.lm_head = LMHead(config.hidden_size, config.vocab_size, tied_to=tied_to)
+        elif head == "scalar":
+            self.score = ScalarHead(config.hidden_size)
+        elif head != "none":
+            raise ValueError(f"head={head!r} must be 'lm', 'scalar' or 'none'")
+        if not self.model.embed_tokens.weight.is_meta:
+            self.init_weights(seed=0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        target_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> TokenLogprobs | Tensor:
+        """Run the model and its head.
+
+        Args:
+            tokens: (B, T) int64.
+            target_mask: (B, T) bool, required by the language-model head and by no other: the tokens whose
+                log-probability is wanted. Only they pass through the head. False at index 0 of a row and at
+                the first token of a packed example, which nothing precedes.
+            position_ids: (B, T) int64, restarting at 0 in each packed example; by default 0..T-1.
+            segment_ids: (B, T) int, 0 for padding, 1.. for the examples packed into a row; by default each
+                row is one example.
+            temperature: Divides the logits before the softmax.
+            with_entropy: Also return entropies.
+        Returns:
+            head "lm": TokenLogprobs, (B, T) float32 each, zero where target_mask is False; index t speaks of
+                token t given the tokens before it.
+            head "scalar": (B, T) float32, the raw score at each position.
+            head "none": (B, T, H) hidden states after the last norm.
+        Raises:
+            ValueError: target_mask is missing, superfluous or True at index 0; rows are too long.
+        """
+        if (target_mask is not None) != (self.head == "lm"):
+            state = "missing" if target_mask is None else "given"
+            raise ValueError(
+                f"target_mask is {state}: a model with head={self.head!r} "
+                f"{'needs' if target_mask is None else 'does not take'} it"
+            )
+        hidden = self.model(tokens, position_ids, segment_ids)
+        if target_mask is not None:
+            return self._token_logprobs(hidden, tokens, target_mask, temperature, with_entropy)
+        return self.score(hidden) if self.head == "scalar" else hidden
+
+    def _token_logprobs(
+        self, hidden: Tensor, tokens: Tensor, target_mask: Tensor, temperature: float, with_entropy: bool
+    ) -> TokenLogprobs:
+        """Send the hidden states before the wanted tokens, and no others, through the head."""
+        wanted = target_mask.flatten().nonzero().squeeze(1)  # (n,) flat positions of the targets
+        if (wanted % tokens.shape[1] == 0).any():
+            raise ValueError("target_mask[:, 0] must be False: nothing precedes the first token of a row")
+        # An empty selection still goes through the head: under ZeRO every rank must gather it.
+        before = hidden.flatten(0, 1).index_select(0, wanted - 1)
+        targets = tokens.flatten().index_select(0, wanted)
+        logprobs, entropy = self.lm_head(before, targets, temperature=temperature, with_entropy=with_entropy)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(tokens.numel()).index_copy(0, wanted, values).view(tokens.shape)
+
+        return TokenLogprobs(spread(logprobs), None if entropy is None else spread(entropy))
+
+    def hidden(
+        self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, H) hidden states after the last norm. For inspection: bypasses `forward` and its hooks."""
+        return self.model(tokens, position_ids, segment_ids)
+
+    def logits(
+        self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, V) float32 logits of the next token. For inspection: bypasses `forward` and its hooks."""
+        if self.head != "lm":
+            raise ValueError(f"head={self.head!r} has no logits; build the model with head='lm'")
+        hidden = self.hidden(tokens, position_ids=position_ids, segment_ids=segment_ids)
+        return F.linear(hidden, self.lm_head.weight).float()
+
+    def tie_weights(self) -> None:
+        """Make tied embeddings one parameter again, after `to_empty` on a meta-device model split them."""
+        if self.head == "lm" and self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, *, seed: int) -> None:
+        """Fresh weights: the same for every rank, device and (up to rounding) dtype under one seed.
+
+        The paper is silent; these are our choices. Matrices are normal with deviation 0.02, those that write
+        into the residual stream divided by sqrt(2 * num_layers), so that its variance does not grow with
+        depth. Norm weights are 1. The scalar head: see `fresh_score`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name == "score.weight":
+                parameter.copy_(self.fresh_score(seed=seed))
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def fresh_score(self, *, seed: int) -> Tensor:
+        """(1, H) float32 weights of a new scalar head, under which first scores have variance about 1.
+
+        Normal with deviation 1 / sqrt(H + 1). The paper is silent; this follows arXiv 1909.08593.
+        """
+        hidden_size = self.config.hidden_size
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)

@@ -1,0 +1,314 @@
+"""Checkpoints: exchange with transformers, refusals, atomic writing."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from model.checkpoint import iterate_tensors, load_checkpoint, load_model, save_checkpoint
+from model.checkpoint_files import (
+    CheckpointError,
+    check_checkpoint,
+    expected_shapes,
+    is_reward_model,
+    read_config,
+)
+from model.config import PRESETS, Llama3RopeScaling, UnsupportedModelError, to_hf_config
+from model.heads import last_token_scores
+from model.llama import Llama
+
+TINY = PRESETS["tiny"]
+SCALING = Llama3RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+VARIANTS = {
+    "gqa": TINY,
+    "mha": TINY.model_copy(update={"num_kv_heads": 4}),
+    "tied": TINY.model_copy(update={"tie_embeddings": True}),
+    "llama3_rope": TINY.model_copy(update={"rope_scaling": SCALING, "rope_theta": 500000.0}),
+}
+
+
+def random_model(config, head="lm"):
+    model = Llama(config, head=head)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def random_tokens(*shape):
+    return torch.randint(4, TINY.vocab_size, shape, generator=torch.Generator().manual_seed(3))
+
+
+def save(directory, model, **options):
+    num_labels = 1 if model.head == "scalar" else None
+    save_checkpoint(directory, model.config, model.state_dict().items(), num_labels=num_labels, **options)
+    return directory
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save(tmp_path / "saved", random_model(TINY))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transformers_opens_ours(tmp_path, name):
+    model = random_model(VARIANTS[name])
+    directory = save(tmp_path / "ours", model)
+    theirs, report = LlamaForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert theirs.dtype == torch.float32 and theirs.generation_config.eos_token_id == 2
+    tokens = random_tokens(2, 100)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_we_open_what_transformers_saved(tmp_path, name):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig.from_dict(to_hf_config(VARIANTS[name], dtype="float32"))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs", head="lm", dtype=torch.float32)
+    assert model.config == VARIANTS[name]
+    tokens = random_tokens(2, 100)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_reward_model_gives_the_same_scores_in_transformers(tmp_path, name):
+    model = random_model(VARIANTS[name], head="scalar")
+    directory = save(tmp_path / "reward", model)
+    assert is_reward_model(directory)
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens, lengths = random_tokens(3, 9), torch.tensor([9, 4, 6])
+    tokens[torch.arange(9) >= lengths[:, None]] = TINY.pad_token_id
+    mask = (tokens != TINY.pad_token_id).long()
+    with torch.no_grad():
+        ours = last_token_scores(model(tokens), lengths)
+        expected = theirs(tokens, attention_mask=mask).logits.squeeze(-1)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    again = load_model(directory, head="scalar", dtype=torch.float32)
+    assert torch.equal(again.score.weight, model.score.weight)
+
+
+def test_value_model_from_language_model_gets_a_fresh_head(tmp_path, saved):
+    with pytest.raises(
+        CheckpointError, match="is a language model without a score head; ask for a fresh one"
+    ):
+        load_model(saved, head="scalar")
+    model = load_model(saved, head="scalar", dtype=torch.float32, fresh_head=True, seed=5)
+    assert torch.equal(model.score.weight, model.fresh_score(seed=5))
+    assert torch.equal(model.model.norm.weight, random_model(TINY).model.norm.weight)
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path, saved):
+    reward = save(tmp_path / "reward", random_model(TINY, head="scalar"))
+    with pytest.raises(CheckpointError, match=r"is a reward model .* without a language head"):
+        load_model(reward, head="lm")
+    with pytest.raises(CheckpointError, match="has a score head of its own"):
+        load_model(reward, head="scalar", fresh_head=True)
+    with pytest.raises(CheckpointError, match="fresh_head=True needs a model with head='scalar'"):
+        load_model(saved, head="lm", fresh_head=True)
+    config = json.loads((reward / "config.json").read_text())
+    config["id2label"] = {"0": "A", "1": "B"}
+    (reward / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has 2 labels; a reward model has exactly 1"):
+        is_reward_model(reward)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_headless_model_loads_either(tmp_path, head):
+    model = random_model(TINY, head=head)
+    body = load_model(save(tmp_path / "saved", model), head="none", dtype=torch.float32)
+    tokens = random_tokens(1, 5)
+    assert torch.equal(body(tokens), model.hidden(tokens))
+
+
+def test_tied_model_stays_tied_and_ignores_a_stored_head(tmp_path):
+    model = random_model(VARIANTS["tied"])
+    directory = save(tmp_path / "tied", model)
+    tensors = load_file(directory / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": torch.zeros(512, 64)}, directory / "model.safetensors")
+    loaded = load_model(directory, head="lm", dtype=torch.float32)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_weights_are_cast_to_the_model(saved):
+    assert load_model(saved, head="lm").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_parameters_can_be_written_by_the_caller(saved):
+    model, written = Llama(TINY), []
+    before = model.lm_head.weight.clone()
+    load_checkpoint(model, saved, write=lambda parameter, tensor: written.append(parameter))
+    assert {id(parameter) for parameter in written} == {id(parameter) for parameter in model.parameters()}
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_checkpoint_of_another_shape_is_refused(saved):
+    config = TINY.model_copy(update={"num_layers": 3, "rope_theta": 5e5, "max_seq_len": 64})
+    message = r"does not fit the model: num_layers=2 \(model: 3\), rope_theta=10000.0 \(model: 500000.0\)$"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(Llama(config), saved)
+
+
+def test_sharded_round_trip(tmp_path):
+    model = random_model(TINY)
+    # Embedding and head take 131,072 bytes each, so each gets a shard of its own.
+    directory = save(tmp_path / "sharded", model, max_shard_bytes=150_000)
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors" and len(shards) > 3
+    assert all(path.stat().st_size < 155_000 for path in directory.glob("*.safetensors"))
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    loaded = dict(iterate_tensors(directory))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    theirs = LlamaForCausalLM.from_pretrained(directory)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    (directory / shards[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{shards[1]}: cannot be read: No such file"):
+        check_checkpoint(directory)
+
+
+def test_check_reports_what_is_there(saved):
+    info = check_checkpoint(saved)
+    assert info.config == TINY == read_config(saved) and not info.is_reward_model
+    assert {path.name: sorted(names) for path, names in info.files.items()} == {
+        "model.safetensors": sorted(expected_shapes(TINY, reward_model=False))
+    }
+
+
+def test_expected_shapes_are_the_models():
+    for name, head in (("tiny", "lm"), ("testbed", "lm"), ("testbed", "scalar"), ("llama2-70b", "lm")):
+        with torch.device("meta"):
+            model = Llama(PRESETS[name], head=head)
+        shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+        assert expected_shapes(PRESETS[name], reward_model=head == "scalar") == shapes
+
+
+def test_truncated_files_are_named_with_their_sizes(saved):
+    path = saved / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(
+        CheckpointError, match=f"truncated: {len(content) - 1} bytes, should be {len(content)}"
+    ):
+        check_checkpoint(saved)
+    path.write_bytes(content + b"x")
+    with pytest.raises(CheckpointError, match="longer than its header says"):
+        check_checkpoint(saved)
+    for short in (b"", content[:5], content[:100]):
+        path.write_bytes(short)
+        with pytest.raises(CheckpointError, match=f"truncated in its header .{len(short)} bytes"):
+            check_checkpoint(saved)
+    path.write_bytes(struct.pack("<Q", 4) + b"{{{{")
+    with pytest.raises(CheckpointError, match="its safetensors header is damaged"):
+        check_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing tensors model.norm.weight"),
+        (lambda t: t.update({"model.norm.bias": torch.zeros(64)}), "unknown tensors model.norm.bias"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(32)}),
+            r"model.norm.weight has shape \[32\]; config.json implies \[64\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+            "model.norm.weight has dtype I8; must be one of F32",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(saved, change, message):
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_checkpoint(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path, saved):
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint directory"):
+        read_config(tmp_path / "nowhere")
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        check_checkpoint(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
+        read_config(saved)
+    (saved / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedModelError, match=r"saved: config\.json: model_type='gpt2'"):
+        read_config(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
+        read_config(saved)
+
+
+@pytest.mark.parametrize("file_name", ["../model.safetensors", "/etc/passwd", 7])
+def test_index_cannot_point_outside_its_directory(saved, file_name):
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file_name}}))
+    with pytest.raises(CheckpointError, match="must be a plain file name"):
+        check_checkpoint(saved)
+
+
+def test_index_must_agree_with_the_files(saved):
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", "absent": "model.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="absent should be here"):
+        check_checkpoint(saved)
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path):
+    tensors = list(random_model(TINY).state_dict().items())
+    target = tmp_path / "new"
+
+    def interrupted():
+        yield from tensors[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(target, TINY, interrupted(), max_shard_bytes=1000)
+    with pytest.raises(CheckpointError, match=r"missing tensors: lm_head.weight$"):
+        save_checkpoint(target, TINY, tensors[:-1])
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight of shape .* is unexpected or comes twice"):
+        save_checkpoint(target, TINY, [*tensors, tensors[-1]])
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(target, TINY, tensors)
+    with pytest.raises(CheckpointError, match="new: already exists"):
+        save_checkpoint(target, TINY, tensors)
+
+
+def test_saving_copies_tensors_that_the_caller_reuses(tmp_path):
+    # ZeRO-3 gathers parameters into buffers that it reuses.
+    shapes = expected_shapes(TINY, reward_model=False)
+    buffer = torch.empty(512 * 64)
+
+    def reused():
+        for number, (name, shape) in enumerate(shapes.items()):
+            tensor = buffer[: torch.Size(shape).numel()].view(shape)
+            yield name, tensor.fill_(number)
+
+    save_checkpoint(tmp_path / "saved", TINY, reused())
+    loaded = dict(iterate_tensors(tmp_path / "saved"))
+    assert all((loaded[name] == number).all() for number, name in enumerate(shapes))
+
+
+def test_extra_files_come_along(tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    directory = save(tmp_path / "saved", random_model(TINY), extra_files=[tokenizer])
+    assert (directory / "tokenizer.json").read_text() == "{}"
+    shutil.rmtree(directory)

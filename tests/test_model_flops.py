@@ -1,0 +1,128 @@
+"""Parameter counts, FLOPs and bytes against published figures, hand arithmetic and the model itself."""
+
+import pytest
+import torch
+
+from model.config import PRESETS
+from model.flops import (
+    activation_bytes,
+    forward_flops_per_token,
+    kv_cache_bytes_per_token,
+    num_non_embedding_parameters,
+    num_parameters,
+    optimizer_bytes,
+    peak_flops,
+    train_flops_per_token,
+    training_bytes,
+    weight_bytes,
+)
+from model.llama import Llama
+
+# name: parameters, non-embedding parameters, KV-cache bytes per token in 16 bit
+LLAMA2 = {
+    "llama2-7b": (6_738_415_616, 6_476_271_616, 524_288),
+    "llama2-13b": (13_015_864_320, 12_688_184_320, 819_200),
+    "llama2-34b": (33_743_970_304, 33_219_682_304, 196_608),
+    "llama2-70b": (68_976_648_192, 68_452_360_192, 327_680),
+}
+
+
+@pytest.mark.parametrize("name", LLAMA2)
+def test_llama2_sizes_are_exact(name):
+    parameters, non_embedding, kv_bytes = LLAMA2[name]
+    assert num_parameters(PRESETS[name]) == parameters
+    assert num_non_embedding_parameters(PRESETS[name]) == non_embedding
+    assert kv_cache_bytes_per_token(PRESETS[name]) == kv_bytes
+    assert weight_bytes(PRESETS[name]) == 2 * parameters
+
+
+def test_small_presets_are_as_small_as_promised():
+    assert num_parameters(PRESETS["testbed"]) == 803_968
+    assert num_parameters(PRESETS["3.8m"]) == 3_819_776
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_counts_equal_the_model(name, head):
+    with torch.device("meta"):
+        model = Llama(PRESETS[name], head=head)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(PRESETS[name], scalar_head=head == "scalar") == counted
+
+
+def test_flops_by_hand():
+    # tiny: H=64, 2 layers, N=4, K=2, D=32, F=176, V=512
+    # matrices of a block: 64 * (128 + 64 + 64 + 128) + 3 * 64 * 176 = 24576 + 33792 = 58368
+    # attention at 9 tokens: mean keys 5; scores and mixing: 4 * 128 * 5 = 2560
+    # two blocks: 2 * (2 * 58368 + 2560) = 238592; head: 2 * 64 * 512 = 65536
+    tiny = PRESETS["tiny"]
+    assert forward_flops_per_token(tiny, 9, with_head=False) == 238_592
+    assert forward_flops_per_token(tiny, 9) == 304_128
+    assert train_flops_per_token(tiny, 9) == 3 * 304_128
+    assert train_flops_per_token(tiny, 9, activation_checkpointing=True) == 4 * 304_128
+
+
+def test_matrix_flops_equal_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tiny = PRESETS["tiny"]
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    model = Llama(tiny, head="none")
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)
+    flops = counter.get_flop_counts()["Global"]
+    matrices = flops[torch.ops.aten.mm]
+    without_attention = forward_flops_per_token(tiny, 0, with_head=False) - 2 * 4 * 128 * 0.5
+    assert matrices == tokens.numel() * without_attention
+
+
+def test_training_bytes_by_zero_stage():
+    # 803,968 parameters on 4 ranks: a quarter is 200,992
+    testbed, full, quarter = PRESETS["testbed"], 803_968, 200_992
+    assert training_bytes(testbed, zero_stage=0, num_ranks=4) == 16 * full
+    assert training_bytes(testbed, zero_stage=1, num_ranks=4) == 4 * full + 12 * quarter
+    assert training_bytes(testbed, zero_stage=2, num_ranks=4) == 2 * full + 14 * quarter
+    assert training_bytes(testbed, zero_stage=3, num_ranks=4) == 16 * quarter
+    assert training_bytes(testbed, zero_stage=0, num_ranks=1, bytes_per_gradient=4) == 18 * full
+    assert optimizer_bytes(testbed, zero_stage=1, num_ranks=4) == 12 * quarter
+    with pytest.raises(ValueError, match="zero_stage=4"):
+        training_bytes(testbed, zero_stage=4, num_ranks=1)
+    with pytest.raises(ValueError, match="num_ranks=0"):
+        training_bytes(testbed, zero_stage=1, num_ranks=0)
+
+
+def test_activation_bytes_bound_what_autograd_keeps():
+    config = PRESETS["testbed"]
+    tokens = torch.zeros(4, 64, dtype=torch.int64)
+
+    def kept(checkpointing):
+        model = Llama(config, head="none", activation_checkpointing=checkpointing)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens)
+        return sum(storages.values())
+
+    predicted = activation_bytes(config, tokens.numel(), bytes_per_element=4)
+    # CPU: the norms are not fused and keep two copies more.
+    assert predicted <= kept(False) <= 1.5 * predicted
+    checkpointed = activation_bytes(
+        config, tokens.numel(), activation_checkpointing=True, bytes_per_element=4
+    )
+    # The prediction includes the one block that the backward pass recomputes.
+    assert kept(True) <= checkpointed < predicted / 2
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("AMD EPYC") is None
