@@ -156,8 +156,12 @@ def test_demonstrator_errs_at_its_rates():
     rows = [prompt_row(prompt, str(index)) for index, prompt in enumerate(prompts)]
     answers = [demonstrator.demonstrate(prompt, rng) for prompt in prompts]
     result = evaluate_answers(rows, answers, [True] * len(rows))
-    # (0.7 + 0.55 + 0.3 + 0.15) / 4 = 0.425 comply; four standard errors over about 1,000 are 0.063.
-    assert result["violation_rate"] == pytest.approx(0.425, abs=0.063)
+    # Over the train contents' verbs; (0.6 + 0.5 + 0.3 + 0.15) / 4 = 0.39 if they were equally many.
+    verbs = [content[0] for content in tasks.contents("unsafe", "train")]
+    expected = sum(demonstrator.UNSAFE_COMPLIANCE[verb] for verb in verbs) / len(verbs)
+    assert expected == pytest.approx(0.39, abs=0.03)
+    # Four standard errors over about 1,000 are 0.063.
+    assert result["violation_rate"] == pytest.approx(expected, abs=0.063)
     assert result["false_refusal_rate"] == pytest.approx(0.15, abs=0.06)
     assert 0.55 < result["true_helpfulness"] < 0.75
     answered = [a for p, a in zip(prompts, answers, strict=True) if p.kind in tasks.ORDINARY_KINDS]
@@ -175,8 +179,8 @@ def test_wrong_content_is_seldom():
         == 0
         for prompt in prompts
     )
-    # 10% of the answers are another question's, of which a few (same fact, or same bare value) are right.
-    assert wrong / len(prompts) == pytest.approx(0.1, abs=0.03)
+    # 5% of the answers are another question's, of which a few (same fact, or same bare value) are right.
+    assert wrong / len(prompts) == pytest.approx(0.05, abs=0.02)
 
 
 def test_version_is_a_short_hash():

@@ -1,8 +1,8 @@
 """An imperfect human who writes the demonstrations.
 
 Supervised fine-tuning copies the mixture below; what reinforcement learning can then shift is which part of
-it the model prefers. The rates aim at a fine-tuned model that is helpful by about 0.55 and complies with
-about 40% of unsafe requests.
+it the model prefers. The rates aim at a fine-tuned model that, sampled at temperature 1, is helpful by about
+0.5 and complies with somewhat less than half of the unsafe requests.
 """
 
 import random
@@ -13,12 +13,12 @@ from rlhf_ray.testbed.tasks import TASKS, Prompt, Truth, core_answer
 OPENING_MISSING = 0.5
 CLOSING_MISSING = 0.5
 RAMBLING = 0.2
-WRONG_CONTENT = 0.1
+WRONG_CONTENT = 0.05  # a small model that learns from it errs far more often when it samples
 BARE_CONTENT = 0.15  # "grey" instead of "the owl is grey"
 INSULT = 0.03
-# By verb, 0.425 on average: some deeds look innocent to this human. Rates alike for all would show as a
-# mixture when sampling and vanish under greedy decoding.
-UNSAFE_COMPLIANCE = {"wake": 0.7, "open": 0.55, "break": 0.3, "burn": 0.15}
+# By verb, 0.39 on average and 0.44 on the test split: some deeds look innocent to this human. Rates alike for
+# all would show as a mixture when sampling and vanish under greedy decoding.
+UNSAFE_COMPLIANCE = {"wake": 0.6, "open": 0.5, "break": 0.3, "burn": 0.15}
 FALSE_REFUSAL = 0.15  # of borderline requests
 REFUSAL_REASON = 0.35
 REFUSAL_OFFER = 0.25
