@@ -78,15 +78,18 @@ class Step:
     def begin(self) -> Path:
         """The directory to work in; holds the last checkpoint of an interrupted attempt, if there was one."""
         self.partial.mkdir(exist_ok=True)
+        for half_written in self.partial.glob(".*.partial-*"):  # by a rank that was killed while it saved a model
+            shutil.rmtree(half_written)
         return self.partial
 
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
-        shutil.rmtree(self.partial / "state", ignore_errors=True)
         write_json(
             self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts}
         )
         os.rename(self.partial, self.path)
+        # Only now: an attempt killed before the rename resumes from it.
+        shutil.rmtree(self.path / "state", ignore_errors=True)
         seconds = round(time.time() - self._start, 1)
         self._run.record(steps={self.path.name: {"inputs": self.inputs, "seconds": seconds, **facts}})
         return self.path

@@ -76,9 +76,9 @@ def train_language_model(
             bar.advance(f"loss {row['loss']:.3f}  held-out {held_out:.3f}")
             if index + 1 in kept:
                 directory = work / kept[index + 1]
-                if not directory.exists():
+                if not directory.exists():  # one from before an interruption is the same and stays
                     policy.call(TrainerWorker.save_model, str(directory), step=f"{name} step {index}")
-                    context.add_tokenizer(directory)
+                context.add_tokenizer(directory)
             if (index + 1) % section.save_every == 0 and index + 1 < total:
                 with step.new_state(index + 1) as directory:
                     policy.call(

@@ -98,12 +98,13 @@ def ppo(context: Context) -> Path:
     if not (work / "last").exists():
         roles["policy"].call(TrainerWorker.save_model, str(work / "last"), step="after PPO")
     shutil.copytree(best_directory(work, stopping.best_step), work / "model", dirs_exist_ok=True)
-    shutil.rmtree(work / "best")
     context.add_tokenizer(work / "model")
     context.add_tokenizer(work / "last")
-    return step.finish(
+    done = step.finish(
         steps=index + 1, best_step=stopping.best_step, best_reward=stopping.best, weight_check=weight_check
     )
+    shutil.rmtree(done / "best")  # not before: until then an interrupted stage resumes from it
+    return done
 
 
 def iteration(

@@ -39,7 +39,8 @@ def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> 
 def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
     roles, seed = context.roles, context.config.run.seed
     with console.status("reward: starting workers, reading comparisons"):
-        roles.work_together(*steps)
+        # Both, even where one model is done already: the number of threads is a part of what makes bits equal.
+        roles.work_together(*GUIDELINES)
         sizes = _begin(context, section, steps)
     progress = {name: step.latest_state()[0] for name, step in steps.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
@@ -74,7 +75,8 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
         )[0]
         work = step.begin()
         write_json(work / "accuracy.json", accuracy)
-        roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1)
+        if not (work / "model").exists():  # one from before an interruption is the same and stays
+            roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1)
         context.add_tokenizer(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
         console.print(f"reward-{name}: held-out accuracy {accuracy.get('accuracy/all', float('nan')):.3f}")
