@@ -1,30 +1,51 @@
 """The run's configuration: TOML holds what differs from the defaults, `--set section.key=value` overrides.
 
-Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gives them; where it is silent the
-field says so and docs/decisions.md says why. Imports no torch, so that `--help` and bad input answer at once.
+Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gives them; where it is silent
+the field says so and docs/decisions.md says why. Imports no torch: `--help` and bad input answer at once.
 """
 
-import difflib
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from rlhf_ray.config_errors import explain, key_path
 from rlhf_ray.errors import UserError
 
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 PositiveInt = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Betas = Annotated[tuple[float, float], Strict(False)]
-Names = Annotated[tuple[str, ...], Strict(False)]
-Temperatures = Annotated[tuple[float, ...], Strict(False), Field(min_length=1)]
+HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]  # both parts must get some rows
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+Temperatures = Annotated[tuple[NotNegative, ...], Strict(False), Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A frozen table of the config in which an unknown key or a wrong type is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_own_defaults(cls, raw: Any) -> Any:
+        """A table given in part keeps the rest of this section's default, not of its class's."""
+        if not isinstance(raw, Mapping):
+            return raw
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in raw}
+        return {
+            name: {**defaults[name].model_dump(), **value}
+            if isinstance(value, Mapping) and isinstance(defaults.get(name), Section)
+            else value
+            for name, value in raw.items()
+        }
 
 
 class RunSection(Section):
@@ -47,11 +68,11 @@ class ClusterSection(Section):
     """A running cluster ("auto" or "host:port"); none starts an embedded Ray on this machine."""
     cores: PositiveInt | None = None
     """CPU cores that compute threads may fill on one machine; none for all that the process may use."""
-    cpus_per_rank: float = 0.1
+    cpus_per_rank: NotNegative = 0.1
     """Ray's CPU share of a rank. Small, because roles take turns; threads are set per phase instead."""
-    start_timeout_s: float = 300.0
+    start_timeout_s: Positive = 300.0
     """Deadline for placement and for start-up of a role, seconds."""
-    call_timeout_s: float = 3600.0
+    call_timeout_s: Positive = 3600.0
     """Deadline of every call to a worker, seconds."""
 
 
@@ -62,7 +83,7 @@ class TrainRole(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
-    gpus_per_rank: float = 1.0
+    gpus_per_rank: Positive = 1.0
     """GPUs of a rank (a fraction shares one), where the device is CUDA."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass rather than keep its activations."""
@@ -73,7 +94,7 @@ class FrozenRole(Section):
 
     num_ranks: PositiveInt = 1
     """Independent replicas; chunks of a batch go to them in turn."""
-    gpus_per_rank: float = 1.0
+    gpus_per_rank: Positive = 1.0
     """GPUs of a rank (a fraction shares one), where the device is CUDA."""
 
 
@@ -84,10 +105,10 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpu_memory_utilization: Fraction = 0.5
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
-    """Sequences decoded together. A part of what makes sampling reproducible: changing it changes the samples."""
+    """Sequences decoded together. Samples depend on it: a run with another value draws others."""
     kv_cache_gib: PositiveInt = 1
     """KV cache of an engine on CPU, GiB."""
 
@@ -177,7 +198,7 @@ class ModelSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule (§2.2)."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    lr: Positive = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape after warm-up."""
@@ -189,11 +210,11 @@ class OptimSection(Section):
     """Where the cosine ends, as a share of the peak."""
     betas: Betas = (0.9, 0.95)
     """AdamW betas."""
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     """AdamW epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled weight decay, on matrices only (on what, the paper does not say)."""
-    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    grad_clip: Positive = 1.0
     """Limit of the global gradient norm."""
 
 
@@ -209,7 +230,7 @@ class PretrainSection(Section):
     """Rows a rank passes through the model at once."""
     num_steps: PositiveInt = 500_000
     """Optimizer steps; the corpus is repeated as needed."""
-    held_out: Fraction = 0.01
+    held_out: HeldOut = 0.01
     """Share of documents kept for the held-out loss."""
     save_every: PositiveInt = 1000
     """Steps between resumable checkpoints."""
@@ -227,7 +248,7 @@ class SFTSection(Section):
     """Rows a rank passes through the model at once."""
     epochs: PositiveInt = 2
     """Passes over the demonstrations; the model after each is kept as a version."""
-    held_out: Fraction = 0.02
+    held_out: HeldOut = 0.02
     """Share of demonstrations kept for the held-out loss."""
     save_every: PositiveInt = 500
     """Steps between resumable checkpoints."""
@@ -240,16 +261,16 @@ class CollectSection(Section):
     """
 
     versions: Names = ("previous", "newest")
-    """Who answers: "newest" is the chat model, "previous" the one an SFT epoch earlier; or checkpoint directories."""
+    """Who answers: "newest" (the chat model), "previous" (an SFT epoch earlier) or directories."""
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
     pairs_per_prompt: PositiveInt = 1
     """Comparisons per annotation prompt and guideline."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    annotator_noise: Annotated[float, Field(ge=0.0)] = 0.12
+    annotator_noise: NotNegative = 0.12
     """Bradley-Terry temperature of the simulated annotator; 0 never errs."""
-    held_out: Fraction = 0.15
+    held_out: HeldOut = 0.15
     """Share of prompts whose comparisons are kept to measure reward-model accuracy."""
 
 
@@ -265,7 +286,7 @@ class RewardSection(Section):
     """Passes over the mix; the paper found that more than one overfits."""
     margin: Literal["none", "small", "large"] = "small"
     """Margin by strength (Table 27). Which one the final models use, the paper does not say."""
-    safety_loss_coef: Annotated[float, Field(ge=0.0)] = 1.0
+    safety_loss_coef: NotNegative = 1.0
     """Weight of the auxiliary safety loss in the safety model; its form is ours, the paper prints none."""
     helpfulness_share: Fraction = 0.5
     """Share of helpfulness comparisons in the helpfulness model's mix, the rest from safety (§3.2.2)."""
@@ -278,7 +299,7 @@ class RewardSection(Section):
 
 
 class PPOSection(Section):
-    """PPO (§3.2.3). The critic, GAE, KL estimator, whitening scope and temperature are ours: the paper is silent."""
+    """PPO (§3.2.3). On critic, GAE, KL estimator, whitening scope and temperature the paper is silent."""
 
     optim: OptimSection = OptimSection(lr=1e-6, schedule="constant", warmup_steps=0)
     value_optim: OptimSection = OptimSection(lr=9e-6, schedule="constant", warmup_steps=0)
@@ -296,17 +317,17 @@ class PPOSection(Section):
     """Padded tokens a rank passes through the model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature; applied to the trainer's and the reference's log-probs as well."""
-    kl_coef: Annotated[float, Field(ge=0.0)] = 0.01
+    kl_coef: NotNegative = 0.01
     """Beta of Eq. 4 (0.01 for 7B and 13B, 0.005 for 34B and 70B)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token KL estimate that the reward pays for."""
     safety_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Below this sigmoid score the safety model rules (§3.2.3); the gate works on raw scores, at its logit."""
-    clip_ratio: Annotated[float, Field(gt=0.0)] = 0.2
+    """Below this sigmoid score the safety model rules (§3.2.3); the gate works on raw scores."""
+    clip_ratio: Positive = 0.2
     """PPO's clip threshold."""
-    clip_value: Annotated[float, Field(gt=0.0)] | None = 0.2
+    clip_value: Positive | None = 0.2
     """Clip range of the value loss; none to leave it off."""
     gamma: Fraction = 1.0
     """Discount."""
@@ -314,11 +335,11 @@ class PPOSection(Section):
     """Lambda of GAE."""
     whiten_advantages: bool = True
     """Whiten advantages over the batch as well (rewards always are, Eq. 4)."""
-    importance_cap: Annotated[float, Field(gt=0.0)] | None = None
+    importance_cap: Positive | None = None
     """Truncated importance sampling between engine and trainer: the weight's cap; none leaves it off."""
     truncated: Literal["score", "bootstrap", "penalty"] = "score"
     """Answers cut off without EOS: scored as they are, value bootstrapped, or penalised."""
-    truncation_penalty: float = 1.0
+    truncation_penalty: NotNegative = 1.0
     """Taken off the whitened reward of a cut-off answer under the "penalty" rule."""
     value_init: Literal["helpfulness", "policy"] = "helpfulness"
     """Body of the value model."""
@@ -326,7 +347,7 @@ class PPOSection(Section):
     """Its head: started at zero, on the scale of whitened rewards, or the reward model's."""
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First iterations in which only the value model learns."""
-    max_logprob_gap: Annotated[float, Field(gt=0.0)] = 0.2
+    max_logprob_gap: Positive = 0.2
     """Mean |engine - trainer| log-prob above which the run fails, nats."""
     eval_every: PositiveInt = 10
     """Iterations between looks at the held-out prompts."""
@@ -339,7 +360,7 @@ class PPOSection(Section):
 class EvaluateSection(Section):
     """Final evaluation on prompts nothing else has seen."""
 
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: NotNegative = 1.0
     """Sampling temperature; 0 is greedy."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
@@ -364,68 +385,57 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Config:
     """The config in a TOML file with `section.key=value` overrides laid over it.
 
     Raises:
         UserError: one line naming the field, its value, the rule and the remedy.
     """
     try:
-        raw = tomllib.loads(Path(path).read_text())
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
-    for override in overrides or []:
-        _apply_override(raw, override)
-    return parse_config(raw, source=str(path))
+    set_here = [_apply_override(raw, override) for override in overrides or []]
+    return parse_config(raw, source=str(path), set_here=set_here)
 
 
-def parse_config(raw: dict[str, Any], *, source: str = "config") -> Config:
-    """A validated Config from nested tables; raises UserError as `load_config` does."""
+def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Sequence[str] = ()) -> Config:
+    """A validated Config from nested tables.
+
+    Args:
+        source: where the values are from, named in messages.
+        set_here: dotted keys that `--set` gave; messages about these name `--set` instead.
+    Raises:
+        UserError: as `load_config`.
+    """
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from error
+        first = error.errors()[0]
+        field = ".".join(key_path(first))
+        from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
+        more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+        raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str) -> str:
+    """Lays one `section.key=value` over the tables; returns its key."""
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    path = [part.strip() for part in key.split(".")]
+    if not separator or not all(path):
         raise UserError(f"--set {override}: must read section.key=value, for example --set ppo.num_steps=30")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string, so that shells need no quotes within quotes
-    *tables, name = key.strip().split(".")
+    *tables, name = path
     for table in tables:
         raw = raw.setdefault(table, {})
         if not isinstance(raw, dict):
             raise UserError(f"--set {override}: {table} is a value, not a section; drop what follows it")
     raw[name] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's complaints as field, value, rule and remedy."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    field = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{field} is not a known key; {hint}"
-    value = first["input"]
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{field}={value!r}: {first['msg'].lower()}; correct it{more}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
-    for name in path:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
-    return list(section.model_fields)
+    return ".".join(path)
