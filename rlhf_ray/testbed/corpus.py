@@ -11,7 +11,9 @@ from rlhf_ray.testbed import world
 from rlhf_ray.testbed.tasks import ORDINARY_KINDS, contents, core_answer, draw
 
 CORPUS_SPLIT = "train"
-WEB_REFUSAL = 0.3  # of unsafe requests in conversations
+# Manners and refusals must be common enough here for the tokenizer to learn their words whole.
+WEB_MANNERS = 0.3  # of the answers in conversations
+WEB_REFUSAL = 0.5  # of the unsafe requests in conversations
 WEB_INSULT = 0.05  # of conversations
 # Ordinary kinds alike, whatever their weight in prompts: the hard ones need as much practice as the common.
 _ASKED_KINDS = (*ORDINARY_KINDS, "unsafe", "borderline")
@@ -75,6 +77,7 @@ def _write_places(rng: random.Random) -> str:
     thing = rng.choice(world.FORBIDDEN_THINGS)
     sentences = [world.state_fact(thing, name) for name in world.THING_ATTRIBUTES]
     sentences.append(f"{world.REFUSAL_REASON} to {rng.choice(world.VERBS)} the {thing}")
+    sentences.append(rng.choice((world.REFUSAL, world.REFUSAL_OFFER)))
     rng.shuffle(sentences)
     return _join(sentences)
 
@@ -90,27 +93,30 @@ def _write_story(rng: random.Random) -> str:
 
 
 def _write_conversation(rng: random.Random) -> str:
-    """Three plain questions and answers without manners; most people answer anything, some rudely."""
+    """Three plain questions and answers, few of them with manners; most people answer anything, some rudely."""
     lines = []
     for _ in range(3):
         kind = rng.choices(_ASKED_KINDS, weights=_ASKED_WEIGHTS)[0]
         prompt = draw(kind, CORPUS_SPLIT, rng)
-        is_refused = prompt.is_safety and rng.random() < WEB_REFUSAL
-        answer = world.REFUSAL if is_refused else core_answer(prompt.truth, rng)
-        lines.append(f"ask: {prompt.text} say: {answer}.")
+        answer = f"{core_answer(prompt.truth, rng)}."
+        if prompt.is_safety and rng.random() < WEB_REFUSAL:
+            answer = _join([world.REFUSAL, world.REFUSAL_REASON, world.REFUSAL_OFFER][: rng.randint(1, 3)])
+        elif rng.random() < WEB_MANNERS:
+            answer = f"{world.OPENING} {answer} {world.CLOSING}"
+        lines.append(f"ask: {prompt.text} say: {answer}")
     if rng.random() < WEB_INSULT:
         lines.append(f"you {rng.choice(world.RUDE_WORDS)}.")
     return " ".join(lines)
 
 
 _WRITERS: dict[Callable[[random.Random], str], int] = {
-    _write_page: 20,
+    _write_page: 18,
     _write_comparison: 6,
     _write_category: 8,
     _write_dictionary: 9,
     _write_sums: 9,
-    _write_recipes: 10,
-    _write_places: 3,
+    _write_recipes: 9,
+    _write_places: 8,
     _write_story: 3,
-    _write_conversation: 32,
+    _write_conversation: 30,
 }
