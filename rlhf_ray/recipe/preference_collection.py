@@ -160,7 +160,7 @@ def _comparison(
     )
     if label is None:
         return None
-    won, lost = (0, 1) if label.choice == "a" else (1, 0)
+    won, lost = label.choice, 1 - label.choice
     return {
         "comparison_id": f"{prompt['prompt_id']}-{index}",
         "prompt_id": prompt["prompt_id"],
