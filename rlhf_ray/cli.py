@@ -1,12 +1,24 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailure, UserError
+
+STOP_GRACE_S = 8.0
+"""Seconds from a signal in which a run may end in good order."""
+STOPPED = "stopped; the same command goes on from the last checkpoint"
+
+if TYPE_CHECKING:
+    from rlhf_ray.config import Config
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -32,13 +44,31 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
     config = load_config(config_path, overrides)
     check_run(config, out, stages)
 
-    from rlhf_ray.recipe.run import run_recipe
-
-    made = run_recipe(config, out, stages=stages)
+    made = _run_recipe(config, out, stages)
     if "evaluation" in made:
         from rlhf_ray.evaluate.policies import print_evaluation
 
         print_evaluation(made["evaluation"])
+
+
+def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
+    """`run_recipe`, with the cluster's exceptions as those that `main` prints."""
+    from cluster.placement import PlacementError
+    from cluster.session import log_directory
+    from cluster.worker_group import WorkerError
+    from rlhf_ray.recipe.run import run_recipe
+
+    try:
+        return run_recipe(config, out, stages=stages)
+    except WorkerError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise RunFailure(
+            f"{error}; the workers' logs are in {log_directory()}, "
+            "and the same command goes on from the last checkpoint"
+        ) from error
+    except PlacementError as error:
+        raise RunFailure(str(error)) from error
 
 
 @app.command()
@@ -73,9 +103,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to a checkpoint; an empty line ends the dialogue."""
-    from rlhf_ray.preflight import check_chat_checkpoint
+    from rlhf_ray.preflight_inputs import check_chat_checkpoint
 
-    check_chat_checkpoint(checkpoint)
+    check_chat_checkpoint(checkpoint, max_new_tokens=max_new_tokens)
 
     from rlhf_ray.chat import talk
 
@@ -106,30 +136,73 @@ def data_show(
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2, Ctrl-C ends cleanly with 130."""
+    """Entry point: bad input is one line and exit code 2, a failed run one line and 1, a signal ends well."""
     try:
-        app()
+        with _stopping_on_signals():
+            code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        code = _explain_usage(error)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not _is_run_failure(error):
-            raise
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(getattr(error, "cause", None), UserError) else 1)
+        code = _say(f"error: {error}", 2)
+    except RunFailure as error:
+        code = _say(f"failed: {error}", 1)
+    except Stopped as stopped:
+        code = _say(STOPPED, stopped.exit_code)
+    sys.exit(code)
 
 
-def _is_run_failure(error: Exception) -> bool:
-    """Failures whose message says it all: no traceback for them."""
-    if "cluster.worker_group" not in sys.modules:
-        return False
-    from cluster.placement import PlacementError
-    from cluster.worker_group import WorkerError
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
 
-    return isinstance(error, WorkerError | PlacementError) or type(error).__module__.startswith("rlhf_ray.")
+
+def _explain_usage(error: typer.TyperException) -> int:
+    """One line for a wrong command line; the help where there was no command at all."""
+    context = getattr(error, "ctx", None)
+    lines = [line.strip() for line in error.format_message().splitlines() if line.strip()]
+    if type(error).__name__ == "NoArgsIsHelpError":  # making it has printed the help
+        return 2
+    see = f"; see {context.command_path} --help" if context is not None else ""
+    return _say(f"error: {' '.join(lines).rstrip('.')}{see}", 2)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. Not a KeyboardInterrupt, which libraries catch and turn into other things."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number  # as shells count
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Raises `Stopped` in the main thread at the first signal; a second, or too slow an end, ends at once.
+
+    Nothing is lost by that: results appear by rename, and an embedded Ray's processes end with this one.
+    """
+
+    def leave(number: int, frame: object = None) -> None:
+        print(
+            "stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+        )
+        os._exit(128 + number)
+
+    def stop(number: int, frame: object) -> None:
+        for each in handled:
+            signal.signal(each, leave)
+        timer = threading.Timer(STOP_GRACE_S, leave, [number])
+        timer.daemon = True
+        timer.start()
+        raise Stopped(number)
+
+    # One that is ignored stays so: shells start background jobs like that.
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

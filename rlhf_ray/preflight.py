@@ -1,19 +1,49 @@
-"""Everything that can be wrong with a run and be seen without running it: checked in seconds, nothing launched.
+"""What can be wrong with a run and be seen without running it: checked in seconds, nothing launched.
 
-Each complaint is one line: field, value, rule, remedy.
+Each complaint is one line: field, value, rule, remedy. Here are the settings and what the stages need of each
+other; `preflight_inputs` looks into the files that the config names.
 """
 
-import importlib.util
+import json
 import os
-from collections.abc import Sequence
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.checkpoint_files import check_checkpoint
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS
 from rlhf_ray.config import STAGES, Config
+from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
+from rlhf_ray.preflight_inputs import check_inputs, checkpoint_config
+from rlhf_ray.recipe.context import WHO_MAKES
 
-TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
+NEEDS: Mapping[str, Sequence[str]] = {
+    "testbed": (),
+    "tokenizer": ("corpus",),
+    "pretrain": ("corpus", "tokenizer"),
+    "sft": ("demonstrations", "tokenizer", "base"),
+    "collect": ("tokenizer", "chat", "prompts_annotation"),
+    "reward": ("comparisons", "tokenizer", "chat"),
+    "ppo": ("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
+    "evaluate": ("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
+}
+"""Stage -> the outputs of other stages that it works on."""
+
+ROLES: Mapping[str, Sequence[str]] = {
+    "pretrain": ("policy",),
+    "sft": ("policy",),
+    "collect": ("rollout",),
+    "reward": ("helpfulness", "safety"),
+    "ppo": ("policy", "value", "reference", "helpfulness", "safety", "rollout"),
+    "evaluate": ("policy", "reference", "helpfulness", "safety", "rollout"),
+}
+"""Stage -> the roles it starts."""
+
+SMALLEST_VOCABULARY = 286
+"""Pieces `train_tokenizer` needs: special tokens, bytes, and room for digits to be learnt."""
+
+CONNECT_TIMEOUT_S = 3.0
 
 
 def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) -> None:
@@ -24,202 +54,278 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     """
     wanted = tuple(stages or config.run.stages)
     check_stages(wanted)
-    check_ranks(config)
-    check_batches(config, wanted)
-    check_model(config, wanted)
-    check_lengths(config, wanted)
-    check_files(config)
+    running = stages_to_run(config, wanted)
+    check_cluster(config)
+    check_ranks(config, running)
+    check_batches(config, running)
+    check_model(config, running)
+    check_inputs(config, running)
+    check_lengths(config, running)
     check_output(out)
+    check_needs(config, out, wanted)
 
 
 def check_stages(wanted: Sequence[str]) -> None:
     """Stages are known."""
     for stage in wanted:
         if stage not in STAGES:
-            raise UserError(f"run.stages has {stage!r}, which is no stage; choose from {', '.join(STAGES)}")
+            raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
 
 
-def check_ranks(config: Config) -> None:
-    """An embedded cluster has the cores or GPUs that the roles ask for."""
+def makes(stage: str) -> list[str]:
+    """The outputs a stage gives."""
+    return [name for name, (maker, _) in WHO_MAKES.items() if maker == stage]
+
+
+def given_outputs(config: Config) -> set[str]:
+    """The outputs that the config names, in place of a stage's own."""
+    named = {**config.data.model_dump(), **config.inputs.model_dump()}
+    if named["chat"] or named["base"]:
+        named["tokenizer"] = named["tokenizer"] or "the checkpoint's"
+    return {name for name, path in named.items() if path is not None}
+
+
+def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
+    """The wanted stages whose outputs the config does not all name."""
+    given = given_outputs(config)
+    return [
+        stage for stage in STAGES if stage in wanted and not (makes(stage) and given.issuperset(makes(stage)))
+    ]
+
+
+def check_cluster(config: Config) -> None:
+    """A cluster given by address answers."""
+    host, _, port = (config.cluster.address or "").removeprefix("ray://").rpartition(":")
+    if not host:
+        return  # an embedded cluster, or one that Ray finds by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"cluster.address={config.cluster.address!r}: no cluster answers there ({error}); "
+            "start one with `ray start --head`, or leave it out for an embedded one"
+        ) from error
+
+
+def check_ranks(config: Config, running: Sequence[str]) -> None:
+    """This machine has the cores or GPUs that the roles of an embedded cluster ask for."""
     if config.cluster.address is not None:
         return  # the cluster's own resources are checked when it is reached
-    if config.run.device == "cuda" or (config.run.device == "auto" and _has_nvidia()):
-        return
+    gpus = count_gpus()
+    if config.run.device == "cuda" and not gpus:
+        raise UserError(
+            "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
+        )
+    roles = sorted({role for stage in running for role in ROLES.get(stage, ())})
+    if config.run.device == "cpu" or not gpus:
+        _check_cores(config, roles)
+    else:
+        _check_gpus(config, roles, gpus)
+
+
+def _check_cores(config: Config, roles: Sequence[str]) -> None:
+    tensor_parallel = config.roles.rollout.tensor_parallel_size
+    if "rollout" in roles and tensor_parallel > 1:
+        raise UserError(
+            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set "
+            "it to 1"
+        )
     cores = config.cluster.cores or len(os.sched_getaffinity(0))
-    if config.run.device != "cpu" and config.roles.rollout.tensor_parallel_size > 1:
-        raise UserError(
-            f"roles.rollout.tensor_parallel_size={config.roles.rollout.tensor_parallel_size} needs GPUs and this machine "
-            f"has none; set it to 1"
-        )
-    for role in ("policy", "value", "reference", "helpfulness", "safety", "rollout"):
-        name = "num_engines" if role == "rollout" else "num_ranks"
-        ranks = getattr(getattr(config.roles, role), name)
-        if ranks > cores:
+    for role in roles:
+        field = f"roles.{role}." + ("num_engines" if role == "rollout" else "num_ranks")
+        if (ranks := _num_ranks(config, role)) > cores:
             raise UserError(
-                f"roles.{role}.{name}={ranks} must be at most {cores}, the cores of this machine: ranks of a role compute "
-                f"at the same time; lower it, or give cluster.address of a larger cluster"
+                f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
+                "compute at the "
+                "same time; lower it, or give cluster.address of a larger cluster"
             )
 
 
-def check_batches(config: Config, wanted: Sequence[str]) -> None:
+def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
+    rollout = config.roles.rollout
+    shares = {role: 1.0 if role == "rollout" else getattr(config.roles, role).gpus_per_rank for role in roles}
+    needed = {role: _num_ranks(config, role) * share for role, share in shares.items()}
+    if "rollout" in roles:
+        needed["rollout"] *= rollout.tensor_parallel_size
+    if sum(needed.values()) > gpus + 1e-6:
+        parts = ", ".join(f"{role} {amount:g}" for role, amount in needed.items())
+        raise UserError(
+            f"roles ask for {sum(needed.values()):g} GPUs ({parts}), this machine has {gpus}; lower "
+            "num_ranks or "
+            "gpus_per_rank (a fraction shares a GPU), run fewer stages at once, or give cluster.address"
+        )
+
+
+def _num_ranks(config: Config, role: str) -> int:
+    settings = getattr(config.roles, role)
+    return int(settings.num_engines if role == "rollout" else settings.num_ranks)
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
+    found = max(
+        len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
+    )
+
+
+def check_batches(config: Config, running: Sequence[str]) -> None:
     """Batches divide into minibatches, chunks and ranks."""
-    ppo, roles = config.ppo, config.roles
-    rules = [
-        (
-            "pretrain",
-            "pretrain.batch_size",
-            config.pretrain.batch_size,
-            "roles.policy.num_ranks",
-            roles.policy.num_ranks,
-        ),
-        ("sft", "sft.batch_size", config.sft.batch_size, "roles.policy.num_ranks", roles.policy.num_ranks),
-        ("ppo", "ppo.batch_size", ppo.batch_size, "ppo.minibatch_size", ppo.minibatch_size),
-        ("ppo", "ppo.batch_size", ppo.batch_size, "ppo.num_chunks", ppo.num_chunks),
-        ("ppo", "ppo.num_chunks", ppo.num_chunks, "roles.policy.num_ranks", roles.policy.num_ranks),
-        ("ppo", "ppo.num_chunks", ppo.num_chunks, "roles.value.num_ranks", roles.value.num_ranks),
-        ("ppo", "ppo.num_chunks", ppo.num_chunks, "roles.rollout.num_engines", roles.rollout.num_engines),
-        ("ppo", "ppo.minibatch_size", ppo.minibatch_size, "roles.policy.num_ranks", roles.policy.num_ranks),
-    ]
-    for stage, field, value, by_field, by in rules:
-        if stage in wanted and value % by:
+    roles = config.roles
+    values = {
+        "pretrain.batch_size": config.pretrain.batch_size,
+        "sft.batch_size": config.sft.batch_size,
+        "ppo.batch_size": config.ppo.batch_size,
+        "ppo.minibatch_size": config.ppo.minibatch_size,
+        "ppo.num_chunks": config.ppo.num_chunks,
+        "roles.policy.num_ranks": roles.policy.num_ranks,
+        "roles.value.num_ranks": roles.value.num_ranks,
+        "roles.rollout.num_engines": roles.rollout.num_engines,
+    }
+    rules = (
+        ("pretrain.batch_size", "roles.policy.num_ranks"),
+        ("sft.batch_size", "roles.policy.num_ranks"),
+        ("ppo.batch_size", "ppo.minibatch_size"),
+        ("ppo.batch_size", "ppo.num_chunks"),
+        ("ppo.num_chunks", "roles.policy.num_ranks"),
+        ("ppo.num_chunks", "roles.value.num_ranks"),
+        ("ppo.num_chunks", "roles.rollout.num_engines"),
+        ("ppo.minibatch_size", "roles.policy.num_ranks"),
+        ("ppo.minibatch_size", "roles.value.num_ranks"),
+    )
+    for field, divisor in rules:
+        value, by = values[field], values[divisor]
+        if field.split(".")[0] in running and value % by:
+            nearest = max(by, value // by * by)
             raise UserError(
-                f"{field}={value} must be divisible by {by_field}={by}; change one of them, for example "
-                f"{field}={max(by, value // by * by)}"
+                f"{field}={value} must be divisible by {divisor}={by}; change one of them, for example "
+                f"{field}={nearest}"
             )
 
 
-def check_model(config: Config, wanted: Sequence[str]) -> None:
+def check_model(config: Config, running: Sequence[str]) -> None:
     """The preset exists, and the vocabulary has room."""
-    if "pretrain" in wanted and config.inputs.base is None and config.model.preset not in PRESETS:
+    if "pretrain" in running and config.model.preset not in PRESETS:
         raise UserError(
-            f"model.preset={config.model.preset!r} is not known; choose from {', '.join(PRESETS)}"
+            f"model.preset={config.model.preset!r} is not known; {similar(config.model.preset, PRESETS)}"
+        )
+    if "tokenizer" in running and config.tokenizer.vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least {SMALLEST_VOCABULARY}: "
+            "special tokens, "
+            "bytes and some room to learn; raise it"
         )
 
 
-def check_lengths(config: Config, wanted: Sequence[str]) -> None:
+def check_lengths(config: Config, running: Sequence[str]) -> None:
     """Rows and answers fit the model's context."""
     context = model_context(config)
     if context is None:
         return
     rules = [
-        ("pretrain", "pretrain.seq_len", config.pretrain.seq_len),
-        ("sft", "sft.seq_len", config.sft.seq_len),
-        ("reward", "reward.max_length", config.reward.max_length),
-        ("collect", "collect.max_new_tokens", config.collect.max_new_tokens + 1),
-        ("ppo", "ppo.max_new_tokens", config.ppo.max_new_tokens + 1),
-        ("evaluate", "evaluate.max_new_tokens", config.evaluate.max_new_tokens + 1),
+        ("pretrain", "seq_len", config.pretrain.seq_len, context),
+        ("sft", "seq_len", config.sft.seq_len, context),
+        ("reward", "max_length", config.reward.max_length, context),
+        # A prompt has one token at least.
+        ("collect", "max_new_tokens", config.collect.max_new_tokens, context - 1),
+        ("ppo", "max_new_tokens", config.ppo.max_new_tokens, context - 1),
+        ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, context - 1),
     ]
-    for stage, field, needed in rules:
-        if stage in wanted and needed > context:
+    for stage, key, value, limit in rules:
+        if stage in running and value > limit:
             raise UserError(
-                f"{field} needs {needed} tokens, the model's context holds {context}; lower {field}"
+                f"{stage}.{key}={value} must be at most {limit}: the model's context holds {context} tokens; "
+                "lower it"
             )
 
 
 def model_context(config: Config) -> int | None:
     """Context length of the run's model, where it is known before the run."""
-    checkpoint = config.inputs.chat or config.inputs.base
-    if checkpoint is not None:
-        return checkpoint_config(
-            "inputs.chat" if config.inputs.chat else "inputs.base", checkpoint
-        ).max_seq_len
+    for name in ("chat", "base"):
+        if (path := getattr(config.inputs, name)) is not None:
+            return checkpoint_config(f"inputs.{name}", path).max_seq_len
     preset = PRESETS.get(config.model.preset)
     return config.model.max_seq_len or (preset.max_seq_len if preset else None)
 
 
-def checkpoint_config(field: str, path: str) -> ModelConfig:
-    """A checkpoint's config, once its files are found whole."""
-    try:
-        return check_checkpoint(path).config
-    except ValueError as error:
-        raise UserError(f"{field}: {error}") from error
+def check_needs(config: Config, out: Path, wanted: Sequence[str]) -> None:
+    """What each wanted stage works on is given, made by a stage before it, or in the run directory."""
+    given = given_outputs(config)
+    available, running = set(given), stages_to_run(config, wanted)
+    needed = {name for stage in running for name in NEEDS[stage]}
+    own_language = [name for name in ("corpus", "demonstrations") if name in given]
+    # Testbed prompts would ask a model trained on other texts about a world it has never read of.
+    missing = [name for name in makes("testbed") if name in needed - given]
+    if own_language and "testbed" in running and missing:
+        raise UserError(
+            f"{_keys(missing)}: must be given beside data.{own_language[0]}, or the testbed's would be mixed "
+            "with it; give them too, or give the files of a run of `rlhf-ray testbed`"
+        )
+    for stage in STAGES:
+        if stage in running:
+            if missing := [name for name in NEEDS[stage] if name not in available]:
+                raise UserError(_missing_inputs(stage, missing, out))
+            available.update(makes(stage))
+        elif is_done(config, out, stage):
+            available.update(makes(stage))
 
 
-def check_files(config: Config) -> None:
-    """Checkpoints, tokenizers and tables that the config names are there, whole, and fit each other."""
-    inputs = config.inputs
-    models = {
-        name: checkpoint_config(f"inputs.{name}", path)
-        for name in ("base", "chat", "helpfulness", "safety")
-        if (path := getattr(inputs, name)) is not None
-    }
-    tokenizer = inputs.tokenizer or inputs.chat or inputs.base
-    if tokenizer is not None and (inputs.tokenizer or (Path(tokenizer) / "tokenizer.json").exists()):
-        for name, model in models.items():
-            check_tokenizer_fits(Path(tokenizer), name, model)
-    kinds = {"corpus": "corpus", "demonstrations": "demonstrations", "comparisons": "comparisons"}
-    named = {name: path for name, path in config.data.model_dump().items() if path is not None}
-    if named:
-        from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
-
-        for name, path in named.items():
-            kind = kinds.get(name, "prompts")
-            table = read_table(path, SCHEMAS[kind])  # type: ignore[index]
-            problems = check_rows(kind, table)  # type: ignore[arg-type]
-            if problems:
-                raise UserError(
-                    f"data.{name}: {path} {problems[0]} ({len(problems)} broken rows; `rlhf-ray data check {kind} {path}` lists them)"
-                )
-            if name == "comparisons" and config.reward.margin != "none" and table["strength"].null_count:
-                row = table["strength"].to_pylist().index(None)
-                raise UserError(
-                    f"data.comparisons: {path} row {row} has no strength and reward.margin={config.reward.margin} needs one; "
-                    f"fill the column in, or set reward.margin=none"
-                )
-    check_prompt_lengths(config)
-
-
-def check_prompt_lengths(config: Config) -> None:
-    """Prompts fit the context beside an answer, where tokenizer, model and prompts are all given."""
-    context, tokenizer = (
-        model_context(config),
-        config.inputs.tokenizer or config.inputs.chat or config.inputs.base,
+def _missing_inputs(stage: str, missing: Sequence[str], out: Path) -> str:
+    makers = list(dict.fromkeys(WHO_MAKES[name][0] for name in missing))
+    others = [maker for maker in makers if list((out / "steps").glob(f"{maker}-*/step.json"))]
+    stale = f" (what {' and '.join(others)} left in {out} was made under other settings)" if others else ""
+    keys = _keys([name for name in missing if WHO_MAKES[name][1]])
+    return (
+        f"{stage} needs {', '.join(missing)}, which neither the config names nor {out} holds{stale}; "
+        f"run {', '.join(makers)} first" + (f", or set {keys}" if keys else "")
     )
-    limits = {
-        "prompts_train": config.ppo.max_new_tokens,
-        "prompts_early_stop": config.ppo.max_new_tokens,
-        "prompts_annotation": config.collect.max_new_tokens,
-        "prompts_test": config.evaluate.max_new_tokens,
+
+
+def _keys(names: Sequence[str]) -> str:
+    return ", ".join(str(WHO_MAKES[name][1]) for name in names)
+
+
+def is_done(config: Config, out: Path, stage: str) -> bool:
+    """Whether the run directory holds a stage's output for this config.
+
+    Compares the settings that a finished step recorded. The recipe compares its parents and code too, by the
+    whole hash, but that needs the recipe's modules, which take seconds to import.
+    """
+    names = [f"reward-{model}" for model in ("helpfulness", "safety")] if stage == "reward" else [stage]
+    return all(
+        any(_same_settings(config, path) for path in (out / "steps").glob(f"{name}-*/step.json"))
+        for name in names
+    )
+
+
+def _same_settings(config: Config, step_file: Path) -> bool:
+    if step_file.parent.name.endswith(".partial"):
+        return False  # filed only by rename
+    inputs = json.loads(step_file.read_text())["inputs"]
+    now = json.loads(config.model_dump_json())
+    recorded = {**inputs["config"], "seed": inputs["seed"], "precision": inputs["precision"]}
+    return recorded == {
+        **{section: now[section] for section in inputs["config"]},
+        "seed": config.run.seed,
+        "precision": config.run.precision,
     }
-    named = {name: path for name in limits if (path := getattr(config.data, name)) is not None}
-    if not named or context is None or tokenizer is None:
-        return
-    from rlhf_ray.data.chat import load_tokenizer
-    from rlhf_ray.data.prompts import load_prompts
-
-    for name, path in named.items():
-        load_prompts(path, load_tokenizer(tokenizer), max_prompt_tokens=context - limits[name])
-
-
-def check_tokenizer_fits(tokenizer: Path, name: str, model: ModelConfig) -> None:
-    """The tokenizer's ids all have a row in the model's embedding."""
-    from rlhf_ray.recipe.tokenizer import check_tokenizer
-
-    try:
-        check_tokenizer(tokenizer, model.vocab_size)
-    except UserError as error:
-        raise UserError(f"inputs.{name}: {error}") from error
 
 
 def check_output(out: Path) -> None:
-    """The run directory can be written."""
-    existing = out.resolve()
-    while not existing.exists():
+    """The run directory can be written; nothing is left behind by finding out."""
+    existing = out.absolute()
+    while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file; choose a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {existing} is not writable; choose a directory you may write to")
-
-
-def check_chat_checkpoint(path: Path) -> None:
-    """A checkpoint to talk to is whole and has its tokenizer."""
-    checkpoint_config("CHECKPOINT", str(path))
-    if not (path / "tokenizer.json").exists():
+    try:
+        # Permission bits tell a superuser nothing, nor do they tell of read-only mounts.
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=existing))
+    except OSError as error:
         raise UserError(
-            f"CHECKPOINT {path}: has no tokenizer.json; copy the tokenizer's files beside the weights"
-        )
-
-
-def _has_nvidia() -> bool:
-    return Path("/proc/driver/nvidia").exists() and importlib.util.find_spec("torch") is not None
+            f"--out {out}: {existing} cannot be written ({error.strerror}); choose a directory you may write "
+            "to"
+        ) from error

@@ -1,58 +1,94 @@
 """`rlhf-ray data check | show`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.pretty import Pretty
+from rich.table import Table
+from rich.text import Text
 
+from rlhf_ray.config_errors import similar
 from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
 from rlhf_ray.errors import UserError
 
 SHOWN_PROBLEMS = 20
+ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "green"}
 
 
 def check_table(kind: str, path: Path) -> None:
-    """Checks a table against its schema and row rules; prints each problem.
+    """Checks a table against its schema and row rules; prints each problem on stderr.
 
     Raises:
         UserError: unknown kind, a broken file, or any broken row.
     """
-    for known in SCHEMAS:
-        if known == kind:
-            table = read_table(path, SCHEMAS[known])
-            problems = check_rows(known, table)
-            break
-    else:
-        raise UserError(f"kind={kind}: must be one of {', '.join(SCHEMAS)}")
+    known = next((name for name in SCHEMAS if name == kind), None)
+    if known is None:
+        raise UserError(f"KIND={kind} is no kind of table; {similar(kind, SCHEMAS)}")
+    table = read_table(path, SCHEMAS[known])
+    problems = check_rows(known, table)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(f"{path} {problem}", markup=False)
+        console.print(problem, markup=False)
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        not_shown = f", {more} of them not shown" if more > 0 else ""
         raise UserError(
-            f"{path}: {len(problems)} broken rows of {table.num_rows}"
-            + (f", {more} not shown" if more > 0 else "")
+            f"{path}: {count} in {table.num_rows} rows{not_shown}; put them right as the lines say"
         )
-    print(f"{path}: {table.num_rows} {kind}, all well")
+    print(f"{path}: {table.num_rows} rows of {known}, all well")
 
 
 def show_table(path: Path, *, rows: int, start: int) -> None:
-    """Prints some rows of any Parquet file.
+    """Prints some rows of any Parquet file on stdout, dialogues as dialogues.
 
     Raises:
         UserError: the file cannot be read, or has no row `start`.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a Parquet file")
     try:
         table = pq.read_table(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as Parquet ({error}); give a table written by rlhf-ray"
-        ) from error
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{path}: cannot be read as Parquet ({reason}); give a Parquet file") from error
     if start >= table.num_rows:
-        raise UserError(f"--start {start}: {path} has {table.num_rows} rows; choose a smaller one")
-    console = Console()
-    console.print(f"{path}: {table.num_rows} rows", highlight=False)
+        raise UserError(f"--start {start}: must be less than {table.num_rows}, the rows of {path}; lower it")
+    console = Console(highlight=False)
+    last = min(start + rows, table.num_rows) - 1
+    console.print(Text(f"{path}: rows {start} to {last} of {table.num_rows}", style="bold"))
     for number, row in enumerate(table.slice(start, rows).to_pylist(), start=start):
-        console.rule(f"row {number}")
-        console.print(Pretty(row, expand_all=True))
+        console.rule(f"row {number}", align="left")
+        console.print(row_table(row))
+
+
+def row_table(row: Mapping[str, Any]) -> Table:
+    """One row as two columns, name and value."""
+    shown = Table.grid(padding=(0, 2))
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in row.items():
+        shown.add_row(name, _messages(value) if name == "messages" and value else _value(value))
+    return shown
+
+
+def _messages(messages: list[Mapping[str, Any]]) -> Text:
+    lines = [
+        Text.assemble(
+            (f"{message['role']}: ", ROLE_STYLES.get(str(message["role"]), "")), _value(message["content"])
+        )
+        for message in messages
+    ]
+    return Text("\n").join(lines)
+
+
+def _value(value: Any) -> Text:
+    """A value as text; null and empty are told apart."""
+    if value is None:
+        return Text("null", style="dim")
+    if value == "":
+        return Text('""', style="dim")
+    return Text(f"{value:g}" if isinstance(value, float) else str(value))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.packing import Packed, pack, pack_stream
 from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, read_table
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, located
 
 T = TypeVar("T")
 
@@ -68,7 +68,11 @@ class LMData:
 
 
 def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
-    """A corpus table as full rows; each document stands between BOS and EOS."""
+    """A corpus table as full rows; each document stands between BOS and EOS.
+
+    Raises:
+        UserError: the table is broken, or a part is empty.
+    """
     tokenizer = load_tokenizer(tokenizer_directory)
     texts = read_table(path, CORPUS)["text"].to_pylist()
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -81,11 +85,21 @@ def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: f
     """A demonstrations table as packed rows, with loss on answer tokens only.
 
     Raises:
-        UserError: a dialogue is longer than `seq_len`.
+        UserError: a dialogue is longer than `seq_len` or cannot be encoded, or a part is empty.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     dialogues = read_table(path, DEMONSTRATIONS)["messages"].to_pylist()
-    examples = [encode_dialogue(tokenizer, messages) for messages in dialogues]
+    examples = []
+    for row, messages in enumerate(dialogues):
+        with located(f"{path} row {row}"):
+            tokens, mask = encode_dialogue(tokenizer, messages)
+        if len(tokens) > seq_len:
+            raise UserError(
+                f"{path} row {row}: the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the "
+                "limit; "
+                f"raise it or shorten the row"
+            )
+        examples.append((tokens, mask))
     train, rest = split_held_out(examples, [str(messages) for messages in dialogues], held_out, path)
     return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
 
@@ -103,7 +117,8 @@ def split_held_out(
         (rest if hash_share(text) < share else train).append(item)
     if not train or not rest:
         raise UserError(
-            f"{path}: {len(items)} rows leave {len(train)} to train on and {len(rest)} held out at held_out={share:g}; "
+            f"{path}: {len(items)} rows leave {len(train)} to train on and {len(rest)} held out at "
+            f"held_out={share:g}; "
             f"give more rows or another share"
         )
     return train, rest

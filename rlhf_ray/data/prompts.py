@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_ray.data.chat import encode_prompt
 from rlhf_ray.data.schemas import PROMPTS, read_table
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, located
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,19 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
     """Reads and tokenises a prompts table.
 
     Raises:
-        UserError: the table is broken, or a prompt has more than `max_prompt_tokens` tokens.
+        UserError: the table is broken, a prompt has more than `max_prompt_tokens` tokens, or one cannot be
+            encoded; names file and row.
     """
     table = read_table(path, PROMPTS, columns=["messages", "is_safety"])
-    tokens = [encode_prompt(tokenizer, messages) for messages in table["messages"].to_pylist()]
-    for row, prompt in enumerate(tokens):
+    tokens = []
+    for row, messages in enumerate(table["messages"].to_pylist()):
+        with located(f"{path} row {row}"):
+            prompt = encode_prompt(tokenizer, messages)
+        tokens.append(prompt)
         if len(prompt) > max_prompt_tokens:
             raise UserError(
-                f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit beside the "
+                f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit "
+                "beside the "
                 f"answer in the model's context; shorten it, or lower max_new_tokens"
             )
     return PromptSet(tokens=tokens, is_safety=table["is_safety"].to_pylist())

@@ -12,7 +12,7 @@ from rlhf_ray.data.batching import mixture_rows
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.lm_rows import hash_share
 from rlhf_ray.data.schemas import COMPARISONS, read_table
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import UserError, located
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,19 @@ class Pairs:
         """Encodes comparison rows.
 
         Raises:
-            UserError: an answer with its dialogue is longer than `max_length`, or a margin is asked for and a row has
-                no strength.
+            UserError: an answer with its dialogue is longer than `max_length`, or a margin is asked for and a
+                row has no strength.
         """
         self.guidelines = [row["guideline"] for row in rows]
         self._strengths = [row["strength"] for row in rows]
         self._sides: list[tuple[list[int], list[int]]] = []
-        for number, row in enumerate(rows):
-            prompt = encode_prompt(tokenizer, row["messages"])
-            sides = tuple(
-                prompt + encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"])
-                for side in ("chosen", "rejected")
-            )
+        for row in rows:
+            with located(f"{path} {row['comparison_id']}"):
+                prompt = encode_prompt(tokenizer, row["messages"])
+                sides = [
+                    prompt + encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"])
+                    for side in ("chosen", "rejected")
+                ]
             longest = max(len(tokens) for tokens in sides)
             if longest > max_length:
                 raise UserError(
@@ -71,7 +72,8 @@ class Pairs:
             self._sides.append((sides[0], sides[1]))
             if margin != "none" and row["strength"] is None:
                 raise UserError(
-                    f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs it; "
+                    f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs "
+                    "it; "
                     f"fill the column in, or set reward.margin=none"
                 )
         self._margin = strength_margin(self._strengths, kind=margin)
@@ -155,7 +157,8 @@ def reward_pairs(
     main = max(shares, key=lambda name: shares[name])
     if not by_guideline[main] or not rest:
         raise UserError(
-            f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; both must be "
+            f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; "
+            "both must be "
             f"there, give more rows or change collect.held_out={held_out:g}"
         )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect
+from rlhf_ray.errors import RunFailure
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
@@ -15,7 +16,7 @@ MAX_SYNCED_GAP = {"bf16": 0.1, "fp32": 1e-3}
 """Mean |engine - trainer| log-prob, nats, above which a sync counts as failed. SmolLM2 in bf16 shows 0.046."""
 
 
-class WeightChannelError(RuntimeError):
+class WeightChannelError(RunFailure):
     """The engine does not compute what the trainer does after a weight sync."""
 
 

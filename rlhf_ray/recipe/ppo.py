@@ -17,6 +17,7 @@ from typing import Any
 from cluster.worker_group import Call, collect
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.errors import RunFailure
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import (
@@ -40,7 +41,7 @@ SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
 HELD_OUT_SEED = 1_000_003  # the held-out answers of every look share their sampling seeds
 
 
-class LogprobGapError(RuntimeError):
+class LogprobGapError(RunFailure):
     """Engine and trainer disagree on the log-probs of what the engine sampled."""
 
 

@@ -1,0 +1,356 @@
+"""The files that a config names: checkpoints, tokenizers and tables are there, whole, and fit each other.
+
+Reads headers, JSON and Parquet. The package `tokenizers` stands in for transformers, whose import takes
+seconds: that is loaded only where rows have to be put through a chat template.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from model.checkpoint_files import check_checkpoint
+from model.config import ModelConfig
+from rlhf_ray.config import Config
+from rlhf_ray.errors import UserError, located
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
+
+# As in recipe/tokenizer.py: vocabularies of models are often padded, a wider gap means another tokenizer.
+MAX_UNUSED_IDS = 1024
+
+LONGEST_ROWS = 256
+"""Rows whose tokens are counted before the run, those of most characters; the stages count all."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a tokenizer directory holds, read without transformers."""
+
+    vocabulary: Mapping[str, int]
+    """Every piece and its id, added tokens included."""
+    has_eos: bool
+    has_template: bool
+
+    @property
+    def size(self) -> int:
+        """The largest id plus one."""
+        return max(self.vocabulary.values()) + 1
+
+
+def check_inputs(config: Config, running: Sequence[str]) -> None:
+    """Checks every file the config names.
+
+    Args:
+        running: the stages that will run.
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    models = check_models(config, running)
+    tokenizer = check_tokenizers(config, models)
+    check_tables(config, running, tokenizer, models)
+
+
+def check_models(config: Config, running: Sequence[str]) -> dict[str, ModelConfig]:
+    """Checkpoints are whole and of the right kind; returns their configs by field."""
+    named = {f"inputs.{name}": getattr(config.inputs, name) for name in (*LANGUAGE_MODELS, *REWARD_MODELS)}
+    if "collect" in running:
+        named |= {
+            f"collect.versions[{place}]": version
+            for place, version in enumerate(config.collect.versions)
+            if version not in ("previous", "newest")
+        }
+    return {
+        field: checkpoint_config(
+            field, path, kind="reward" if field.removeprefix("inputs.") in REWARD_MODELS else "language"
+        )
+        for field, path in named.items()
+        if path is not None
+    }
+
+
+def checkpoint_config(
+    field: str, path: str, *, kind: Literal["language", "reward"] | None = None
+) -> ModelConfig:
+    """A checkpoint's config, once its files are found whole and of the wanted kind."""
+    try:
+        info = check_checkpoint(path)
+    except ValueError as error:
+        raise UserError(f"{field}={path!r}: {_without(str(error), path)}; give a Llama checkpoint") from error
+    if kind == "language" and info.is_reward_model:
+        raise UserError(
+            f"{field}={path!r} is a reward model (LlamaForSequenceClassification) where a language model is "
+            "needed; "
+            "give a LlamaForCausalLM checkpoint"
+        )
+    if kind == "reward" and not info.is_reward_model:
+        raise UserError(
+            f"{field}={path!r} is a language model (LlamaForCausalLM) where a reward model is needed; "
+            "give a LlamaForSequenceClassification checkpoint with one label"
+        )
+    return info.config
+
+
+def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Path | None:
+    """One tokenizer serves all models; returns its directory where the config names one."""
+    inputs = config.inputs
+    chosen = ("inputs.tokenizer", inputs.tokenizer)
+    for name in ("chat", "base"):
+        path = getattr(inputs, name)
+        if chosen[1] is None and path is not None:
+            chosen = (f"inputs.{name}", path)
+            if not (Path(path) / "tokenizer.json").exists():
+                raise UserError(
+                    f"inputs.{name}={path!r} has no tokenizer.json; set inputs.tokenizer to its tokenizer"
+                )
+    field, directory = chosen
+    if directory is None:
+        return None
+    with located(f"{field}={directory!r}"):
+        files = read_tokenizer(Path(directory))
+        if not files.has_eos:
+            raise UserError("the tokenizer has no eos_token; set it to the token that closes an answer")
+        if not files.has_template:
+            raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
+    for model_field, model in models.items():
+        _check_fit(field, files, model_field, model)
+    for model_field in models:
+        path = _path_of(config, model_field)
+        if path != directory and (Path(path) / "tokenizer.json").exists():
+            with located(f"{model_field}={path!r}"):
+                own = read_tokenizer(Path(path))
+            if own.vocabulary != files.vocabulary:
+                raise UserError(
+                    f"{model_field}={path!r} has another tokenizer than {field}={directory!r}; "
+                    "give models that share one tokenizer"
+                )
+    return Path(directory)
+
+
+def _check_fit(field: str, files: TokenizerFiles, model_field: str, model: ModelConfig) -> None:
+    if not files.size <= model.vocab_size < files.size + MAX_UNUSED_IDS:
+        raise UserError(
+            f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of "
+            f"{field}, which has "
+            f"{files.size} ids: it must have as many, or fewer than {MAX_UNUSED_IDS} more; use the model's "
+            "own tokenizer"
+        )
+
+
+def _path_of(config: Config, field: str) -> str:
+    if field.startswith("inputs."):
+        return str(getattr(config.inputs, field.removeprefix("inputs.")))
+    return config.collect.versions[int(field.removeprefix("collect.versions[").rstrip("]"))]
+
+
+def read_tokenizer(directory: Path) -> TokenizerFiles:
+    """A tokenizer directory's facts.
+
+    Raises:
+        UserError: there is none, or its files cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    if not directory.is_dir():
+        raise UserError("no such directory; give the directory of a Hugging Face tokenizer")
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        raise UserError("has no tokenizer.json; give the directory of a Hugging Face fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again"
+        ) from error
+    settings = _read_json(directory / "tokenizer_config.json")
+    added = settings.get("added_tokens_decoder") or {}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    vocabulary |= {entry["content"]: int(number) for number, entry in added.items()}
+    marks = settings | _read_json(directory / "special_tokens_map.json")
+    return TokenizerFiles(
+        vocabulary=vocabulary,
+        has_eos=marks.get("eos_token") is not None or "Llama" in str(settings.get("tokenizer_class")),
+        has_template=settings.get("chat_template") is not None
+        or any((directory / name).exists() for name in ("chat_template.jinja", "chat_template.json")),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} is not valid JSON ({error}); copy it again") from error
+    return content
+
+
+def check_tables(
+    config: Config, running: Sequence[str], tokenizer: Path | None, models: Mapping[str, ModelConfig]
+) -> None:
+    """Tables have their columns, and every row keeps its rules."""
+    named = {name: path for name, path in config.data.model_dump().items() if path is not None}
+    if not named:
+        return
+    from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
+
+    loaded: Any = None
+    for name, path in named.items():
+        kind = table_kind(name)
+        if name == "comparisons":
+            check_strengths_column(config, path)
+        with located(f"data.{name}"):
+            table = read_table(path, SCHEMAS[kind])
+            if problems := check_rows(kind, table):
+                more = f" (the first of {len(problems)} broken rows)" if len(problems) > 1 else ""
+                raise UserError(f"{path} {problems[0]}{more}; see `rlhf-ray data check {kind} {path}`")
+        if name == "comparisons":
+            check_strengths(config, path, table)
+        if name == "prompts_annotation" and "collect" in running:
+            check_truth(path, table)
+        limit = token_limit(config, name, running, models)
+        if kind != "corpus" and tokenizer is not None and limit is not None:
+            loaded = loaded or _load_tokenizer(tokenizer)
+            with located(f"data.{name}"):
+                check_row_lengths(path, table, loaded, *limit)
+
+
+def table_kind(name: str) -> Any:
+    """The schema of a key of `data`."""
+    return "prompts" if name.startswith("prompts_") else name
+
+
+def check_strengths_column(config: Config, path: str) -> None:
+    """A file without strengths is told by what asks for them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return  # reading the table says what is wrong with the file
+    if "strength" not in columns and config.reward.margin != "none":
+        raise UserError(
+            f"data.comparisons: {path} has no column strength and reward.margin={config.reward.margin} needs "
+            "it; "
+            "add it, or set reward.margin=none and fill it with nulls"
+        )
+
+
+def check_strengths(config: Config, path: str, table: "pa.Table") -> None:
+    """A margin that goes by strength finds one in every row."""
+    if config.reward.margin != "none" and table["strength"].null_count:
+        row = table["strength"].to_pylist().index(None)
+        raise UserError(
+            f"data.comparisons: {path} row {row} has no strength and reward.margin={config.reward.margin} "
+            "needs it; "
+            "fill the column in, or set reward.margin=none"
+        )
+
+
+def check_truth(path: str, table: "pa.Table") -> None:
+    """The simulated annotator has something to judge by in every row."""
+    for row, truth in enumerate(table["truth"].to_pylist()):
+        if not truth:
+            raise UserError(
+                f"data.prompts_annotation: {path} row {row} has truth='' and the simulated annotator of "
+                "collect judges "
+                "testbed prompts only; give human comparisons as data.comparisons"
+            )
+
+
+def token_limit(
+    config: Config, name: str, running: Sequence[str], models: Mapping[str, ModelConfig]
+) -> tuple[int, str] | None:
+    """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
+    lengths = {
+        "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
+        "comparisons": ("reward", "reward.max_length", config.reward.max_length),
+    }
+    if name in lengths:
+        stage, field, value = lengths[name]
+        return (value, f"{field}={value}; raise it or shorten the row") if stage in running else None
+    answers = {
+        "prompts_train": ("ppo", config.ppo.max_new_tokens),
+        "prompts_early_stop": ("ppo", config.ppo.max_new_tokens),
+        "prompts_annotation": ("collect", config.collect.max_new_tokens),
+        "prompts_test": ("evaluate", config.evaluate.max_new_tokens),
+    }
+    model = models.get("inputs.chat") or models.get("inputs.base")
+    if name not in answers or model is None or answers[name][0] not in running:
+        return None
+    stage, answer = answers[name]
+    return model.max_seq_len - answer, (
+        f"the context of {model.max_seq_len} less {stage}.max_new_tokens={answer}; shorten the prompt or "
+        "lower that"
+    )
+
+
+def check_row_lengths(path: str, table: "pa.Table", tokenizer: Any, limit: int, reason: str) -> None:
+    """The longest rows fit, and none spells a special token."""
+    from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
+
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    rows = table.to_pylist()
+    sizes = []
+    for number, row in enumerate(rows):
+        text = "\0".join(_texts(row))
+        sizes.append(len(text))
+        if spelt := next((token for token in special if token in text), None):
+            raise UserError(
+                f"{path} row {number} holds the special token {spelt!r}, which would end or fake a turn; "
+                "remove it"
+            )
+    for number in sorted(range(len(rows)), key=lambda n: -sizes[n])[:LONGEST_ROWS]:
+        row = rows[number]
+        with located(f"{path} row {number}"):
+            if "chosen" in row:
+                prompt = len(encode_prompt(tokenizer, row["messages"]))
+                sides = [
+                    encode_answer(tokenizer, row[side], finished=True) for side in ("chosen", "rejected")
+                ]
+                length = prompt + max(len(side) for side in sides)
+            elif row["messages"][-1]["role"] == "assistant":
+                length = len(encode_dialogue(tokenizer, row["messages"])[0])
+            else:
+                length = len(encode_prompt(tokenizer, row["messages"]))
+            if length > limit:
+                raise UserError(f"has {length} tokens, at most {limit} fit: {reason}")
+
+
+def _texts(row: Mapping[str, Any]) -> Iterator[str]:
+    yield from (message["content"] for message in row["messages"])
+    yield from (row[side] for side in ("chosen", "rejected") if side in row)
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    # Not AutoTokenizer, which imports torch: the same file, read by the class that most of them have.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{directory}: no tokenizer can be read there ({reason}); save one there") from error
+
+
+def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
+    """A checkpoint to talk to is a whole language model, has its tokenizer, and room for an answer."""
+    model = checkpoint_config("CHECKPOINT", str(path), kind="language")
+    with located(f"CHECKPOINT={str(path)!r}"):
+        files = read_tokenizer(path)
+        if not files.has_template:
+            raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
+    _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
+    if max_new_tokens >= model.max_seq_len:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; "
+            "lower it"
+        )
+
+
+def _without(message: str, path: str) -> str:
+    """The message without the path at its start, which the field before it names already."""
+    return message.removeprefix(path).lstrip("/: ")
