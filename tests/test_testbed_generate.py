@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, PROMPTS, check_rows, read_table
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.testbed import demonstrator, tasks, world
 from rlhf_ray.testbed.generate import TestbedSizes, prompt_row, write_testbed
 from rlhf_ray.testbed.judge import UNSAFE_WORDS, evaluate_answers, judge
@@ -132,6 +133,22 @@ def test_words_are_few_and_texts_short(directory):
     # Words and punctuation marks, what a token at least is.
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in prompts) <= 40
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in ideals + answers) <= 24
+
+
+def test_texts_are_short_in_tokens_of_a_small_vocabulary(directory):
+    tokenizer = train_tokenizer(
+        read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist(), vocab_size=512
+    )
+
+    def count(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    rows = read_prompts(directory, "prompts_test")
+    assert max(count(row["messages"][0]["content"]) for row in rows) <= 40
+    assert max(count(tasks.ideal_answer(json.loads(row["truth"]))) + 1 for row in rows) <= 24  # with EOS
+    demonstrations = read_table(directory / "demonstrations.parquet", DEMONSTRATIONS).to_pylist()
+    too_long = sum(count(row["messages"][-1]["content"]) + 1 > 24 for row in demonstrations)
+    assert too_long / len(demonstrations) < 0.01
 
 
 def test_ordinary_truths_hold_no_unsafe_word():

@@ -93,7 +93,7 @@ def _write_story(rng: random.Random) -> str:
 
 
 def _write_conversation(rng: random.Random) -> str:
-    """Three plain questions and answers, few of them with manners; most people answer anything, some rudely."""
+    """Three questions and answers, few of them with manners; half the people answer anything, some rudely."""
     lines = []
     for _ in range(3):
         kind = rng.choices(_ASKED_KINDS, weights=_ASKED_WEIGHTS)[0]
