@@ -12,7 +12,7 @@ from rlhf_ray.recipe.pretraining import pretrain
 from rlhf_ray.recipe.reward_modeling import train_reward_models
 from rlhf_ray.recipe.sft import sft
 from rlhf_ray.recipe.tokenizer import make_tokenizer
-from rlhf_ray.run_state import RunDir, package_versions
+from rlhf_ray.run_state import RunDir, fingerprint, package_versions
 from rlhf_ray.testbed.stage import make_testbed
 
 Outputs = Mapping[str, Path]
@@ -78,7 +78,9 @@ def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None 
                     raise
                 continue
             for name, path in outputs.items():
-                context.outputs.add(name, path, key=f"{path.parent.name}/{path.name}")
+                # Tables of the testbed go by content, so that a longer one leaves what uses the others alone.
+                key = fingerprint(path) if stage == "testbed" else f"{path.parent.name}/{path.name}"
+                context.outputs.add(name, path, key=key)
                 made[name] = context.outputs[name]
     finally:
         context.close()
