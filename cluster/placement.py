@@ -12,7 +12,7 @@ _LOG_EVERY_S = 30.0
 
 
 class PlacementError(RuntimeError):
-    """The cluster cannot hold the requested ranks, or did not in time; says what is needed and what there is."""
+    """The cluster cannot hold the ranks, or did not in time; says what is needed and what there is."""
 
 
 def reserve(
@@ -28,24 +28,37 @@ def reserve(
     Raises:
         PlacementError: more than the whole cluster has (at once), or still waiting at the deadline.
     """
-    needed = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
-    total = ray.cluster_resources()
+    needed = _total(bundles)
+    total = _total([ray.cluster_resources()])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    remedy = "ask for fewer ranks or a smaller share per rank"
     for name, amount in needed.items():
-        if amount > total.get(name, 0.0):
+        if amount > total[name]:
             raise PlacementError(
-                f"{role}: {len(bundles)} ranks need {amount:g} {name}, the cluster has {total.get(name, 0.0):g}; "
-                f"ask for fewer ranks or a smaller share per rank"
+                f"{role}: {len(bundles)} ranks need {amount:g} {name}, the cluster has {total[name]:g}; "
+                f"{remedy}"
+            )
+        rank, node = max(b.get(name, 0.0) for b in bundles), max(n.get(name, 0.0) for n in nodes)
+        if rank > node:
+            raise PlacementError(
+                f"{role}: a rank needs {rank:g} {name}, the largest node has {node:g}; {remedy}"
             )
     group = placement_group(bundles, strategy=strategy)
     start = time.monotonic()
     while not group.wait(timeout_seconds=min(_LOG_EVERY_S, timeout_s)):
         waited = time.monotonic() - start
-        free = ray.available_resources()
-        state = (
-            f"needs {needed}, free now { ({k: free.get(k, 0.0) for k in needed}) }, nodes {len(ray.nodes())}"
-        )
+        free = _total([ray.available_resources()])
+        state = f"needs {_listed(needed)}; free now {_listed(free)} of {_listed(total)} on {len(nodes)} nodes"
         if waited >= timeout_s:
             remove_placement_group(group)
             raise PlacementError(f"{role}: no place for {len(bundles)} ranks after {waited:.0f} s: {state}")
         logger.warning("%s: waiting for resources for %.0f s: %s", role, waited, state)
     return group
+
+
+def _total(bundles: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
+
+
+def _listed(amounts: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())

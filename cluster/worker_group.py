@@ -1,4 +1,4 @@
-"""Groups of worker ranks over Ray: launch, rendezvous, dispatch by method reference, a deadline on every call.
+"""Groups of worker ranks over Ray: launch, rendezvous, dispatch by method reference, deadlines.
 
 A worker is a plain class derived from `Worker`; Ray wraps it at launch, so it also runs in-process in a test.
 """
@@ -81,24 +81,25 @@ class Call(Generic[R]):
 
 
 def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "") -> list[R]:
-    """Results of `calls` in order, raising as soon as any rank fails: the others may then wait for it for ever.
+    """Results of `calls` in order, raising as soon as a rank fails: the others may wait for it for ever.
 
     Raises:
         WorkerError: a rank raised, died, or had not answered after `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     results: dict[Any, R] = {}
-    pending = [call.ref for call in calls]
-    by_ref = {call.ref: call for call in calls}
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+    waiting = {call.ref: call for call in calls}
+    while waiting:
+        done, _ = ray.wait(
+            list(waiting), num_returns=1, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False
+        )
         if not done:
-            late = by_ref[pending[0]]
+            late = next(iter(waiting.values()))
             raise _error(late, step, f"gave no answer within {timeout_s:.0f} s")
         # A failed call takes its dependants down with it: take all that is done, first submitted first.
-        more, pending = ray.wait(pending, num_returns=len(pending), timeout=0) if pending else ([], [])
-        for ref in sorted(done + more, key=[call.ref for call in calls].index):
-            results[ref] = _result(by_ref[ref], step)
+        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
+        for ref in [ref for ref in waiting if ref in set(answered)]:
+            results[ref] = _result(waiting.pop(ref), step)
     return [results[call.ref] for call in calls]
 
 
@@ -109,17 +110,18 @@ def _result(call: Call[R], step: str) -> R:
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, RayActorError):
-            raise _error(call, step, f"lost an input: {_first_line(cause)}", cause) from error
+            raise _error(call, step, f"lost an input: {_why_dead(cause)}", cause) from error
         raise _error(call, step, f"{type(cause).__name__}: {cause}", cause) from error
     except RayActorError as error:
-        raise _error(call, step, f"the process died: {_first_line(error)}", error) from error
+        raise _error(call, step, f"the process died: {_why_dead(error)}", error) from error
     except GetTimeoutError as error:
         raise _error(call, step, "its result could not be fetched within 60 s", error) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _why_dead(error: RayActorError) -> str:
+    """The last line of Ray's report, less its guesses: what a constructor raised, or how the process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
 
 
 def _error(call: Call[Any], step: str, what: str, cause: BaseException | None = None) -> WorkerError:
@@ -157,7 +159,7 @@ class WorkerGroup:
             PlacementError, WorkerError.
         """
         placement = reserve([dict(resources)] * num_ranks, role=role, timeout_s=start_timeout_s)
-        remote_class = ray.remote(worker_class)  # type: ignore[call-overload]
+        remote_class = ray.remote(worker_class)
         actors = [
             remote_class.options(
                 num_cpus=resources.get("CPU", 0),
@@ -190,7 +192,8 @@ class WorkerGroup:
     ) -> Call[R]:
         """Starts `method` on one rank and returns at once.
 
-        With `num_data` = n the method returns (result, data_1, ..., data_n) and the data stay in the object store.
+        With `num_data` = n the method returns (result, data_1, ..., data_n), and the data stay in the object
+        store.
         """
         remote_method = getattr(self._actors[rank], method.__name__)
         refs = remote_method.options(num_returns=1 + num_data).remote(*args, **kwargs)

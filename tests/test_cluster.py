@@ -1,0 +1,290 @@
+"""Groups of ranks on a real Ray: dispatch, deadlines, failures naming their origin, placement, clean ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from cluster.placement import PlacementError, reserve
+from cluster.session import session
+from cluster.worker_group import Worker, WorkerError, WorkerGroup, collect
+
+CPUS = 4
+ENV = {"PYTHONPATH": os.path.dirname(__file__)}  # ranks import their class from this file
+
+
+class Rank(Worker):
+    """A worker that answers, hangs, raises or dies on request."""
+
+    def environment(self, *names: str) -> list[str | None]:
+        return [os.environ.get(name) for name in names]
+
+    def add(self, a: int, *, b: int = 0) -> int:
+        return a + b + self.rank
+
+    def make(self, value: int) -> tuple[str, list[int], list[int]]:
+        return "made", [value], [value + 1]
+
+    def total(self, *parts: list[int]) -> int:
+        return sum(sum(part) for part in parts)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def sleep_but_on(self, rank: int, seconds: float) -> None:
+        if self.rank != rank:
+            time.sleep(seconds)
+        else:
+            raise ValueError("weights are upside down")
+
+    def die_on(self, rank: int, seconds: float) -> None:
+        if self.rank == rank:
+            os._exit(7)
+        time.sleep(seconds)
+
+    def die(self) -> tuple[str, list[int], list[int]]:
+        os._exit(7)
+
+    def fail(self) -> tuple[str, list[int], list[int]]:
+        raise ValueError("no batch today")
+
+
+class Stillborn(Worker):
+    """A worker whose construction fails."""
+
+    def __init__(self, role: str, rank: int, num_ranks: int):
+        raise OSError("no such device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    with session(num_cpus=CPUS):
+        yield
+
+
+def launch(
+    num_ranks: int = 2, *, role: str = "policy", cpus: float = 0.1, timeout_s: float = 60
+) -> WorkerGroup:
+    return WorkerGroup.launch(
+        Rank,
+        role=role,
+        num_ranks=num_ranks,
+        resources={"CPU": cpus},
+        env={"COLOUR": "teal", **ENV},
+        start_timeout_s=30,
+        call_timeout_s=timeout_s,
+    )
+
+
+@pytest.fixture(scope="module")
+def group(ray_session: None) -> Iterator[WorkerGroup]:
+    """Two ranks for the tests that leave them whole."""
+    made = launch()
+    yield made
+    made.stop()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 15.0) -> list[int]:
+    """Those of `pids` that still run after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_ranks_are_processes_of_their_own_with_a_common_rendezvous(group: WorkerGroup) -> None:
+    assert len({os.getpid(), *group.pids}) == 3
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "COLOUR")
+    first, second = group.call(Rank.environment, *names)
+    assert first[:3] == ["0", "2", "0"]
+    assert second[:3] == ["1", "2", "0"]
+    assert first[3:] == second[3:]
+    assert first[3] and int(first[4] or 0) > 0 and first[5] == "teal"
+
+
+def test_calls_go_by_method_reference_and_answer_in_rank_order(group: WorkerGroup) -> None:
+    assert group.call(Rank.add, 10, b=5) == [15, 16]  # 10 + 5 + rank
+    assert group.call_one(1, Rank.add, 1) == 2
+
+
+def test_data_goes_from_rank_to_rank_by_reference(group: WorkerGroup) -> None:
+    made = group.submit_one(0, Rank.make, 3, num_data=2)
+    used = group.submit_one(1, Rank.total, *made.data)
+    assert collect([used, made], timeout_s=60) == [7, "made"]  # 3 + 4
+
+
+def test_a_call_that_hangs_ends_at_its_deadline() -> None:
+    hung = launch(1, role="value", timeout_s=1.0)
+    start = time.monotonic()
+    with pytest.raises(
+        WorkerError, match=r"value rank 0 failed in sleep at ppo step 3: .*within 1 s"
+    ) as caught:
+        hung.call(Rank.sleep, 60, step="ppo step 3")
+    assert time.monotonic() - start < 10
+    assert (caught.value.role, caught.value.rank, caught.value.step) == ("value", 0, "ppo step 3")
+    hung.stop()
+    assert wait_until_gone(hung.pids) == []
+
+
+def test_the_call_named_at_the_deadline_is_one_that_has_not_answered() -> None:
+    pair = launch()
+    calls = [pair.submit_one(0, Rank.add, 1), pair.submit_one(1, Rank.sleep, 60)]
+    with pytest.raises(WorkerError, match="policy rank 1 failed in sleep: gave no answer within 2 s"):
+        collect(calls, timeout_s=2)
+    pair.stop()
+
+
+def test_a_rank_that_raises_is_named_at_once_though_the_other_waits() -> None:
+    pair = launch()
+    start = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        pair.call(Rank.sleep_but_on, 1, 60, step="sft step 2")
+    assert time.monotonic() - start < 10
+    assert (
+        str(caught.value)
+        == "policy rank 1 failed in sleep_but_on at sft step 2: ValueError: weights are upside down"
+    )
+    assert isinstance(caught.value.cause, ValueError)
+    pair.stop()
+
+
+def test_a_rank_that_dies_is_named_at_once_though_the_other_waits() -> None:
+    pair = launch()
+    start = time.monotonic()
+    with pytest.raises(
+        WorkerError, match=r"policy rank 1 failed in die_on at sft step 2: the process died"
+    ) as caught:
+        pair.call(Rank.die_on, 1, 60, step="sft step 2")
+    assert time.monotonic() - start < 15
+    assert caught.value.rank == 1 and "\n" not in str(caught.value)
+    pair.stop()
+    assert wait_until_gone(pair.pids) == []
+
+
+@pytest.mark.parametrize("method, what", [(Rank.fail, "no batch today"), (Rank.die, "the process died")])
+def test_the_producer_is_named_not_those_who_wait_for_its_data(method, what) -> None:
+    producer, consumer = launch(1, role="rollout"), launch(1, role="safety")
+    made = producer.submit_one(0, method, num_data=2)
+    used = consumer.submit_one(0, Rank.total, *made.data)
+    more = consumer.submit_one(0, Rank.total, made.data[0])
+    with pytest.raises(
+        WorkerError, match=f"rollout rank 0 failed in {method.__name__} at ppo step 1: .*{what}"
+    ):
+        collect([used, made, more], timeout_s=60, step="ppo step 1")
+    producer.stop()
+    consumer.stop()
+
+
+def test_a_rank_that_cannot_start_is_named_and_frees_its_place() -> None:
+    with pytest.raises(WorkerError, match=r"value rank 0 failed in ready at start-up: .*no such device"):
+        WorkerGroup.launch(Stillborn, role="value", resources={"CPU": 3}, env=ENV, start_timeout_s=30)
+    wait_for_cpus(CPUS - 0.2)  # the shared group keeps two tenths
+
+
+def test_placement_that_can_never_fit_fails_at_once() -> None:
+    start = time.monotonic()
+    with pytest.raises(PlacementError, match=r"reference: 3 ranks need 6 CPU, the cluster has 4"):
+        reserve([{"CPU": 2.0}] * 3, role="reference")
+    with pytest.raises(PlacementError, match=r"rollout: 1 ranks need 64 GPU, the cluster has \d+"):
+        reserve([{"CPU": 0.1, "GPU": 64.0}], role="rollout")
+    assert time.monotonic() - start < 2
+
+
+def test_a_rank_too_large_for_any_node_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": float(CPUS)}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(PlacementError, match="reference: a rank needs 5 CPU, the largest node has 4"):
+        reserve([{"CPU": 5.0}], role="reference")
+
+
+def test_busy_placement_ends_at_its_deadline_and_is_taken_back() -> None:
+    holder = launch(1, role="policy", cpus=3.0)
+    start = time.monotonic()
+    with pytest.raises(
+        PlacementError,
+        match=r"value: no place for 1 ranks after 2 s: needs 2 CPU, 0 GPU; free now 0\.\d+ CPU",
+    ):
+        reserve([{"CPU": 2.0}], role="value", timeout_s=2.0)
+    assert 2 <= time.monotonic() - start < 10
+    holder.stop()
+    # The request does not come to life once there is room: all is free but what the shared group holds.
+    wait_for_cpus(CPUS - 0.2)
+
+
+def test_stop_frees_the_place_and_ends_the_processes(group: WorkerGroup) -> None:
+    for _ in range(3):  # each needs nearly all there is
+        big = launch(1, cpus=3.5)
+        big.stop()
+        assert wait_until_gone(big.pids) == []
+
+
+def wait_for_cpus(amount: float, seconds: float = 10.0) -> None:
+    """Waits until Ray has `amount` CPUs free."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ray.available_resources().get("CPU", 0.0) >= amount - 1e-6:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{ray.available_resources().get('CPU', 0.0)} CPUs are free, not {amount}")
+
+
+SESSION_SCRIPT = """
+import json, os, sys, time
+from cluster.session import session
+from cluster.worker_group import Worker, WorkerGroup
+with session(num_cpus=1):
+    group = WorkerGroup.launch(Worker, role="policy", num_ranks=2, resources={"CPU": 0.1}, env={})
+    import psutil
+    print(json.dumps([p.pid for p in psutil.Process().children(recursive=True)]), flush=True)
+    if sys.argv[1] == "hang":
+        time.sleep(600)
+    if sys.argv[1] == "fail":
+        raise ValueError("in the block")
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("end", ["leave", "fail", pytest.param("hang", marks=pytest.mark.slow)])
+def test_nothing_is_left_running_after_a_session(end: str) -> None:
+    """Left by its end, by an error, or because the driver was killed."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SESSION_SCRIPT, end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    with driver:
+        assert driver.stdout is not None
+        pids = json.loads(driver.stdout.readline())
+        assert len(pids) >= 4  # Ray's own and two ranks
+        if end == "hang":
+            driver.kill()
+        assert driver.wait(60) == {"leave": 0, "fail": 1, "hang": -9}[end]
+    # Of a killed driver's Ray the two agents of the raylet, idle, try for a minute more to report its end.
+    assert len(wait_until_gone(pids, seconds=15)) <= (2 if end == "hang" else 0)
+    assert wait_until_gone(pids, seconds=90) == []
+
+
+def test_cluster_imports_no_torch() -> None:
+    code = (
+        "import sys, cluster.placement, cluster.session, cluster.worker_group\n"
+        "print([m for m in ('torch', 'model', 'rlhf_ray') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
