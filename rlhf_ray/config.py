@@ -360,8 +360,9 @@ class PPOSection(Section):
 class EvaluateSection(Section):
     """Final evaluation on prompts nothing else has seen."""
 
-    temperature: NotNegative = 1.0
-    """Sampling temperature; 0 is greedy."""
+    temperatures: Temperatures = (1.0, 0.0)
+    """Sampling temperatures, each a row of the table; 0 is greedy. PPO sharpens a policy, and a lower temperature alone
+    does so too: the SFT model at 0 is the comparator that tells the two apart."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
 

@@ -59,25 +59,32 @@ def evaluate(context: Context) -> Path:
             start_engines(context, context.outputs["chat"])
             open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens)
         results, rows = {}, []
-        for label, name in models.items():
-            with console.status(f"evaluate: {label}"):
-                results[label], answers = evaluate_model(context, context.outputs[name], prompts)
-            rows += [
-                {
-                    "prompt_id": prompt["prompt_id"],
-                    "model": label,
-                    "prompt": prompt["messages"][-1]["content"],
-                    "answer": text,
-                    "finished": finished,
-                }
-                for prompt, (text, finished) in zip(prompts, answers, strict=True)
-            ]
+        for temperature in section.temperatures:
+            for model, name in models.items():
+                label = model + temperature_suffix(temperature)
+                with console.status(f"evaluate: {label}"):
+                    results[label], answers = evaluate_model(context, context.outputs[name], prompts, temperature)
+                rows += [
+                    {
+                        "prompt_id": prompt["prompt_id"],
+                        "model": label,
+                        "prompt": prompt["messages"][-1]["content"],
+                        "answer": text,
+                        "finished": finished,
+                    }
+                    for prompt, (text, finished) in zip(prompts, answers, strict=True)
+                ]
         write_json(
             work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results}
         )
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
+
+
+def temperature_suffix(temperature: float) -> str:
+    """How a table names a model's sampling; 1 goes without saying."""
+    return "" if temperature == 1 else " greedy" if temperature == 0 else f" T={temperature:g}"
 
 
 def load_scorers(context: Context) -> None:
@@ -100,7 +107,7 @@ def load_scorers(context: Context) -> None:
 
 
 def evaluate_model(
-    context: Context, checkpoint: Path, prompts: Sequence[dict[str, Any]]
+    context: Context, checkpoint: Path, prompts: Sequence[dict[str, Any]], temperature: float
 ) -> tuple[dict[str, float], list[tuple[str, bool]]]:
     """(metrics, answers with whether they finished) of one checkpoint, one answer a prompt."""
     roles, section = context.roles, context.config.evaluate
@@ -117,7 +124,7 @@ def evaluate_model(
             "prompts_test",
             part,
             seeds=[request_seed(context.config.run.seed, 0, row) for row in part],
-            temperature=section.temperature,
+            temperature=temperature,
             max_new_tokens=section.max_new_tokens,
             num_data=1,
         )
@@ -128,8 +135,10 @@ def evaluate_model(
     ]
     answers = sum(collect(decoded, timeout_s=roles.timeout_s, step="evaluate"), [])
     roles.work_together("policy", *FROZEN_ROLES)
-    ppo = context.config.ppo.model_copy(update={"temperature": section.temperature or 1.0})
+    ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
     metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))
+    if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
     if all(prompt["truth"] for prompt in prompts):
         texts, finished = [text for text, _ in answers], [done for _, done in answers]
         metrics |= evaluate_answers(prompts, texts, finished)
@@ -152,4 +161,4 @@ def print_evaluation(path: Path) -> None:
     """Prints an evaluation.json as a table on stdout."""
     report = json.loads(path.read_text())
     title = f"{report['prompts']} held-out prompts, testbed {report['testbed']}"
-    Console().print(results_table(report["models"], title=title))
+    Console(width=110).print(results_table(report["models"], title=title))
