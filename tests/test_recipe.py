@@ -1,0 +1,93 @@
+"""The whole recipe from the command line on real Ray, vLLM and DeepSpeed: two policy ranks, two engines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "testbed.num_corpus": 1500,
+    "testbed.num_demonstrations": 400,
+    "testbed.num_prompts_train": 200,
+    "testbed.num_prompts_early_stop": 32,
+    "testbed.num_prompts_annotation": 300,
+    "testbed.num_prompts_test": 60,
+    "pretrain.num_steps": 10,
+    "sft.epochs": 2,
+    "ppo.num_steps": 4,
+    "ppo.batch_size": 32,
+    "ppo.minibatch_size": 16,
+    "ppo.eval_every": 2,
+    "roles.policy.num_ranks": 2,
+    "roles.policy.zero_stage": 3,
+    "roles.value.num_ranks": 2,
+    "roles.rollout.num_engines": 2,
+    "ppo.num_chunks": 2,
+}
+
+
+def run(out: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    """`rlhf-ray run` on the demo's config made tiny."""
+    overrides = {**TINY, **changes}
+    command = [sys.executable, "-m", "rlhf_ray.cli", "run", "configs/demo.toml", "--out", str(out)]
+    command += [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's directory."""
+    out = tmp_path_factory.mktemp("recipe") / "run"
+    result = run(out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def step(out: Path, name: str) -> Path:
+    """The one finished step of that name."""
+    [found] = [path for path in (out / "steps").glob(f"{name}-*") if path.suffix != ".partial"]
+    return found
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_output(finished: Path) -> None:
+    report = json.loads((step(finished, "evaluate") / "evaluation.json").read_text())
+    assert set(report["models"]) == {"SFT", "PPO", "SFT greedy", "PPO greedy"}
+    assert report["models"]["SFT"]["kl_per_sequence"] == 0.0  # the reference is the SFT model itself
+    assert report["models"]["PPO"]["kl_per_sequence"] != 0.0
+    rows = [json.loads(line) for line in (step(finished, "ppo") / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["kl/per_sequence"] == 0.0  # nothing has been learnt before the first update
+    assert all(row["policy/padding"] < 0.25 for row in rows)
+    answers = pq.read_table(step(finished, "evaluate") / "answers.parquet")
+    assert answers.num_rows == 4 * 60
+    assert not list((finished / "steps").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_checkpoints_open_in_transformers(finished: Path) -> None:
+    directory = step(finished, "ppo") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokens = tokenizer.apply_chat_template([{"role": "user", "content": "what does the bee say?"}], return_tensors="pt")
+    tokens = tokens["input_ids"] if not isinstance(tokens, torch.Tensor) else tokens
+    policy = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.isfinite(policy(tokens).logits).all()
+    reward = AutoModelForSequenceClassification.from_pretrained(step(finished, "reward-safety") / "model")
+    assert reward(tokens).logits.shape == (1, 1)
+
+
+@pytest.mark.slow
+def test_again_does_nothing_and_a_changed_value_redoes_what_depends_on_it(finished: Path) -> None:
+    again = run(finished)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("skipped") == 9 and "starting" not in again.stderr
+    changed = run(finished, **{"evaluate.temperatures": [1.0]})
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stderr.count("skipped") == 8 and "evaluate: starting" in changed.stderr
