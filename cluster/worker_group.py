@@ -119,7 +119,7 @@ def _result(call: Call[R], step: str) -> R:
 
 
 def _why_dead(error: RayActorError) -> str:
-    """The last line of Ray's report, less its guesses: what a constructor raised, or how the process ended."""
+    """The last line of Ray's report, less its guesses: what a constructor raised, or how the process died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
 

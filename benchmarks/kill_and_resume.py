@@ -1,0 +1,258 @@
+"""Does a run that is killed again and again end with the same bits as one that is left alone?
+
+    python benchmarks/kill_and_resume.py [--kills 3] [--seed 0] [--work DIR]
+
+Runs a small full recipe once, then again elsewhere: the driver's process group gets SIGKILL at random moments, one in
+each part of the run, and the same command goes on. Then compares every checkpoint byte for byte, and every metric
+but those that are measurements of time and memory. Writes benchmarks/results/kill_and_resume.json.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "kill_and_resume.json"
+MEASURED = ("time/", "throughput/", "memory/")
+"""Prefixes of metrics that no two runs share."""
+IDLE_AGENTS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
+"""Ray's agents, which outlive a killed raylet by the minute in which they try to report its end."""
+
+SMALL = {
+    "testbed.num_corpus": 1500,
+    "testbed.num_demonstrations": 400,
+    "testbed.num_prompts_train": 200,
+    "testbed.num_prompts_early_stop": 32,
+    "testbed.num_prompts_annotation": 200,
+    "testbed.num_prompts_test": 60,
+    "pretrain.num_steps": 30,
+    "pretrain.save_every": 10,
+    "sft.save_every": 4,
+    "reward.batch_size": 16,
+    "reward.save_every": 2,
+    "ppo.num_steps": 8,
+    "ppo.batch_size": 32,
+    "ppo.minibatch_size": 16,
+    "ppo.eval_every": 2,
+    "ppo.save_every": 2,
+}
+"""What differs from configs/demo.toml."""
+
+
+def command(out: Path, config: dict[str, Any], *, stage: str = "run") -> list[str]:
+    """The command line of a small run."""
+    overrides = [text for key, value in config.items() for text in ("--set", f"{key}={value}")]
+    return [
+        *(sys.executable, "-m", "rlhf_ray.cli", stage, str(ROOT / "configs" / "demo.toml")),
+        *("--out", str(out), *overrides),
+    ]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a driver at the head of its own process group; both streams go to the end of `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            arguments, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
+        )
+
+
+def rows_written(out: Path) -> int:
+    """Metric rows of all stages so far: how far a run has come."""
+    return sum(file.read_bytes().count(b"\n") for file in out.glob("steps/*/metrics.jsonl"))
+
+
+def stage_under_way(out: Path) -> str:
+    """What a run was at, by its directory: unfinished steps with their newest checkpoint."""
+    names = []
+    for partial in sorted(out.glob("steps/*.partial")):
+        states = sorted((partial / "state").glob("step-*[0-9]"))
+        rows = (
+            (partial / "metrics.jsonl").read_bytes().count(b"\n")
+            if (partial / "metrics.jsonl").exists()
+            else 0
+        )
+        newest = int(states[-1].name.removeprefix("step-")) if states else 0
+        names.append(f"{partial.name.rpartition('-')[0]} after {rows} steps, checkpoint {newest}")
+    finished = [path.name.rpartition("-")[0] for path in sorted(out.glob("steps/*"), key=os.path.getmtime)]
+    return "; ".join(names) or f"between stages, after {finished[-1] if finished else 'none'}"
+
+
+def kill(driver: subprocess.Popen[bytes]) -> dict[str, float]:
+    """SIGKILLs a driver's process group; returns how long what it had started lived on, seconds.
+
+    Returns when all of it is gone but Ray's idle agents.
+    """
+    children = psutil.Process(driver.pid).children(recursive=True)
+    working = [child for child in children if not _is_agent(child)]
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    begin = time.monotonic()
+    gone, alive = psutil.wait_procs(working, timeout=120)
+    if alive:
+        raise SystemExit(f"{len(alive)} processes outlived the driver by 120 s: {alive}")
+    return {"processes": float(len(gone)), "gone_after_s": round(time.monotonic() - begin, 1)}
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(name in " ".join(process.cmdline()) for name in IDLE_AGENTS)
+    return False
+
+
+def finish(driver: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a driver to end well."""
+    if driver.wait() != 0:
+        raise SystemExit(f"exit code {driver.returncode}:\n{log.read_text()[-2000:]}")
+
+
+def timeline(arguments: list[str], out: Path) -> tuple[list[float], float]:
+    """Runs to the end; returns the second at which each metric row was there, and the duration."""
+    begin, seen = time.monotonic(), [0.0]
+    driver = start(arguments, out / "driver.log")
+    while driver.poll() is None:
+        seen += [time.monotonic() - begin] * (rows_written(out) + 1 - len(seen))
+        time.sleep(0.1)
+    finish(driver, out / "driver.log")
+    return seen, time.monotonic() - begin
+
+
+def run_and_kill(arguments: list[str], out: Path, *, rows: int, delay_s: float) -> dict[str, Any] | None:
+    """Kills a run `delay_s` after it has `rows` metric rows; None where it ended before."""
+    driver = start(arguments, out / "driver.log")
+    while rows_written(out) < rows and driver.poll() is None:
+        time.sleep(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        driver.wait(delay_s)
+    if driver.poll() is not None:
+        finish(driver, out / "driver.log")
+        return None
+    # While it is stopped, its directory says what it was at.
+    os.killpg(driver.pid, signal.SIGSTOP)
+    at = {"rows": rows, "delay_s": round(delay_s, 2), "during": stage_under_way(out)}
+    return at | kill(driver)
+
+
+def compare(left: Path, right: Path) -> dict[str, bool]:
+    """Whether each finished step of two runs holds the same: weights byte for byte, metrics, answers, labels."""
+    steps = {path.name for path in (*left.glob("steps/*"), *right.glob("steps/*"))}
+    return {
+        name: contents(left / "steps" / name) == contents(right / "steps" / name) for name in sorted(steps)
+    }
+
+
+def contents(step: Path) -> dict[str, str]:
+    """File -> hash of what is to be the same in every run: all but logs, clocks and memory."""
+    found: dict[str, str] = {}
+    for path in sorted(p for p in step.rglob("*") if p.is_file() and "tensorboard" not in p.parts):
+        name = str(path.relative_to(step))
+        if name == "step.json":
+            continue  # counts what the last attempt did
+        if path.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            kept = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+            found[name] = json.dumps(kept)
+        elif path.name == "comparisons.parquet":
+            import pyarrow.parquet as pq
+
+            found[name] = str(pq.read_table(path).drop_columns("time").to_pylist())
+        else:
+            found[name] = path.read_bytes().hex() if path.stat().st_size < 4096 else _hash(path)
+    return found
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Files of finished steps that are not the same in both runs."""
+    found = []
+    for name, same in compare(left, right).items():
+        if not same:
+            a, b = contents(left / "steps" / name), contents(right / "steps" / name)
+            found += [f"{name}/{file}" for file in sorted(a.keys() | b.keys()) if a.get(file) != b.get(file)]
+    return found
+
+
+def moments(seen: Sequence[float], duration_s: float, *, kills: int, seed: int) -> list[tuple[int, float]]:
+    """One random moment in each of `kills` equal parts of a run: (metric rows, seconds after the last of them)."""
+    rng = random.Random(seed)
+    drawn = [(part + rng.random()) * duration_s / kills for part in range(kills)]
+    rows = [sum(moment <= at for moment in seen) - 1 for at in drawn]
+    return [(row, at - seen[row]) for row, at in zip(rows, drawn, strict=True)]
+
+
+def main() -> None:
+    """Runs, kills, compares, writes the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="where to run; a temporary directory by default")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    whole, killed = work / "whole", work / "killed"
+    seen, duration_s = timeline(command(whole, SMALL), whole)
+    print(f"left alone: {duration_s:.0f} s, {len(seen) - 1} metric rows", flush=True)
+    deaths = []
+    for rows, delay_s in moments(seen, duration_s, kills=options.kills, seed=options.seed):
+        death = run_and_kill(command(killed, SMALL), killed, rows=rows, delay_s=delay_s)
+        deaths.append(death)
+        print(f"killed: {death}", flush=True)
+    finish(start(command(killed, SMALL), killed / "driver.log"), killed / "driver.log")
+    different = differences(whole, killed)
+    steps = compare(whole, killed)
+    weights = {
+        str(path.relative_to(killed / "steps")): _hash(path)[:16]
+        for path in sorted(killed.glob("steps/*/*/model.safetensors"))
+    }
+    result = {
+        "identical": not different and all(death is not None for death in deaths),
+        "steps_identical": steps,
+        "different_files": different,
+        "kills": deaths,
+        "weights_sha256": weights,
+        "uninterrupted_s": round(duration_s, 1),
+        "seed": options.seed,
+        "config": {"base": "configs/demo.toml", **SMALL},
+        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: result[key] for key in ("identical", "different_files")}, indent=2))
+    if result["identical"] and options.work is None:
+        shutil.rmtree(work)
+
+
+def commit() -> str:
+    """The commit of the source, "+" where files of it have been changed since."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
