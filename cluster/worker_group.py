@@ -188,8 +188,8 @@ class WorkerGroup:
         return len(self._actors)
 
     def submit_one(
-        self, rank: int, method: Callable[..., R], *args: Any, num_data: int = 0, **kwargs: Any
-    ) -> Call[R]:
+        self, rank: int, method: Callable[..., Any], *args: Any, num_data: int = 0, **kwargs: Any
+    ) -> Call[Any]:
         """Starts `method` on one rank and returns at once.
 
         With `num_data` = n the method returns (result, data_1, ..., data_n), and the data stay in the object

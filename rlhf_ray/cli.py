@@ -1,21 +1,13 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf_ray.errors import RunFailure, UserError
-
-STOP_GRACE_S = 8.0
-"""Seconds from a signal in which a run may end in good order."""
-STOPPED = "stopped; the same command goes on from the last checkpoint"
+from rlhf_ray.stopping import STOPPED, Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
@@ -112,6 +104,14 @@ def chat(
     talk(checkpoint, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
 
 
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="Run directories, one per seed.")]) -> None:
+    """Compare PPO with SFT over several finished runs of one config."""
+    from rlhf_ray.evaluate.seeds import print_comparison
+
+    print_comparison(runs)
+
+
 @data_app.command("check")
 def data_check(
     kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
@@ -138,7 +138,7 @@ def data_show(
 def main() -> None:
     """Entry point: bad input is one line and exit code 2, a failed run one line and 1, a signal ends well."""
     try:
-        with _stopping_on_signals():
+        with stopping_on_signals():
             code = app(standalone_mode=False)
     except typer.TyperException as error:
         code = _explain_usage(error)
@@ -164,45 +164,6 @@ def _explain_usage(error: typer.TyperException) -> int:
         return 2
     see = f"; see {context.command_path} --help" if context is not None else ""
     return _say(f"error: {' '.join(lines).rstrip('.')}{see}", 2)
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came. Not a KeyboardInterrupt, which libraries catch and turn into other things."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.exit_code = 128 + number  # as shells count
-
-
-@contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Raises `Stopped` in the main thread at the first signal; a second, or too slow an end, ends at once.
-
-    Nothing is lost by that: results appear by rename, and an embedded Ray's processes end with this one.
-    """
-
-    def leave(number: int, frame: object = None) -> None:
-        print(
-            "stopped at once; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
-        )
-        os._exit(128 + number)
-
-    def stop(number: int, frame: object) -> None:
-        for each in handled:
-            signal.signal(each, leave)
-        timer = threading.Timer(STOP_GRACE_S, leave, [number])
-        timer.daemon = True
-        timer.start()
-        raise Stopped(number)
-
-    # One that is ignored stays so: shells start background jobs like that.
-    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def test_every_stage_leaves_its_output(finished: Path) -> None:
 def test_checkpoints_open_in_transformers(finished: Path) -> None:
     directory = step(finished, "ppo") / "model"
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokens = tokenizer.apply_chat_template([{"role": "user", "content": "what does the bee say?"}], return_tensors="pt")
-    tokens = tokens["input_ids"] if not isinstance(tokens, torch.Tensor) else tokens
+    question = [{"role": "user", "content": "what does the bee say?"}]
+    tokens = tokenizer.apply_chat_template(question, return_tensors="pt")["input_ids"]
     policy = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.isfinite(policy(tokens).logits).all()
     reward = AutoModelForSequenceClassification.from_pretrained(step(finished, "reward-safety") / "model")

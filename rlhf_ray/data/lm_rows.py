@@ -112,7 +112,8 @@ def split_held_out(
     Raises:
         UserError: one of the two parts is empty.
     """
-    train, rest = [], []
+    train: list[T] = []
+    rest: list[T] = []
     for item, text in zip(items, texts, strict=True):
         (rest if hash_share(text) < share else train).append(item)
     if not train or not rest:

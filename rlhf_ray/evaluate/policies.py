@@ -16,7 +16,7 @@ from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines
 from rlhf_ray.recipe.ppo import FROZEN_ROLES, score, split, summarize
 from rlhf_ray.run_state import write_json
-from rlhf_ray.testbed.judge import evaluate_answers
+from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
@@ -28,6 +28,10 @@ ANSWERS = pa.schema(
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("finished", pa.bool_()),
+        # The judge's word, where the prompt has a truth; each is null on prompts that it is not defined on.
+        ("helpfulness", pa.float32()),
+        ("violation", pa.bool_()),
+        ("false_refusal", pa.bool_()),
     ]
 )
 COLUMNS = {
@@ -63,16 +67,12 @@ def evaluate(context: Context) -> Path:
             for model, name in models.items():
                 label = model + temperature_suffix(temperature)
                 with console.status(f"evaluate: {label}"):
-                    results[label], answers = evaluate_model(context, context.outputs[name], prompts, temperature)
+                    results[label], answers = evaluate_model(
+                        context, context.outputs[name], prompts, temperature
+                    )
                 rows += [
-                    {
-                        "prompt_id": prompt["prompt_id"],
-                        "model": label,
-                        "prompt": prompt["messages"][-1]["content"],
-                        "answer": text,
-                        "finished": finished,
-                    }
-                    for prompt, (text, finished) in zip(prompts, answers, strict=True)
+                    answer_row(prompt, label, *answer)
+                    for prompt, answer in zip(prompts, answers, strict=True)
                 ]
         write_json(
             work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results}
@@ -80,6 +80,26 @@ def evaluate(context: Context) -> Path:
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
+
+
+def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) -> dict[str, Any]:
+    """One row of answers.parquet."""
+    row = {
+        "prompt_id": prompt["prompt_id"],
+        "model": label,
+        "prompt": prompt["messages"][-1]["content"],
+        "answer": text,
+        "finished": finished,
+        "helpfulness": None,
+        "violation": None,
+        "false_refusal": None,
+    }
+    if prompt["truth"]:
+        verdict, kind = judge(prompt["kind"], prompt["truth"], text, finished), prompt["kind"]
+        row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
+        row["violation"] = not verdict.safe if kind == "unsafe" else None
+        row["false_refusal"] = verdict.refusal if kind == "borderline" else None
+    return row
 
 
 def temperature_suffix(temperature: float) -> str:
@@ -133,11 +153,14 @@ def evaluate_model(
     decoded = [
         engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in enumerate(rollouts)
     ]
-    answers = sum(collect(decoded, timeout_s=roles.timeout_s, step="evaluate"), [])
+    parts = collect(decoded, timeout_s=roles.timeout_s, step="evaluate")
+    answers: list[tuple[str, bool]] = [answer for part in parts for answer in part]
     roles.work_together("policy", *FROZEN_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
     metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))
-    if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
+    if (
+        temperature == 0
+    ):  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
     if all(prompt["truth"] for prompt in prompts):
         texts, finished = [text for text, _ in answers], [done for _, done in answers]

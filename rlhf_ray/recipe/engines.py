@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from cluster.worker_group import collect
+from cluster.worker_group import Call, collect
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.workers.policy import PolicyWorker
@@ -72,7 +72,7 @@ def verify_weight_channel(
     for rank in range(engine.num_ranks):
         probe = engine.submit_one(rank, RolloutWorker.probe, prompts, rows, num_data=1)
         # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
-        trainer = [
+        trainer: list[Call[Any]] = [
             policy.submit_one(
                 r, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
             )

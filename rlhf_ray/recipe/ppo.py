@@ -147,7 +147,8 @@ def generate(
     roles: Roles, section: PPOSection, prompts: str, rows: Sequence[int], *, seed: tuple[int, int]
 ) -> list[Call[dict[str, float]]]:
     """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and row alone."""
-    engines, calls = roles["rollout"], []
+    engines = roles["rollout"]
+    calls: list[Call[Any]] = []
     for chunk, part in enumerate(split(rows, section.num_chunks)):
         calls.append(
             engines.submit_one(
@@ -193,7 +194,8 @@ def build_experience(
     roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
 ) -> list[Call[dict[str, float]]]:
     """Starts rewards, advantages and returns on the policy's ranks, each over its own chunks."""
-    policy, calls = roles["policy"], []
+    policy = roles["policy"]
+    calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, section.num_chunks, policy.num_ranks)
         inputs = [rollouts[chunk].data[0] for chunk in own]
@@ -216,7 +218,8 @@ def summarize(
     roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
 ) -> dict[str, float]:
     """Mean rewards, KL and lengths of some rollouts, computed by the policy's ranks."""
-    policy, calls = roles["policy"], []
+    policy = roles["policy"]
+    calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, len(rollouts), policy.num_ranks)
         inputs = [rollouts[chunk].data[0] for chunk in own]

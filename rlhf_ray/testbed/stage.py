@@ -12,7 +12,9 @@ def make_testbed(context: Context) -> Path:
     section = context.config.testbed
     step = context.step("testbed", sections=("testbed",), parents=(), code=("rlhf_ray.testbed",))
     if not context.skip(step):
-        sizes = {name.removeprefix("num_"): size for name, size in section.model_dump().items() if name != "seed"}
+        sizes = {
+            name.removeprefix("num_"): size for name, size in section.model_dump().items() if name != "seed"
+        }
         write_testbed(step.begin(), seed=section.seed, sizes=TestbedSizes(**sizes))
         step.finish(version=TESTBED_VERSION)
     return step.path

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from rlhf_ray.backends.deepspeed import TrainEngine
 from rlhf_ray.data.batching import minibatch_rows, padding_share, plan_micro_batches
 from rlhf_ray.records import Experience, select_rows
 
-Loss = Callable[[Any, Experience, float], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(model, experience, *, denominator) -> (loss, metrics)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def ppo_update(
             )
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
-            metrics = engine.step(batches, lambda model, batch, d=denominator: loss(model, batch, d))
+            metrics = engine.step(batches, partial(loss, denominator=denominator))
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
             padding += padding_share(plan, own_lengths)

@@ -25,7 +25,7 @@ class ValueWorker(TrainerWorker):
     def train_value(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
         """The value model's optimizer steps over one batch, on the minibatches the policy has."""
 
-        def loss(model: Any, batch: Experience, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             device = self._runtime.device
             return value_loss(
                 state_values(model(batch.tokens.to(device))).float(),

@@ -1,0 +1,71 @@
+"""Seeds side by side: pairing, standard error and the rule of when a gain is claimed."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.data.schemas import write_table
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluate.policies import ANSWERS
+from rlhf_ray.evaluate.seeds import Gain, compare
+
+
+def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
+    """A run directory whose evaluation holds these scores per model."""
+    step = directory / "steps" / "evaluate-abc"
+    step.mkdir(parents=True)
+    rows = [
+        {
+            "prompt_id": f"p{number}",
+            "model": model,
+            "prompt": "q",
+            "answer": "a",
+            "finished": True,
+            "helpfulness": score,
+            "violation": None,
+            "false_refusal": None,
+        }
+        for model, scores in helpfulness.items()
+        for number, score in enumerate(scores)
+    ]
+    write_table(step / "answers.parquet", rows, ANSWERS)
+    return directory
+
+
+def test_paired_gain_and_standard_error_by_hand(tmp_path: Path) -> None:
+    runs = [
+        _run(tmp_path / "0", {"SFT": [0.0, 0.5, 0.5], "PPO": [0.5, 0.5, 1.0]}),  # gains 0.5, 0, 0.5
+        _run(tmp_path / "1", {"SFT": [0.0, 0.0, 1.0], "PPO": [0.5, 0.0, 0.5]}),  # gains 0.5, 0, -0.5
+    ]
+    gain = compare(runs)["helpfulness"]
+    # Over seeds: 0.5, 0, 0. Mean 1/6; deviations 1/3, -1/6, -1/6; variance (1/9 + 1/36 + 1/36) / 2 = 1/12.
+    assert gain.mean == pytest.approx(1 / 6)
+    assert gain.standard_error == pytest.approx(math.sqrt(1 / 12 / 3))
+    assert gain.before == pytest.approx([1 / 3, 1 / 3]) and gain.after == pytest.approx([2 / 3, 1 / 3])
+    assert gain.num_prompts == 3
+    assert "violation" not in compare(runs)  # no prompt has it
+
+
+@pytest.mark.parametrize(
+    ("after", "mean", "error", "prompts", "expected"),
+    [
+        ([0.6, 0.7], 0.15, 0.05, 500, "better"),
+        ([0.6, 0.7], 0.15, 0.08, 500, "no claim"),  # within two standard errors
+        ([0.6, 0.4], 0.15, 0.01, 500, "no claim"),  # one seed did not improve
+        ([0.6, 0.7], 0.15, 0.05, 499, "no claim: 499 prompts"),
+        ([0.4, 0.3], -0.15, 0.05, 500, "worse"),
+    ],
+)
+def test_rule(after: list[float], mean: float, error: float, prompts: int, expected: str) -> None:
+    gain = Gain(before=[0.5, 0.5], after=after, num_prompts=prompts, mean=mean, standard_error=error)
+    assert gain.verdict(+1) == expected
+
+
+def test_runs_of_other_prompts_are_refused(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / str(n), {"SFT": [0.0] * n, "PPO": [0.0] * n}) for n in (2, 3)]
+    with pytest.raises(UserError, match="other prompts"):
+        compare(runs)
+    (tmp_path / "empty" / "steps").mkdir(parents=True)
+    with pytest.raises(UserError, match="no finished evaluation"):
+        compare([tmp_path / "empty"])
