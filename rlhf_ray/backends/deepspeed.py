@@ -22,7 +22,12 @@ _GATHER_BYTES = 256 * 2**20
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, reward or gradient is NaN or infinite; nothing of the step reaches a checkpoint."""
+    """A loss, reward or gradient is NaN or infinite; the optimizer step is not taken."""
+
+    def __init__(self, message: str, details: dict[str, Any] | None = None):
+        """`details` are JSON-ready facts about the step, for a dump by whoever knows where files go."""
+        super().__init__(message)
+        self.details = details or {}
 
 
 def init_distributed(device: torch.device) -> None:
@@ -32,6 +37,9 @@ def init_distributed(device: torch.device) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():
+        # An all-reduce for inference, unused here. Building it takes g++ and ten seconds, and a process killed in
+        # the middle leaves a lock for which every later one waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
@@ -101,38 +109,58 @@ class TrainEngine:
         DeepSpeed averages over ranks; metrics are summed over micro-batches and averaged over ranks likewise.
 
         Returns:
-            the metrics with "loss", "grad_norm" (before clipping) and "lr".
+            the metrics with "loss", "grad_norm" (of the whole step, before clipping) and "lr".
         Raises:
-            NonFiniteError: the loss (before the step is taken) or the gradient norm is not finite.
+            NonFiniteError: a rank's loss or the gradient norm is not finite: on every rank, so that none is
+                left waiting for another, and before weights or optimizer change.
         """
-        totals: dict[str, Tensor] = {}
+        parts: list[dict[str, Tensor]] = []
         for index, batch in enumerate(micro_batches):
             # DeepSpeed knows of one accumulation step and is told the boundary, so it does not divide by their number.
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, metrics = loss_fn(self._engine, batch)
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu()
-            self._check_finite("loss", totals["loss"])
             self._engine.backward(loss)
-        lr = self._engine.get_lr()[0]
-        self._engine.step()
-        averaged = self._average(totals)
-        norm = self._engine.get_global_grad_norm()
-        averaged["grad_norm"] = float(norm) if norm is not None else float("nan")
-        averaged["lr"] = lr
+            parts.append({name: value.detach().float() for name, value in {"loss": loss, **metrics}.items()})
+        own = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        averaged = self._average(own)
+        if not math.isfinite(averaged["loss"]):
+            losses = self._from_ranks(own["loss"])
+            worst = next(rank for rank, loss in enumerate(losses) if not math.isfinite(loss))
+            raise NonFiniteError(
+                f"loss is {losses[worst]} on rank {worst} of {self.num_ranks}",
+                {"loss_of_ranks": losses, **_details(parts)},
+            )
+        averaged["lr"] = self._engine.get_lr()[0]
+        averaged["grad_norm"] = self._take_step()
         if not math.isfinite(averaged["grad_norm"]):
-            raise NonFiniteError(f"gradient norm is {averaged['grad_norm']}")
+            raise NonFiniteError("gradient norm is not finite", {**averaged, **_details(parts)})
         return averaged
 
-    def _check_finite(self, name: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
-            raise NonFiniteError(f"{name} is {value.item()}")
+    def _take_step(self) -> float:
+        """Clips and updates, unless the gradient norm, which is returned, is not finite."""
+        if isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            # Stage 0 in fp32 is bare AdamW: DeepSpeed clips, but reports no norm and checks nothing.
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if math.isfinite(norm):
+                self._engine.step()
+            return norm
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return float("nan")
+        return float(self._engine.get_global_grad_norm())
 
-    def _average(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        names = sorted(totals)
-        stacked = torch.stack([totals[name] for name in names]).to(self._engine.device)
+    def _average(self, values: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(values)
+        stacked = torch.stack([values[name] for name in names]).to(self._engine.device)
         dist.all_reduce(stacked)
         return dict(zip(names, (stacked / self.num_ranks).tolist(), strict=True))
+
+    def _from_ranks(self, value: Tensor) -> list[float]:
+        table = torch.zeros(self.num_ranks, device=self._engine.device)
+        table[dist.get_rank()] = value
+        dist.all_reduce(table)
+        return [float(x) for x in table.tolist()]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters in the model's dtype; all ranks must go through it together (ZeRO-3 gathers)."""
@@ -153,6 +181,14 @@ class TrainEngine:
         gc.collect()
 
 
+def _details(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """This rank's metrics, one list entry a micro-batch."""
+    return {
+        "rank": dist.get_rank(),
+        "micro_batches": [{name: value.item() for name, value in part.items()} for part in parts],
+    }
+
+
 def whole_weights(module: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
     """Named parameters of `module`, gathered in buckets where ZeRO-3 has sharded them; tied ones once."""
     if not sharded:
@@ -165,7 +201,7 @@ def whole_weights(module: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Te
     parameters = list(module.named_parameters())
     for index, (name, parameter) in enumerate(parameters):
         batch.append((name, parameter))
-        size += parameter.ds_numel * parameter.element_size()
+        size += int(parameter.ds_numel) * parameter.element_size()  # type: ignore[attr-defined]
         if size >= _GATHER_BYTES or index == len(parameters) - 1:
             with deepspeed.zero.GatheredParameters([p for _, p in batch]):
                 yield from [(n, p.detach().clone()) for n, p in batch]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algo.gae import gae
-from rlhf_ray.algo.kl import kl_estimate
+from rlhf_ray.algo.kl import KLEstimator, kl_estimate
 from rlhf_ray.algo.losses import importance_weights, lm_loss, policy_loss
 from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
@@ -28,7 +28,7 @@ class ExperienceRule:
     temperature: float
     micro_batch_tokens: int
     kl_coef: float
-    kl_estimator: str
+    kl_estimator: KLEstimator
     safety_threshold_raw: float
     gamma: float
     gae_lambda: float
@@ -119,19 +119,20 @@ class PolicyWorker(TrainerWorker):
         )
         experiences, sums = [], []
         for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
-            experience, metrics = _advantages(chunk, draft, value, moments, rule)
+            experience, chunk_sums = _advantages(chunk, draft, value, moments, rule)
             experiences.append(experience)
-            sums.append(metrics)
+            sums.append(chunk_sums)
         if rule.whiten_advantages:
             moments = self._global_moments([(e.advantages, e.response_mask) for e in experiences])
             experiences = [
                 replace(e, advantages=masked_whiten(e.advantages, e.response_mask, moments=moments))
                 for e in experiences
             ]
+        metrics = self._batch_metrics(sums)  # before any rank may raise: the others would wait for it in here
         for experience in experiences:
             if not torch.isfinite(experience.advantages).all():
-                raise NonFiniteError("an advantage is not finite")
-        return self._batch_metrics(sums), *experiences
+                raise NonFiniteError("an advantage is not finite", metrics)
+        return metrics, *experiences
 
     def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
         """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
@@ -155,7 +156,7 @@ class PolicyWorker(TrainerWorker):
     def train_policy(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
         """PPO's optimizer steps over one batch: every rank sees all chunks and takes its rows of each minibatch."""
 
-        def loss(model: Any, batch: Experience, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = batch.tokens.to(self._runtime.device)
             mask = batch.response_mask.to(self._runtime.device)
             result = model(tokens, target_mask=mask, temperature=rule.temperature, with_entropy=True)

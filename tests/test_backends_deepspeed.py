@@ -1,0 +1,92 @@
+"""The training engine: NaN and inf stop a step on every rank, and a state on disk goes on bit for bit."""
+
+import time
+
+import pytest
+import torch
+from training_world import BATCH, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
+
+from cluster.session import session
+from cluster.worker_group import WorkerError, collect
+from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+
+LM_STEP = {"batch_size": BATCH, "micro_batch_size": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def group():
+    with session(num_cpus=2):
+        yield launch("trainer", 2)
+
+
+def weights_of(group, rank=0):
+    return group.call(TrainingWorker.copy_weights)[rank]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_is_not_finite_on_one_rank_stops_the_step_on_all(group, zero_stage, precision):
+    begin(group, TIED, "lm", zero_stage=zero_stage, precision=precision)
+    healthy = group.call(TrainingWorker.faulty_step, "none", -1)
+    assert healthy[0] == healthy[1]
+    before = weights_of(group)
+    for fault, message in (("grad", "gradient norm"), ("nan", "loss is nan on rank 1 of 2")):
+        start = time.monotonic()
+        calls = group.submit(TrainingWorker.faulty_step, fault, 1)
+        for call in calls:  # every rank says so, none waits for the other
+            with pytest.raises(WorkerError, match=message) as error:
+                collect([call], timeout_s=60)
+            assert isinstance(error.value.cause, NonFiniteError)
+            details = error.value.cause.details
+            assert details["rank"] == call.rank and len(details["micro_batches"]) == 2
+        assert time.monotonic() - start < 30
+        after = weights_of(group)
+        for name, weight in before.items():
+            assert torch.equal(weight, after[name]), f"{name} changed by a step with fault {fault}"
+
+
+@pytest.mark.slow
+def test_an_infinite_loss_names_its_rank(group):
+    begin(group, UNTIED, "lm", zero_stage=1)
+    with pytest.raises(WorkerError, match="loss is inf on rank 0 of 2") as error:
+        group.call(TrainingWorker.faulty_step, "inf", 0)
+    losses = error.value.cause.details["loss_of_ranks"]
+    assert losses[0] == float("inf") and 0 < losses[1] < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_a_saved_state_goes_on_bit_for_bit(group, tmp_path, zero_stage, precision):
+    def build(state=None):
+        begin(group, TIED, "lm", zero_stage=zero_stage, precision=precision, state=state)
+        group.call(TrainerWorker.open_data, lm_data, 3 * BATCH, TIED.vocab_size, "unpacked")
+
+    def steps(first, last):
+        return [group.call(PolicyWorker.train_lm, step, **LM_STEP)[0] for step in range(first, last)]
+
+    half = STEPS // 2
+    build()
+    steps(0, half)
+    group.call(TrainerWorker.save_state, str(tmp_path / "state"))
+    metrics, weights = steps(half, STEPS), weights_of(group)
+    build(state=str(tmp_path / "state"))
+    assert steps(half, STEPS) == metrics
+    resumed = weights_of(group)
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_a_sharded_model_exports_what_a_whole_one_does(group, config):
+    exports = []
+    for zero_stage in (0, 3):
+        begin(group, config, "lm", zero_stage=zero_stage, precision="bf16")
+        exports += group.call(TrainingWorker.copy_weights)  # of both ranks
+    assert ("lm_head.weight" in exports[0]) == (not config.tie_embeddings)
+    for other in exports[1:]:
+        assert list(other) == list(exports[0])
+        assert all(torch.equal(other[name], weight) for name, weight in exports[0].items())
+    assert exports[0]["model.norm.weight"].dtype == torch.bfloat16

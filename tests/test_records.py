@@ -1,0 +1,104 @@
+"""Records: lengths, rows picked across chunks, and buckets of weights there and back."""
+
+import pytest
+import torch
+
+from rlhf_ray.backends.weights import fill_buckets, read_buckets
+from rlhf_ray.records import Experience, Rollouts, select_rows
+
+FIELDS = ("logprobs", "values", "advantages", "returns", "weights")
+
+
+def chunk(lengths, *, first, version=3):
+    """Rows whose token t holds first + 100 * row + t, with prompts of two tokens."""
+    longest = max(lengths)
+    places = torch.arange(longest)
+    sizes = torch.tensor(lengths)
+    real = places < sizes[:, None]
+    tokens = (first + 100 * torch.arange(len(lengths))[:, None] + places) * real
+    return Experience(
+        tokens=tokens,
+        response_mask=real & (places >= 2),
+        **{name: tokens * float(i + 1) for i, name in enumerate(FIELDS)},
+        lengths=sizes,
+        policy_version=version,
+    )
+
+
+def test_lengths_count_up_to_the_last_response_token():
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 1, 1], [0, 1, 0, 0, 0]]).bool()
+    rollouts = Rollouts(
+        tokens=torch.ones(3, 5, dtype=torch.int64),
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(3, 5),
+        finished=torch.ones(3, dtype=torch.bool),
+        is_safety=torch.zeros(3, dtype=torch.bool),
+        policy_version=1,
+    )
+    assert rollouts.lengths.tolist() == [4, 5, 2]
+
+
+def test_rows_are_numbered_through_the_chunks_and_cut_to_the_longest_picked():
+    chunks = [chunk([4, 3], first=1000), chunk([3, 6, 5], first=5000)]
+    # Rows 0, 1 are the first chunk's; rows 2, 3, 4 the second's. The longest of rows 4 and 1 has 5 tokens.
+    picked = select_rows(chunks, [4, 1])
+    assert picked.tokens.tolist() == [[5200, 5201, 5202, 5203, 5204], [1100, 1101, 1102, 0, 0]]
+    assert picked.response_mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]
+    assert picked.lengths.tolist() == [5, 3]
+    assert picked.policy_version == 3
+    for i, name in enumerate(FIELDS):
+        assert torch.equal(getattr(picked, name), picked.tokens * float(i + 1))
+
+
+def test_every_row_of_every_chunk_comes_out_as_it_went_in():
+    chunks = [chunk([4, 3], first=1000), chunk([3, 6, 5], first=5000)]
+    rows = [row for c in chunks for row in zip(c.tokens, c.lengths.tolist(), strict=True)]
+    for number, (tokens, length) in enumerate(rows):
+        assert torch.equal(select_rows(chunks, [number]).tokens[0], tokens[:length])
+
+
+def test_an_empty_pick_is_one_masked_row():
+    empty = select_rows([chunk([4], first=1)], [])
+    assert empty.tokens.shape == empty.response_mask.shape == empty.advantages.shape == (1, 2)
+    assert not empty.response_mask.any()
+
+
+def test_records_are_frozen():
+    with pytest.raises(AttributeError):
+        chunk([3], first=1).policy_version = 4  # type: ignore[misc]
+
+
+def named_weights(dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 8), (3,), (40, 2), (5, 5), (7,)]
+    return [(f"p{i}", torch.randn(s, generator=generator).to(dtype)) for i, s in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 10_000])
+def test_buckets_hold_the_weights_bit_for_bit(dtype, bucket_bytes):
+    weights = named_weights(dtype)
+    read = dict(read_buckets(fill_buckets(weights, version=7, bucket_bytes=bucket_bytes)))
+    assert list(read) == [name for name, _ in weights]
+    for name, tensor in weights:
+        assert read[name].dtype == dtype and torch.equal(read[name], tensor)
+
+
+def test_bucket_limits():
+    # bf16 bytes: 64, 6, 160, 50, 14. Limit 75: {64 + 6}, {160 alone, larger than the limit}, {50 + 14}.
+    buckets = list(fill_buckets(named_weights(), version=7, bucket_bytes=75))
+    assert [bucket.names for bucket in buckets] == [("p0", "p1"), ("p2",), ("p3", "p4")]
+    assert [bucket.version for bucket in buckets] == [7, 7, 7]
+    assert [bucket.buffer.numel() for bucket in buckets] == [35, 80, 32]
+    # A limit smaller than any parameter gives each its own bucket; a large one holds all.
+    assert len(list(fill_buckets(named_weights(), version=1, bucket_bytes=1))) == 5
+    assert len(list(fill_buckets(named_weights(), version=1, bucket_bytes=294))) == 1
+    assert list(fill_buckets([], version=1)) == []
+
+
+def test_a_bucket_is_a_copy():
+    weights = named_weights()
+    [bucket] = fill_buckets(weights, version=1)
+    before = bucket.buffer.clone()
+    weights[0][1].zero_()
+    assert torch.equal(bucket.buffer, before)

@@ -1,0 +1,205 @@
+"""ZeRO stage, ranks, micro-batches, padding and packing change nothing: 20 steps against a plain loop.
+
+fp32, rtol 1e-5. `benchmarks/invariance_band.py` measures the same pairs in bf16.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from training_world import (
+    BATCH,
+    NUM_ANSWERS,
+    PPO_RULE,
+    TIED,
+    UNTIED,
+    Trained,
+    begin,
+    launch,
+    lm_data,
+    plain_lm,
+    plain_ppo,
+    plain_reward,
+    train_lm,
+    train_ppo,
+    train_reward,
+)
+
+from cluster.session import session
+from model.llama import Llama
+from rlhf_ray.backends.deepspeed import learning_rate_scale
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+
+RTOL = 1e-5
+NUM_EXAMPLES = 16  # of the full-batch runs, in which a packed step holds the same examples as an unpacked one
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """{ranks: worker group}"""
+    with session(num_cpus=2):
+        yield {ranks: launch(f"trainer-{ranks}", ranks) for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The plain loops' results, each computed when first asked for."""
+    loops = {
+        "lm": plain_lm,
+        "lm-tied": lambda: plain_lm(TIED),
+        "lm-full-batch": lambda: plain_lm(count=NUM_EXAMPLES, batch_size=NUM_EXAMPLES),
+        "policy": lambda: plain_ppo("lm"),
+        "value": lambda: plain_ppo("scalar"),
+        "reward": plain_reward,
+    }
+    done: dict[str, Trained] = {}
+    return lambda name: done.setdefault(name, loops[name]()) if name not in done else done[name]
+
+
+def assert_same(run: Trained, expected: Trained) -> None:
+    """Every final weight, and loss, gradient norm and learning rate (of each step, or averaged over them)."""
+    assert run.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        # An element far smaller than its neighbours carries rounding of their size.
+        atol = RTOL * weight.square().mean().sqrt().item()
+        torch.testing.assert_close(
+            run.weights[name], weight, rtol=RTOL, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    # Models with a scalar head have gradient norms of 5 to 60, clipped to 1.7, that vary steeply with the
+    # weights: where those agree to 1e-6 the norms do to 1e-5.
+    for name, rtol in (("loss", RTOL), ("lr", RTOL), ("grad_norm", 5 * RTOL)):
+        reference = expected.series(name)
+        if len(run.metrics) == 1:
+            reference = [np.mean(reference)]
+        np.testing.assert_allclose(run.series(name), reference, rtol=rtol, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_comparison_is_sharp(plain):
+    # Every parameter moves by more than 100 times what is tolerated...
+    start = Llama(UNTIED)
+    start.init_weights(seed=1)
+    for name, weight in start.named_parameters():
+        moved = (plain("lm").weights[name] - weight).abs().max()
+        assert moved > 100 * RTOL * weight.square().mean().sqrt(), name
+    # ... and gradients wrong by one part in a thousand are found out.
+    with pytest.raises(AssertionError):
+        assert_same(plain_lm(scale=1.001), plain("lm"))
+    # Some steps are clipped (limit 1.7) and some are not.
+    clipped = [norm > 1.7 for norm in plain("lm").series("grad_norm")]
+    assert 0 < sum(clipped) < len(clipped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_zero_stages_and_ranks_train_as_the_plain_loop_does(groups, plain, ranks, zero_stage):
+    assert_same(train_lm(groups[ranks], zero_stage=zero_stage), plain("lm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_tied_embeddings_train_as_the_plain_loop_does(groups, plain, zero_stage):
+    assert_same(train_lm(groups[2], TIED, zero_stage=zero_stage), plain("lm-tied"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_micro_batches_change_nothing(groups, plain, micro_batch_size):
+    # Micro-batches of one row hold no padding, larger ones do.
+    assert_same(train_lm(groups[1], micro_batch_size=micro_batch_size), plain("lm"))
+
+
+@pytest.mark.slow
+def test_rows_twice_as_wide_change_nothing(groups, plain):
+    assert_same(train_lm(groups[1], layout="wide"), plain("lm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["unpacked", "packed"])
+def test_packing_changes_nothing(groups, plain, layout):
+    # Every step takes all examples, so that the batches are the same however they are laid out.
+    batch_size = len(lm_data(NUM_EXAMPLES, UNTIED.vocab_size, layout).train)
+    assert layout == "unpacked" or batch_size <= NUM_EXAMPLES // 2
+    run = train_lm(groups[1], count=NUM_EXAMPLES, layout=layout, batch_size=batch_size)
+    assert_same(run, plain("lm-full-batch"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "micro_batch_tokens"), [(1, 1, 1), (1, 0, 1000), (2, 1, 100), (2, 3, 1)]
+)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_ppo_updates_are_those_of_the_plain_loop(groups, plain, head, ranks, zero_stage, micro_batch_tokens):
+    # 1 token a micro-batch is one row each; 1000 is a minibatch at once.
+    rule = replace(PPO_RULE, micro_batch_tokens=micro_batch_tokens)
+    run = train_ppo(groups[ranks], head, rule, zero_stage=zero_stage)
+    assert_same(run, plain("policy" if head == "lm" else "value"))
+    # The clip is at work on some tokens.
+    assert 0.01 < run.metrics[0]["clipfrac" if head == "lm" else "value_clipfrac"] < 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_rank_without_rows_of_a_minibatch_changes_nothing(groups, zero_stage):
+    # 16 answers in minibatches of 5 leave one answer for the last, and one rank with nothing.
+    assert NUM_ANSWERS % 5 == 1
+    rule = replace(PPO_RULE, minibatch_size=5)
+    for head in ("lm", "scalar"):
+        one = train_ppo(groups[1], head, rule, zero_stage=zero_stage)
+        two = train_ppo(groups[2], head, rule, zero_stage=zero_stage)
+        assert_same(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "micro_batch_tokens"), [(1, 1, 1), (1, 0, 10_000), (2, 1, 150), (2, 3, 150)]
+)
+def test_reward_training_is_that_of_the_plain_loop(groups, plain, ranks, zero_stage, micro_batch_tokens):
+    run = train_reward(groups[ranks], zero_stage=zero_stage, micro_batch_tokens=micro_batch_tokens)
+    assert_same(run, plain("reward"))
+
+
+@pytest.mark.slow
+def test_a_rank_without_pairs_changes_nothing(groups):
+    # One pair a step leaves the second rank with nothing; three quarters of the pairs have safety labels.
+    one, two = (
+        train_reward(groups[ranks], zero_stage=stage, batch_size=1) for ranks, stage in ((1, 1), (2, 3))
+    )
+    assert_same(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_evaluation_does_not_depend_on_ranks_or_micro_batches(groups, zero_stage):
+    losses = []
+    for ranks in (1, 2):
+        begin(groups[ranks], UNTIED, "lm", zero_stage=zero_stage)
+        groups[ranks].call(TrainerWorker.open_data, lm_data, BATCH, UNTIED.vocab_size, "unpacked")
+        for size in (1, 5):
+            losses += groups[ranks].call(PolicyWorker.evaluate_lm, micro_batch_size=size)
+    assert losses[0] > 5  # ln(512) = 6.24 before training
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+def test_learning_rate_schedule():
+    def share(step, schedule="cosine", warmup_steps=2, warmup_ratio=0.0):
+        return learning_rate_scale(
+            step,
+            num_steps=10,
+            warmup_steps=warmup_steps,
+            warmup_ratio=warmup_ratio,
+            schedule=schedule,
+            min_lr_ratio=0.1,
+        )
+
+    assert [share(0), share(1), share(2)] == [0.5, 1.0, 1.0]
+    # Half-way from step 2 to step 10 the cosine is at its mean: (1 + 0.1) / 2.
+    assert share(6) == pytest.approx(0.55)
+    assert share(10) == share(12) == pytest.approx(0.1)
+    assert [share(step, schedule="constant") for step in (0, 5, 50)] == [0.5, 1.0, 1.0]
+    # A warm-up of 35 % of 10 steps is 4 steps, and the larger of the two rules holds.
+    assert [share(step, warmup_ratio=0.35) for step in (0, 3)] == [0.25, 1.0]
+    assert share(0, warmup_steps=0) == 1.0
