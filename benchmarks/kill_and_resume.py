@@ -2,9 +2,9 @@
 
     python benchmarks/kill_and_resume.py [--kills 3] [--seed 0] [--work DIR]
 
-Runs a small full recipe once, then again elsewhere: the driver's process group gets SIGKILL at random moments, one in
-each part of the run, and the same command goes on. Then compares every checkpoint byte for byte, and every metric
-but those that are measurements of time and memory. Writes benchmarks/results/kill_and_resume.json.
+Runs a small full recipe once, then again elsewhere: the driver's process group gets SIGKILL at random
+moments, one in each part of the run, and the same command goes on. Then compares every checkpoint byte for
+byte, and every metric but those that measure time and memory. Writes benchmarks/results/kill_and_resume.json.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def run_and_kill(arguments: list[str], out: Path, *, rows: int, delay_s: float) 
 
 
 def compare(left: Path, right: Path) -> dict[str, bool]:
-    """Whether each finished step of two runs holds the same: weights byte for byte, metrics, answers, labels."""
+    """Whether each finished step of two runs holds the same weights, metrics, answers and labels."""
     steps = {path.name for path in (*left.glob("steps/*"), *right.glob("steps/*"))}
     return {
         name: contents(left / "steps" / name) == contents(right / "steps" / name) for name in sorted(steps)
@@ -191,7 +191,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def moments(seen: Sequence[float], duration_s: float, *, kills: int, seed: int) -> list[tuple[int, float]]:
-    """One random moment in each of `kills` equal parts of a run: (metric rows, seconds after the last of them)."""
+    """One random moment in each of `kills` equal parts of a run: (metric rows, seconds after the last)."""
     rng = random.Random(seed)
     drawn = [(part + rng.random()) * duration_s / kills for part in range(kills)]
     rows = [sum(moment <= at for moment in seen) - 1 for at in drawn]

@@ -99,6 +99,7 @@ class Context:
     may_run: bool = True
     """Whether stages may do work, or only look for what was done before."""
     _roles: Any = None
+    _at: str = ""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -115,6 +116,7 @@ class Context:
                 session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores)
             )
             self._roles = Roles(self.config)
+            self._roles.step = self._at
             self._stack.callback(self._roles.stop)
         return self._roles
 
@@ -154,6 +156,9 @@ class Context:
             console.print(f"{step.name}: going on from step {done} ({step.key})")
         else:
             console.print(f"{step.name}: starting ({step.key})")
+        self._at = step.name
+        if self._roles is not None:
+            self._roles.step = step.name
         return step.done
 
     def add_tokenizer(self, checkpoint: Path) -> None:

@@ -42,7 +42,12 @@ def train_language_model(
         policy = context.roles["policy"]
         context.roles.work_together("policy")
         policy.call(
-            TrainerWorker.build, source, head="lm", seed=config.run.seed, runtime=context.roles.runtime
+            TrainerWorker.build,
+            source,
+            head="lm",
+            seed=config.run.seed,
+            runtime=context.roles.runtime,
+            step=f"{name} start",
         )
         sizes = policy.call(TrainerWorker.open_data, builder, *builder_args, step=f"{name} data")[0]
         total = num_steps(sizes)
@@ -54,6 +59,7 @@ def train_language_model(
             zero_stage=settings.zero_stage,
             activation_checkpointing=settings.activation_checkpointing,
             state=str(state) if state else None,
+            step=f"{name} start",
         )
     kept = versions(total)
     held_out, num_tokens = float("nan"), 0.0
@@ -70,7 +76,11 @@ def train_language_model(
             )[0]
             num_tokens += row["tokens"]
             if (index + 1) % max(1, total // EVALUATIONS) == 0 or index + 1 == total:
-                held_out = policy.call(PolicyWorker.evaluate_lm, micro_batch_size=section.micro_batch_size)[0]
+                held_out = policy.call(
+                    PolicyWorker.evaluate_lm,
+                    micro_batch_size=section.micro_batch_size,
+                    step=f"{name} step {index}",
+                )[0]
                 row["held_out_loss"] = held_out
             metrics.write(index, row)
             bar.advance(f"loss {row['loss']:.3f}  held-out {held_out:.3f}")

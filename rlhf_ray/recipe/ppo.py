@@ -4,6 +4,7 @@ The driver holds object references and scalars only. An iteration reads top to b
 generate, score, build experience, update policy and value, send the weights.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -113,6 +114,7 @@ def iteration(
 ) -> dict[str, float]:
     """One PPO iteration; returns its metrics."""
     label, clock = f"ppo step {index}", PhaseClock()
+    roles.step = label
     rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
     with clock.phase("rollout"):
         roles.work_together("rollout")
@@ -123,8 +125,9 @@ def iteration(
         roles.work_together(*SCORING_ROLES)
         scores = score(roles, section, rollouts)
         built = build_experience(roles, section, rollouts, scores)
-        experience_metrics = collect(built, timeout_s=roles.timeout_s, step=label)[0]
-        collect([*rollouts, *sum(scores.values(), [])], timeout_s=roles.timeout_s, step=label)
+        # All in one, producers first: where one of them dies it is named, not the policy that misses its data.
+        made = [*rollouts, *itertools.chain(*scores.values()), *built]
+        experience_metrics = collect(made, timeout_s=roles.timeout_s, step=label)[-len(built)]
     check_logprob_gap(experience_metrics["logprob_gap_per_token"], section.max_logprob_gap, label)
     with clock.phase("update"):
         policy_metrics, value_metrics = update(roles, section, index, built, seed=seed)
@@ -228,7 +231,8 @@ def summarize(
         calls.append(
             policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs)
         )
-    return collect(calls, timeout_s=roles.timeout_s, step="summary of rewards and KL")[0]
+    made = [*rollouts, *itertools.chain(*scores.values()), *calls]
+    return collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls)]
 
 
 def update(
@@ -251,7 +255,7 @@ def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> di
     """Both rewards and the KL of the policy on the held-out prompts, for early stopping."""
     roles.work_together("rollout")
     rollouts = generate(roles, section, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0))
-    collect(rollouts, timeout_s=roles.timeout_s, step="held-out prompts")
+    collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
     roles.work_together("policy", *FROZEN_ROLES)
     metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=FROZEN_ROLES))
     kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")

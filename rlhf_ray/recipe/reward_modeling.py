@@ -71,12 +71,14 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
     for name, step in steps.items():
         writers[name].close()
         accuracy = roles[name].call(
-            RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens
+            RewardWorker.evaluate_reward,
+            micro_batch_tokens=section.micro_batch_tokens,
+            step="reward accuracy",
         )[0]
         work = step.begin()
         write_json(work / "accuracy.json", accuracy)
         if not (work / "model").exists():  # one from before an interruption is the same and stays
-            roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1)
+            roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
         console.print(f"reward-{name}: held-out accuracy {accuracy.get('accuracy/all', float('nan')):.3f}")

@@ -28,6 +28,8 @@ class Roles:
     def __init__(self, config: Config):
         self._config = config
         self._groups: dict[str, WorkerGroup] = {}
+        self.step = ""
+        """What the run is at, for messages about calls that have no step of their own."""
         self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
         self.runtime = Runtime(precision=config.run.precision, device=resolve_device(config.run.device))
 
@@ -52,7 +54,7 @@ class Roles:
         groups = self.start(*roles)
         threads = max(1, self.cores // sum(group.num_ranks for group in groups))
         for group in groups:
-            group.call(_set_threads(group.role), threads)
+            group.call(_set_threads(group.role), threads, step=self.step)
 
     @property
     def timeout_s(self) -> float:
@@ -62,7 +64,10 @@ class Roles:
     def memory(self) -> dict[str, float]:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
         calls = {role: group.submit(Worker.peak_memory_gib) for role, group in self._groups.items()}
-        peaks = {role: max(collect(ranks, timeout_s=self.timeout_s)) for role, ranks in calls.items()}
+        peaks = {
+            role: max(collect(ranks, timeout_s=self.timeout_s, step=self.step))
+            for role, ranks in calls.items()
+        }
         return {
             **{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()},
             "memory/driver_peak_gib": peak_gib(),
