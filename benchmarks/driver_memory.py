@@ -3,8 +3,8 @@
     python benchmarks/driver_memory.py [--steps 100] [--work DIR]
 
 Runs PPO on a small model with the driver in this process; after every iteration notes the resident memory,
-and the number and pickled size of all results that came back to the driver. Then again, shorter, with four times
-the batch. Writes benchmarks/results/driver_memory.json and docs/driver_memory.png.
+and the number and pickled size of all results that came back to the driver. Then again, shorter, with four
+times the batch. Writes benchmarks/results/driver_memory.json and docs/driver_memory.png.
 """
 
 import argparse

@@ -1,0 +1,111 @@
+"""A run whose driver or worker is killed goes on by the same command and ends with the same bits."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from kill_and_resume import SMALL, command, differences, finish, rows_written, run_and_kill, start
+
+pytestmark = pytest.mark.slow
+
+TINY = SMALL | {
+    "testbed.num_corpus": 600,
+    "testbed.num_demonstrations": 200,
+    "testbed.num_prompts_annotation": 80,
+    "pretrain.num_steps": 12,
+    "pretrain.save_every": 4,
+    "sft.epochs": 1,
+    "ppo.num_steps": 5,
+    "ppo.batch_size": 16,
+    "ppo.minibatch_size": 8,
+    "ppo.max_new_tokens": 12,
+    "run.stages": '["testbed","tokenizer","pretrain","sft","collect","reward","ppo"]',
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is left alone."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(start(command(out, TINY), out / "driver.log"), out / "driver.log")
+    return out
+
+
+def without(whole: Path, out: Path, *stages: str) -> Path:
+    """A copy of a run in which some stages have not been done."""
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns(*(f"{stage}-*" for stage in stages)))
+    return out
+
+
+def wait_for_rows(out: Path, rows: int, driver: subprocess.Popen[bytes]) -> None:
+    """Waits until the run has so many metric rows more than those of the stages done before."""
+    while rows_written(out) < rows:
+        assert driver.poll() is None, (out / "driver.log").read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def test_pretraining_whose_driver_is_killed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    out = without(whole, tmp_path / "out", "pretrain")
+    arguments, before = command(out, TINY, stage="pretrain"), rows_written(out)
+    rows = random.Random(1).randrange(5, 11)  # past the first checkpoint
+    assert run_and_kill(arguments, out, rows=before + rows, delay_s=0.05) is not None
+    assert list(out.glob("steps/pretrain-*.partial"))
+    finish(start(arguments, out / "driver.log"), out / "driver.log")
+    assert "pretrain: going on from step" in (out / "driver.log").read_text()
+    assert differences(whole, out) == []
+
+
+def test_ppo_whose_worker_and_then_driver_are_killed_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path
+) -> None:
+    out = without(whole, tmp_path / "out", "ppo")
+    arguments, before = command(out, TINY, stage="ppo"), rows_written(out)
+    log = out / "driver.log"
+    log.unlink()
+    driver = start(arguments, log)
+    wait_for_rows(out, before + 1, driver)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    [engine] = [child for child in children if "ray::RolloutWorker" in " ".join(child.cmdline())]
+    os.kill(engine.pid, signal.SIGKILL)
+    assert driver.wait(60) == 1
+    [failure] = [line for line in log.read_text().splitlines() if line.startswith("failed: ")]
+    assert "rollout rank 0 failed in " in failure and " at ppo step " in failure and "died" in failure
+    assert "Traceback" not in log.read_text()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+
+    rows = random.Random(2).randrange(3, 5)  # past the first checkpoint
+    assert run_and_kill(arguments, out, rows=before + rows, delay_s=0.3) is not None
+    finish(start(arguments, log), log)
+    assert "ppo: going on from step" in log.read_text()
+    assert differences(whole, out) == []
+
+
+def test_a_kill_while_an_extension_is_built_does_not_hang_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()  # what torch's builder leaves when it is killed
+    code = (
+        "import torch; from rlhf_ray.backends.deepspeed import init_distributed; "
+        "init_distributed(torch.device('cpu')); print(torch.distributed.get_world_size())"
+    )
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | rendezvous | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.stdout.split()[-1] == "1", done.stderr
