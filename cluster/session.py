@@ -2,8 +2,6 @@
 
 import logging
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,7 +36,6 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # Ray's own telemetry and metrics agents cost start-up time and cores, and nothing here reads them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    on_terminate = signal.getsignal(signal.SIGTERM)
     if address is None:
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
@@ -50,10 +47,6 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
         )
     else:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, on_terminate
-        )  # Ray puts its own in place, which exits with another code
     global _logs
     _logs = _log_directory()
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import STOPPED, Stopped, stopping_on_signals
+from rlhf_ray.stopping import stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
@@ -136,7 +136,7 @@ def data_show(
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2, a failed run one line and 1, a signal ends well."""
+    """Entry point: bad input is one line and exit code 2, a failed run one line and 1, signals end well."""
     try:
         with stopping_on_signals():
             code = app(standalone_mode=False)
@@ -146,8 +146,6 @@ def main() -> None:
         code = _say(f"error: {error}", 2)
     except RunFailure as error:
         code = _say(f"failed: {error}", 1)
-    except Stopped as stopped:
-        code = _say(STOPPED, stopped.exit_code)
     sys.exit(code)
 
 
