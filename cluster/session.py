@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +38,7 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # Ray's own telemetry and metrics agents cost start-up time and cores, and nothing here reads them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if address is None:
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
@@ -47,6 +50,9 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
         )
     else:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts its own handler in place, which prints a stack trace and exits with another code.
+        signal.signal(signal.SIGTERM, on_terminate)
     global _logs
     _logs = _log_directory()
     try:
