@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from training_world import (
     BATCH,
     NUM_ANSWERS,
     PPO_RULE,
+    RTOL,
     TIED,
     UNTIED,
     Trained,
+    assert_same,
     begin,
     launch,
     lm_data,
@@ -32,7 +33,6 @@ from rlhf_ray.backends.deepspeed import learning_rate_scale
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
-RTOL = 1e-5
 NUM_EXAMPLES = 16  # of the full-batch runs, in which a packed step holds the same examples as an unpacked one
 
 
@@ -56,24 +56,6 @@ def plain():
     }
     done: dict[str, Trained] = {}
     return lambda name: done.setdefault(name, loops[name]()) if name not in done else done[name]
-
-
-def assert_same(run: Trained, expected: Trained) -> None:
-    """Every final weight, and loss, gradient norm and learning rate (of each step, or averaged over them)."""
-    assert run.weights.keys() == expected.weights.keys()
-    for name, weight in expected.weights.items():
-        # An element far smaller than its neighbours carries rounding of their size.
-        atol = RTOL * weight.square().mean().sqrt().item()
-        torch.testing.assert_close(
-            run.weights[name], weight, rtol=RTOL, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    # Models with a scalar head have gradient norms of 5 to 60, clipped to 1.7, that vary steeply with the
-    # weights: where those agree to 1e-6 the norms do to 1e-5.
-    for name, rtol in (("loss", RTOL), ("lr", RTOL), ("grad_norm", 5 * RTOL)):
-        reference = expected.series(name)
-        if len(run.metrics) == 1:
-            reference = [np.mean(reference)]
-        np.testing.assert_allclose(run.series(name), reference, rtol=rtol, err_msg=name)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ UNTIED = PRESETS["tiny"]
 TIED = UNTIED.model_copy(update={"tie_embeddings": True})
 STEPS = 20
 BATCH = 8
+RTOL = 1e-5
 LONGEST = 40  # tokens of an example
 
 # Adam divides by sqrt(v) + eps. With the usual tiny eps an element whose gradients are near zero moves by
@@ -109,11 +110,12 @@ def begin(
     zero_stage: int = 1,
     precision: str = "fp32",
     optim: OptimSection = OPTIM,
+    seed: int = 1,
     state: str | None = None,
 ) -> None:
     """Puts a model under DeepSpeed on every rank."""
     runtime = Runtime(precision=precision, device="cpu")
-    group.call(TrainerWorker.build, source, head=head, seed=1, runtime=runtime)
+    group.call(TrainerWorker.build, source, head=head, seed=seed, runtime=runtime)
     group.call(TrainerWorker.begin_training, optim=optim, num_steps=STEPS, zero_stage=zero_stage, state=state)
 
 
@@ -121,6 +123,24 @@ def train(group: WorkerGroup, method: Callable[..., Any], **options: Any) -> Tra
     """Steps of a begun training."""
     metrics = group.call(TrainingWorker.train_steps, STEPS, method, **options)[0]
     return Trained(group.call(TrainingWorker.copy_weights)[0], metrics)
+
+
+def assert_same(run: Trained, expected: Trained) -> None:
+    """Every final weight, and loss, gradient norm and learning rate (of each step, or averaged over them)."""
+    assert run.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        # An element far smaller than its neighbours carries rounding of their size.
+        atol = RTOL * weight.square().mean().sqrt().item()
+        torch.testing.assert_close(
+            run.weights[name], weight, rtol=RTOL, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    # Models with a scalar head have gradient norms of 5 to 60, clipped to 1.7, that vary steeply with the
+    # weights: where those agree to 1e-6 the norms do to 1e-5.
+    for name, rtol in (("loss", RTOL), ("lr", RTOL), ("grad_norm", 5 * RTOL)):
+        reference = expected.series(name)
+        if len(run.metrics) == 1:
+            reference = [np.mean(reference)]
+        np.testing.assert_allclose(run.series(name), reference, rtol=rtol, err_msg=name)
 
 
 # --- next-token training -----------------------------------------------------------------------------------

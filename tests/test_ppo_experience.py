@@ -1,0 +1,214 @@
+"""PPO's numbers: an exact first step; experience and updates that do not depend on ranks; NaN."""
+
+import math
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+from training_world import UNTIED, Trained, TrainingWorker, assert_same, begin, launch
+
+from cluster.session import session
+from cluster.worker_group import WorkerError, collect
+from model.checkpoint import save_checkpoint
+from model.llama import Llama
+from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.config import PPOSection
+from rlhf_ray.recipe.ppo import experience_rule, update_rule
+from rlhf_ray.records import Rollouts
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.scorer import Runtime, ScorerWorker
+
+ROWS = 8  # answers of a chunk
+SECTION = PPOSection(
+    batch_size=2 * ROWS, minibatch_size=2 * ROWS, num_chunks=2, micro_batch_tokens=10_000, kl_coef=0.05
+)
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """{ranks: worker group}"""
+    with session(num_cpus=2):
+        yield {ranks: launch(f"policy-{ranks}", ranks) for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The weights with which `begin` starts."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "model"
+    model = Llama(UNTIED, head="lm")
+    model.init_weights(seed=1)
+    save_checkpoint(directory, UNTIED, model.named_parameters())
+    return str(directory)
+
+
+def rollouts(seed: int, *, equal_lengths: bool = False) -> Rollouts:
+    """Random answers after prompts of six tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(10, 25, (ROWS,), generator=generator)
+    lengths = torch.full((ROWS,), 24) if equal_lengths else lengths
+    places = torch.arange(int(lengths.max()))
+    real = places < lengths[:, None]
+    mask = real & (places >= 6)
+    return Rollouts(
+        tokens=torch.randint(4, UNTIED.vocab_size, mask.shape, generator=generator) * real,
+        response_mask=mask,
+        rollout_logprobs=torch.full(mask.shape, -math.log(UNTIED.vocab_size)) * mask,
+        finished=torch.arange(ROWS) % 3 > 0,
+        is_safety=torch.arange(ROWS) % 2 > 0,
+        policy_version=1,
+    )
+
+
+def scores(chunk: Rollouts, seed: int) -> list[Tensor]:
+    """Values, reference log-probs, helpfulness and safety scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    mask, each = chunk.response_mask, torch.zeros(ROWS)
+    return [0.3 * noise(mask) * mask, (0.2 * noise(mask) - 6.2) * mask, 2 * noise(each) + 1, 2 * noise(each)]
+
+
+def build(group, chunks, chunk_scores, section: PPOSection = SECTION):
+    """Calls of build_experience, chunk c on rank c % ranks, as the driver makes them."""
+    calls = []
+    for rank in range(group.num_ranks):
+        own = range(rank, len(chunks), group.num_ranks)
+        inputs = [chunks[c] for c in own] + [chunk_scores[c][kind] for kind in range(4) for c in own]
+        calls.append(
+            group.submit_one(
+                rank,
+                PolicyWorker.build_experience,
+                len(own),
+                experience_rule(section),
+                *inputs,
+                num_data=len(own),
+            )
+        )
+    return calls
+
+
+def in_order(calls, num_chunks: int) -> list[Any]:
+    """References to the experience of each chunk."""
+    return [calls[c % len(calls)].data[c // len(calls)] for c in range(num_chunks)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_before_any_update_policy_and_reference_are_one_to_the_last_bit(groups, checkpoint, precision):
+    group, chunk = groups[1], rollouts(1, equal_lengths=True)
+    runtime = Runtime(precision=precision, device="cpu")
+    # Equal lengths and micro-batches without a limit give scoring and update the same shapes.
+    section = SECTION.model_copy(update={"num_chunks": 1, "minibatch_size": ROWS, "temperature": 0.8})
+    group.call(ScorerWorker.load_frozen, checkpoint, head="lm", runtime=runtime)
+    reference = group.submit_one(
+        0, ScorerWorker.logprobs, chunk, temperature=0.8, micro_batch_tokens=10_000, num_data=1
+    )
+    begin(group, checkpoint, "lm", precision=precision)
+    values, _, helpfulness, safety = scores(chunk, 2)
+    [built] = build(group, [chunk], [[values, reference.data[0], helpfulness, safety]], section)
+    [metrics] = collect([built], timeout_s=TIMEOUT_S)
+    assert metrics["kl_per_sequence"] == metrics["kl_k1_per_token"] == metrics["kl_k3_per_token"] == 0.0
+    assert metrics["logprob_gap_per_token"] > 0.01  # the chunk's own log-probs are made up
+    [update] = group.call(PolicyWorker.train_policy, 0, update_rule(section, 3), *built.data)
+    assert (update["ratio"], update["approx_kl"], update["clipfrac"]) == (1.0, 0.0, 0.0)
+    # The update did change the policy: the same batch has another ratio now.
+    [update] = group.call(PolicyWorker.train_policy, 1, update_rule(section, 3), *built.data)
+    assert update["approx_kl"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_experience_and_updates_are_the_same_on_two_ranks(groups, zero_stage):
+    chunks = [rollouts(1), rollouts(2)]
+    chunk_scores = [scores(chunk, seed) for seed, chunk in enumerate(chunks)]
+    section = SECTION.model_copy(
+        update={"minibatch_size": ROWS, "inner_epochs": 10, "micro_batch_tokens": 60}
+    )
+    rule = update_rule(section, 3)
+    metrics, experience, trained = [], [], []
+    for ranks in (1, 2):
+        group = groups[ranks]
+        begin(group, UNTIED, "lm", zero_stage=zero_stage)
+        calls = build(group, chunks, chunk_scores, section)
+        metrics += collect(calls, timeout_s=TIMEOUT_S)
+        references = in_order(calls, len(chunks))
+        experience.append(ray.get(references))
+        updates = group.call(PolicyWorker.train_policy, 0, rule, *references)  # 20 optimizer steps
+        trained.append(Trained(group.call(TrainingWorker.copy_weights)[0], updates[:1]))
+    for other in metrics[1:]:
+        assert other == pytest.approx(metrics[0], rel=1e-5, abs=1e-7)
+    for one, two in zip(*experience, strict=True):
+        for name in ("logprobs", "advantages", "returns", "values", "weights"):
+            torch.testing.assert_close(getattr(two, name), getattr(one, name), rtol=1e-5, atol=1e-6)
+        assert torch.equal(two.tokens, one.tokens) and torch.equal(two.response_mask, one.response_mask)
+    assert_same(trained[1], trained[0])
+    # Advantages are whitened over both chunks: mean 0 and variance 1 jointly, not each by itself.
+    parts = [e.advantages[e.response_mask].double() for e in experience[1]]
+    assert torch.cat(parts).mean().abs() < 1e-6
+    assert abs(torch.cat(parts).var() - 1) < 1e-5
+    assert parts[0].mean().abs() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rewards_are_whitened_over_all_ranks_and_both_models(groups, ranks):
+    """With gamma = lambda = 1, no KL and no values, every token's return is its answer's whitened score."""
+    chunks = [rollouts(1), rollouts(2)]
+    chunk_scores = [scores(chunk, seed) for seed, chunk in enumerate(chunks)]
+    for kinds in chunk_scores:
+        kinds[0] = torch.zeros_like(kinds[0])
+    section = SECTION.model_copy(update={"kl_coef": 0.0, "gae_lambda": 1.0, "whiten_advantages": False})
+    begin(groups[ranks], UNTIED, "lm")
+    calls = build(groups[ranks], chunks, chunk_scores, section)
+    metrics = collect(calls, timeout_s=TIMEOUT_S)
+    # The safety model rules on tagged prompts, and where its sigmoid is below 0.15 (raw: -1.7346).
+    raw, gated = [], 0
+    for chunk, (_, _, helpfulness, safety) in zip(chunks, chunk_scores, strict=True):
+        by_safety = chunk.is_safety | (safety < math.log(0.15 / 0.85))
+        raw.append(torch.where(by_safety, safety, helpfulness))
+        gated += int(by_safety.sum())
+    everything = torch.cat(raw)
+    for row, experience in zip(raw, ray.get(in_order(calls, 2)), strict=True):
+        expected = (row - everything.mean()) / everything.std()  # torch's std is the unbiased one
+        mask = experience.response_mask
+        torch.testing.assert_close(experience.returns, expected[:, None] * mask, rtol=1e-5, atol=1e-6)
+    for own in metrics:
+        assert own["reward_gated"] == pytest.approx(gated / (2 * ROWS))
+        assert own["reward_combined"] == pytest.approx(everything.mean().item(), rel=1e-5)
+        assert own["reward_whitened"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["score", "value", "reference"])
+def test_nan_on_one_rank_is_an_error_and_hangs_nothing(groups, fault):
+    group, chunks = groups[2], [rollouts(1), rollouts(2)]
+    chunk_scores = [scores(chunk, seed) for seed, chunk in enumerate(chunks)]
+    kind, place = {"score": (2, 0), "value": (0, (0, 7)), "reference": (1, (0, 7))}[fault]
+    chunk_scores[1][kind][place] = torch.nan
+    chunks[1].is_safety[0] = False
+    begin(group, UNTIED, "lm")
+    calls = build(group, chunks, chunk_scores)
+    with pytest.raises(WorkerError, match="an advantage is not finite") as error:
+        collect(calls, timeout_s=TIMEOUT_S)
+    assert isinstance(error.value.cause, NonFiniteError)
+    # Both ranks are done with it and take the next call.
+    group.call(ScorerWorker.set_threads, 1)
+
+
+def test_a_score_that_is_nan_is_an_error(tmp_path):
+    model = Llama(UNTIED, head="scalar")
+    model.init_weights(seed=1)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_checkpoint(tmp_path / "reward", UNTIED, weights.items(), num_labels=1)
+    worker = ScorerWorker("helpfulness", 0, 1)
+    worker.load_frozen(
+        str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu")
+    )
+    with pytest.raises(NonFiniteError, match="helpfulness scored an answer nan"):
+        worker.score(rollouts(1), micro_batch_tokens=1000)
