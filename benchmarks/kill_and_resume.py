@@ -182,7 +182,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def moments(rows: int, *, kills: int, seed: int) -> list[tuple[int, float]]:
-    """One random moment in each of `kills` equal parts of a run of `rows` metric rows: (row, seconds after)."""
+    """One random moment in each of `kills` equal parts of a run of `rows` metric rows: (row, delay)."""
     rng = random.Random(seed)
     return [(int((part + rng.random()) * rows / kills), rng.uniform(0, MAX_DELAY_S)) for part in range(kills)]
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -22,6 +23,10 @@ def log_directory() -> str:
 def _log_directory() -> str:
     temporary = os.environ.get("RAY_TMPDIR", "/tmp")
     return os.path.join(temporary, "ray", ray.get_runtime_context().get_session_name(), "logs")
+
+
+def _log_report(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logger.debug("%s: %s", data["pid"], "\n".join(data["lines"]))
 
 
 @contextmanager
@@ -53,6 +58,9 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     if threading.current_thread() is threading.main_thread():
         # Ray puts its own handler in place, which prints a stack trace and exits with another code.
         signal.signal(signal.SIGTERM, on_terminate)
+    # Otherwise a thread of Ray's prints a report of every dead worker to stdout, long and without role or step;
+    # WorkerError says the same.
+    ray._private.worker.print_to_stdstream = _log_report
     global _logs
     _logs = _log_directory()
     try:

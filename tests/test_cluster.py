@@ -281,6 +281,28 @@ def test_nothing_is_left_running_after_a_session(end: str) -> None:
     assert wait_until_gone(pids, seconds=90) == []
 
 
+DEATH_SCRIPT = """
+import os, time
+from cluster.session import session
+from cluster.worker_group import Worker, WorkerError, WorkerGroup
+with session(num_cpus=1):
+    group = WorkerGroup.launch(Worker, role="policy", num_ranks=2, resources={"CPU": 0.1}, env={})
+    os.kill(group.pids[1], 9)
+    try:
+        group.call(Worker.peak_memory_gib, step="ppo step 3")
+    except WorkerError as error:
+        print(error)
+    time.sleep(2)  # Ray's own reports come late, from a thread
+"""
+
+
+def test_a_death_is_reported_in_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", DEATH_SCRIPT], capture_output=True, text=True, timeout=120)
+    [line] = done.stdout.splitlines()
+    assert line.startswith("policy rank 1 failed in peak_memory_gib at ppo step 3: the process died: ")
+    assert len(line) < 300
+
+
 def test_cluster_imports_no_torch() -> None:
     code = (
         "import sys, cluster.placement, cluster.session, cluster.worker_group\n"
