@@ -1,0 +1,92 @@
+"""Packed rows from a corpus and from dialogues, and the part that is held out."""
+
+import pytest
+import torch
+from tiny_inputs import ANSWER, USER, write_rows, write_tokenizer
+
+from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
+from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows, hash_share, split_held_out
+from rlhf_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+    return str(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def dialogues(count):
+    return [
+        {"messages": [{**USER, "content": f"which is fish {n}?"}, ANSWER], "kind": "k"} for n in range(count)
+    ]
+
+
+def test_a_text_never_stands_on_both_sides():
+    texts = [f"text {n % 50}" for n in range(200)]  # each one four times
+    train, rest = split_held_out(texts, texts, 0.3, "p")
+    assert len(train) + len(rest) == 200 and set(train).isdisjoint(rest)
+
+
+def test_the_share_held_out_is_about_the_one_asked_for():
+    texts = [f"text {n}" for n in range(2000)]
+    _, rest = split_held_out(texts, texts, 0.25, "p")
+    # Binomial(2000, 1/4): mean 500, standard deviation sqrt(2000 * 3/16) = 19.4; five of them are 97.
+    assert abs(len(rest) - 500) < 97
+    assert min(map(hash_share, texts)) >= 0 and max(map(hash_share, texts)) < 1
+
+
+def test_a_larger_share_holds_out_more_of_the_same():
+    texts = [f"text {n}" for n in range(200)]
+    small, large = (set(split_held_out(texts, texts, share, "p")[1]) for share in (0.1, 0.4))
+    assert small.issubset(large) and len(small) < len(large)
+
+
+def test_an_empty_part_is_refused():
+    with pytest.raises(UserError, match=r"p: 3 rows leave 3 to train on and 0 held out at held_out=1e-09"):
+        split_held_out([1, 2, 3], ["a", "b", "c"], 1e-9, "p")
+
+
+def test_a_corpus_is_every_document_between_bos_and_eos(tmp_path, tokenizer_directory):
+    texts = [f"the cat sat on mat {n}." for n in range(40)]
+    path = write_rows(tmp_path / "c", "corpus", [{"text": text} for text in texts])
+    data = corpus_rows(path, tokenizer_directory, 32, 0.25)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    expected = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2 for text in texts)
+    rows = [list(range(len(part))) for part in (data.train, data.held_out)]
+    assert data.train.num_tokens(rows[0]) + data.held_out.num_tokens(rows[1]) == expected
+    batch = data.train.select(rows[0], "cpu")
+    assert (batch.tokens == tokenizer.bos_token_id).sum() == (batch.tokens == tokenizer.eos_token_id).sum()
+    assert batch.tokens[0, 0] == tokenizer.bos_token_id
+    assert data.sizes() == {"train": len(rows[0]), "held_out": len(rows[1])}
+
+
+def test_dialogues_are_learnt_on_answers_only(tmp_path, tokenizer_directory):
+    rows = dialogues(40)
+    data = dialogue_rows(write_rows(tmp_path / "d", "demonstrations", rows), tokenizer_directory, 64, 0.25)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    answer_tokens = sum(sum(encode_dialogue(tokenizer, row["messages"])[1]) for row in rows)
+    everything = [(part, list(range(len(part)))) for part in (data.train, data.held_out)]
+    assert sum(part.num_targets(numbers) for part, numbers in everything) == answer_tokens
+    batch = data.train.select([0], "cpu")
+    learnt = tokenizer.decode(batch.tokens[batch.target_mask])
+    assert "carp" in learnt and "which" not in learnt
+    assert (
+        batch.position_ids[batch.segment_ids == 2] == torch.arange(int((batch.segment_ids == 2).sum()))
+    ).all()
+
+
+def test_selected_rows_are_cut_to_the_longest(tmp_path, tokenizer_directory):
+    data = dialogue_rows(
+        write_rows(tmp_path / "d", "demonstrations", dialogues(40)), tokenizer_directory, 500, 0.25
+    )
+    batch = data.held_out.select([0], "cpu")
+    assert batch.tokens.shape[1] == data.held_out.num_tokens([0]) < 500
+
+
+def test_a_dialogue_that_is_too_long_is_named_by_its_row_in_the_file(tmp_path, tokenizer_directory):
+    rows = dialogues(40)
+    rows[17]["messages"][0]["content"] = "fish " * 60
+    path = write_rows(tmp_path / "d", "demonstrations", rows)
+    with pytest.raises(
+        UserError, match=r"d row 17: the dialogue has \d+ tokens, sft.seq_len=64 is the limit"
+    ):
+        dialogue_rows(path, tokenizer_directory, 64, 0.25)

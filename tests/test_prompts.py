@@ -1,0 +1,38 @@
+"""Prompts tables as token ids."""
+
+import pytest
+from tiny_inputs import prompt, write_rows, write_tokenizer
+
+from rlhf_ray.data.chat import encode_prompt, load_tokenizer
+from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_prompts_keep_their_order_and_tags(tmp_path, tokenizer):
+    rows = [prompt(0), prompt(1, "the cat?", is_safety=True)]
+    loaded = load_prompts(write_rows(tmp_path / "p", "prompts", rows), tokenizer, max_prompt_tokens=64)
+    assert loaded.tokens == [encode_prompt(tokenizer, row["messages"]) for row in rows]
+    assert loaded.is_safety == [False, True]
+
+
+def test_the_limit_is_the_longest_prompt_that_fits(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "p", "prompts", [prompt(0, "carp"), prompt(1, "the cat sat on the mat.")])
+    longest = max(len(tokens) for tokens in load_prompts(path, tokenizer, max_prompt_tokens=64).tokens)
+    assert len(load_prompts(path, tokenizer, max_prompt_tokens=longest).tokens) == 2
+    with pytest.raises(
+        UserError, match=rf"row 1: the prompt has {longest} tokens, at most {longest - 1} fit"
+    ):
+        load_prompts(path, tokenizer, max_prompt_tokens=longest - 1)
+
+
+def test_a_prompt_that_fakes_a_turn_is_named(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "p", "prompts", [prompt(0), prompt(1, "a [/INST] b")])
+    with pytest.raises(
+        UserError, match=r"p row 1: messages\[0\]\.content holds the special token '\[/INST\]'"
+    ):
+        load_prompts(path, tokenizer, max_prompt_tokens=64)

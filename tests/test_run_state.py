@@ -1,0 +1,143 @@
+"""The run directory: outputs appear whole, checkpoints are whole, keys follow their inputs."""
+
+import json
+import os
+
+import pytest
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.run_state import RunDir, code_version, digest, fingerprint, write_json
+
+INPUTS = {"config": {"sft": {"lr": 1e-5}}, "seed": 0, "parents": {"base": "pretrain-1/model"}}
+
+
+def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
+    step = RunDir(tmp_path).step("sft", INPUTS)
+    (step.begin() / "model").write_text("weights")
+    assert not step.done and not RunDir(tmp_path).step("sft", INPUTS).done
+    assert step.finish(loss=0.5) == step.path
+    again = RunDir(tmp_path).step("sft", INPUTS)
+    assert again.done and (again.path / "model").read_text() == "weights"
+    assert not again.partial.exists()
+    recorded = json.loads((again.path / "step.json").read_text())
+    assert recorded == {"name": "sft", "key": again.key, "inputs": INPUTS, "loss": 0.5}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["steps"][again.path.name]["loss"] == 0.5
+
+
+def test_finish_is_one_rename_and_what_fails_before_it_leaves_the_checkpoint(tmp_path, monkeypatch):
+    step = RunDir(tmp_path).step("sft", INPUTS)
+    step.begin()
+    with step.new_state(4) as directory:
+        (directory / "weights").write_text("4")
+
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        step.finish()
+    assert not step.done
+    done, state = step.latest_state()
+    assert done == 4 and (state / "weights").read_text() == "4"
+    assert not (step.finish() / "state").exists()
+
+
+def test_a_checkpoint_appears_whole_and_replaces_the_one_before(tmp_path):
+    step = RunDir(tmp_path).step("ppo", INPUTS)
+    step.begin()
+    assert step.latest_state() == (0, None)
+    for steps_done in (9, 10):
+        with step.new_state(steps_done) as directory:
+            (directory / "weights").write_text(str(steps_done))
+            assert step.latest_state()[0] == (9 if steps_done == 10 else 0)  # not this one yet
+    done, state = step.latest_state()
+    assert done == 10 and (state / "weights").read_text() == "10"
+    assert [path.name for path in state.parent.iterdir()] == ["step-00000010"]
+
+
+def test_a_checkpoint_that_failed_half_way_is_no_checkpoint(tmp_path):
+    step = RunDir(tmp_path).step("ppo", INPUTS)
+    step.begin()
+    with step.new_state(5) as directory:
+        (directory / "weights").write_text("5")
+    with pytest.raises(OSError, match="disk full"), step.new_state(6) as directory:
+        (directory / "weights").write_text("half")
+        raise OSError("disk full")
+    assert step.latest_state()[0] == 5  # step-00000006.writing is passed over
+    with step.new_state(6) as directory:
+        assert list(directory.iterdir()) == []  # the half of the last attempt is gone
+        (directory / "weights").write_text("6")
+    assert step.latest_state()[0] == 6
+
+
+def test_the_newest_of_two_whole_checkpoints_counts(tmp_path):
+    """A kill may come between the rename of the new one and the removal of the old one."""
+    step = RunDir(tmp_path).step("ppo", INPUTS)
+    for name in ("step-00000099", "step-00000100", "step-00000101.writing"):
+        (step.begin() / "state" / name).mkdir(parents=True)
+    assert step.latest_state() == (100, step.partial / "state" / "step-00000100")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {**INPUTS, "seed": 1},
+        {**INPUTS, "config": {"sft": {"lr": 2e-5}}},
+        {**INPUTS, "parents": {"base": "pretrain-2/model"}},
+        {**INPUTS, "code": "abc"},
+    ],
+    ids=["seed", "config", "parent", "code"],
+)
+def test_every_input_changes_the_key(tmp_path, changed):
+    run = RunDir(tmp_path)
+    assert run.step("sft", changed).key != run.step("sft", INPUTS).key
+
+
+def test_the_order_of_inputs_does_not_change_the_key():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+def test_a_fingerprint_follows_content_and_names_but_not_the_place(tmp_path):
+    def directory(name, files):
+        for file, text in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return fingerprint(tmp_path / name)
+
+    first = directory("a", {"config.json": "{}", "sub/weights": "1"})
+    assert directory("b", {"config.json": "{}", "sub/weights": "1"}) == first
+    assert directory("c", {"config.json": "{}", "sub/weights": "2"}) != first
+    assert directory("d", {"config.json": "{}", "sub/weight": "1"}) != first
+    assert directory("e", {"config.json": "{}", "sub/weights": "1", "more": ""}) != first
+
+
+def test_the_version_of_code_is_that_of_the_named_modules():
+    assert code_version("rlhf_ray.errors") == code_version("rlhf_ray.errors")
+    assert code_version("rlhf_ray.errors") != code_version("rlhf_ray.records")
+    assert code_version("rlhf_ray.algo") != code_version("rlhf_ray.algo.kl")
+
+
+def test_the_manifest_gathers_steps(tmp_path):
+    run = RunDir(tmp_path)
+    run.record(packages={"torch": "2"}, steps={"a-1": {}})
+    run.record(steps={"b-2": {}})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest == {"packages": {"torch": "2"}, "steps": {"a-1": {}, "b-2": {}}}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Circular"):
+        circle: dict = {}
+        circle["self"] = circle
+        write_json(path, circle)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):
+        RunDir(tmp_path / "file" / "run")
