@@ -35,14 +35,11 @@ def reserve(
     for name, amount in needed.items():
         if amount > total[name]:
             raise PlacementError(
-                f"{role}: {len(bundles)} ranks need {amount:g} {name}, the cluster has {total[name]:g}; "
-                f"{remedy}"
+                f"{role}: {len(bundles)} ranks need {amount:g} {name}, the cluster has {total[name]:g}; {remedy}"
             )
         rank, node = max(b.get(name, 0.0) for b in bundles), max(n.get(name, 0.0) for n in nodes)
         if rank > node:
-            raise PlacementError(
-                f"{role}: a rank needs {rank:g} {name}, the largest node has {node:g}; {remedy}"
-            )
+            raise PlacementError(f"{role}: a rank needs {rank:g} {name}, the largest node has {node:g}; {remedy}")
     group = placement_group(bundles, strategy=strategy)
     start = time.monotonic()
     while not group.wait(timeout_seconds=min(_LOG_EVERY_S, timeout_s)):

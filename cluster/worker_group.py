@@ -165,9 +165,7 @@ class WorkerGroup:
                 num_cpus=resources.get("CPU", 0),
                 num_gpus=resources.get("GPU", 0),
                 runtime_env={"env_vars": dict(env)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement, placement_group_bundle_index=rank
-                ),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
             ).remote(role, rank, num_ranks)
             for rank in range(num_ranks)
         ]
@@ -210,9 +208,7 @@ class WorkerGroup:
 
     def call_one(self, rank: int, method: Callable[..., R], *args: Any, step: str = "", **kwargs: Any) -> R:
         """Runs `method` on one rank and waits for it."""
-        return collect(
-            [self.submit_one(rank, method, *args, **kwargs)], timeout_s=self._timeout_s, step=step
-        )[0]
+        return collect([self.submit_one(rank, method, *args, **kwargs)], timeout_s=self._timeout_s, step=step)[0]
 
     def stop(self) -> None:
         """Ends the ranks and frees their place."""

@@ -64,9 +64,7 @@ def is_reward_model(directory: str | Path) -> bool:
         return False
     labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), dict) else hf.get("num_labels", 2)
     if labels != 1:
-        raise CheckpointError(
-            f"{directory}: {architecture} has {labels} labels; a reward model has exactly 1"
-        )
+        raise CheckpointError(f"{directory}: {architecture} has {labels} labels; a reward model has exactly 1")
     return True
 
 
@@ -138,9 +136,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated in its header ({size} bytes)"
-                )
+                raise CheckpointError(f"{path}: not a safetensors file, or truncated in its header ({size} bytes)")
             header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
         data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -153,9 +149,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     expected_size = 8 + header_bytes + data_bytes
     if size != expected_size:
         state = "truncated" if size < expected_size else "longer than its header says"
-        raise CheckpointError(
-            f"{path}: {state}: {size} bytes, should be {expected_size}; copy or download it again"
-        )
+        raise CheckpointError(f"{path}: {state}: {size} bytes, should be {expected_size}; copy or download it again")
     return dict(header)
 
 
@@ -216,9 +210,7 @@ def _check_tensor(path: Path, name: str, entry: Any, expected: tuple[int, ...]) 
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(f"{path}: {name} has dtype {dtype}; must be one of {', '.join(_ITEM_BYTES)}")
     if end - start != _ITEM_BYTES[dtype] * math.prod(shape):
-        raise CheckpointError(
-            f"{path}: the header gives {name} {end - start} bytes, which is not its shape's size"
-        )
+        raise CheckpointError(f"{path}: the header gives {name} {end - start} bytes, which is not its shape's size")
 
 
 def _listed(names: Any) -> str:

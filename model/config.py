@@ -74,13 +74,9 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _check_shape(self) -> "ModelConfig":
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}"
-            )
+            raise ValueError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE rotates pairs")
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -216,9 +212,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedModelError(f"config.json is not a valid Llama shape: {'; '.join(faults)}") from error
 
 
-def to_hf_config(
-    config: ModelConfig, *, num_labels: int | None = None, dtype: str = "bfloat16"
-) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, *, num_labels: int | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
     """Contents of a config.json that transformers and vLLM read as they are.
 
     Args:

@@ -85,9 +85,7 @@ def weight_bytes(config: ModelConfig, *, scalar_head: bool = False, bytes_per_pa
     return num_parameters(config, scalar_head=scalar_head) * bytes_per_parameter
 
 
-def optimizer_bytes(
-    config: ModelConfig, *, zero_stage: int, num_ranks: int, scalar_head: bool = False
-) -> int:
+def optimizer_bytes(config: ModelConfig, *, zero_stage: int, num_ranks: int, scalar_head: bool = False) -> int:
     """Bytes per rank of AdamW's state: fp32 master weights (4) and two fp32 moments (8) per parameter.
 
     ZeRO stages 1 to 3 divide it over the ranks (arXiv 1910.02054 §5).

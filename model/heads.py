@@ -20,17 +20,13 @@ class LMHead(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int, *, tied_to: Tensor | None = None) -> None:
         """With `tied_to`, that Parameter (the input embedding) is the projection."""
         super().__init__()
-        self.weight: Tensor = (
-            tied_to if tied_to is not None else nn.Parameter(torch.empty(vocab_size, hidden_size))
-        )
+        self.weight: Tensor = tied_to if tied_to is not None else nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def forward(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> TokenLogprobs:
         """Log-probabilities of targets (N,) from hidden (N, H): see `token_logprobs`."""
-        return token_logprobs(
-            hidden, self.weight, targets, temperature=temperature, with_entropy=with_entropy
-        )
+        return token_logprobs(hidden, self.weight, targets, temperature=temperature, with_entropy=with_entropy)
 
 
 class ScalarHead(nn.Linear):

@@ -191,9 +191,7 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         if position_ids is None:
             if length > self.config.max_seq_len:
-                raise ValueError(
-                    f"rows of {length} tokens must not exceed max_seq_len={self.config.max_seq_len}"
-                )
+                raise ValueError(f"rows of {length} tokens must not exceed max_seq_len={self.config.max_seq_len}")
             return RotaryTables(*(table[:length].to(dtype) for table in self._tables))
         return RotaryTables(*(table[position_ids].to(dtype) for table in self._tables))
 
@@ -205,9 +203,7 @@ class Llama(nn.Module):
     mask: what padding positions hold is never read by the others.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, head: Head = "lm", activation_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, head: Head = "lm", activation_checkpointing: bool = False) -> None:
         """Build and, except on the meta device, initialise with seed 0.
 
         Args:

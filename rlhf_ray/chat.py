@@ -25,9 +25,7 @@ def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_to
     tokenizer = load_tokenizer(checkpoint)
 
     def answer(dialogue: Dialogue) -> str:
-        return worker.chat(
-            dialogue, seed=len(dialogue), temperature=temperature, max_new_tokens=max_new_tokens
-        )
+        return worker.chat(dialogue, seed=len(dialogue), temperature=temperature, max_new_tokens=max_new_tokens)
 
     converse(
         answer,

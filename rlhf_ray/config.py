@@ -105,6 +105,8 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
+    gpus_per_rank: float = 1.0
+    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
@@ -165,15 +167,15 @@ class TestbedSection(Section):
 
     seed: int = 0
     """Seed of the generated data; `run.seed` does not change it."""
-    num_corpus: PositiveInt = 20_000
+    num_corpus: PositiveInt = 40_000
     """Pretraining documents."""
-    num_demonstrations: PositiveInt = 4_000
+    num_demonstrations: PositiveInt = 8_000
     """Demonstrations for SFT."""
-    num_prompts_train: PositiveInt = 2_000
+    num_prompts_train: PositiveInt = 4_000
     """Prompts for PPO."""
-    num_prompts_early_stop: PositiveInt = 128
+    num_prompts_early_stop: PositiveInt = 200
     """Held-out prompts for PPO's early stopping."""
-    num_prompts_annotation: PositiveInt = 2_000
+    num_prompts_annotation: PositiveInt = 4_000
     """Prompts for preference collection."""
     num_prompts_test: PositiveInt = 600
     """Prompts for evaluation against the judge."""
@@ -265,10 +267,10 @@ class CollectSection(Section):
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
     pairs_per_prompt: PositiveInt = 1
-    """Comparisons per annotation prompt and guideline."""
+    """Comparisons per annotation prompt."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    annotator_noise: NotNegative = 0.12
+    annotator_noise: NotNegative = 0.1
     """Bradley-Terry temperature of the simulated annotator; 0 never errs."""
     held_out: HeldOut = 0.15
     """Share of prompts whose comparisons are kept to measure reward-model accuracy."""
@@ -361,8 +363,8 @@ class EvaluateSection(Section):
     """Final evaluation on prompts nothing else has seen."""
 
     temperatures: Temperatures = (1.0, 0.0)
-    """Sampling temperatures, each a row of the table; 0 is greedy. PPO sharpens a policy, and a lower temperature alone
-    does so too: the SFT model at 0 is the comparator that tells the two apart."""
+    """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
+    temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
 
@@ -395,9 +397,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file"
-        ) from error
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
     set_here = [_apply_override(raw, override) for override in overrides or []]

@@ -32,12 +32,7 @@ def explain(problem: Mapping[str, Any], defaults: BaseModel) -> str:
     default = _default(path, defaults)
     if problem["type"] in ("tuple_type", "list_type"):
         return f"{field}={value!r} must be a list, for example [{_toml(value)}]"
-    rule = (
-        problem["msg"]
-        .replace("Input should be", "must be")
-        .replace("valid ", "")
-        .replace("a integer", "an integer")
-    )
+    rule = problem["msg"].replace("Input should be", "must be").replace("valid ", "").replace("a integer", "an integer")
     if problem["type"] == "too_short":
         rule = "must hold at least one value"
     elif problem["type"] in ("missing", "too_long"):

@@ -88,9 +88,7 @@ def given_outputs(config: Config) -> set[str]:
 def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
     """The wanted stages whose outputs the config does not all name."""
     given = given_outputs(config)
-    return [
-        stage for stage in STAGES if stage in wanted and not (makes(stage) and given.issuperset(makes(stage)))
-    ]
+    return [stage for stage in STAGES if stage in wanted and not (makes(stage) and given.issuperset(makes(stage)))]
 
 
 def check_cluster(config: Config) -> None:
@@ -113,9 +111,7 @@ def check_ranks(config: Config, running: Sequence[str]) -> None:
         return  # the cluster's own resources are checked when it is reached
     gpus = count_gpus()
     if config.run.device == "cuda" and not gpus:
-        raise UserError(
-            "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
-        )
+        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
     roles = sorted({role for stage in running for role in ROLES.get(stage, ())})
     if config.run.device == "cpu" or not gpus:
         _check_cores(config, roles)
@@ -127,8 +123,7 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
     tensor_parallel = config.roles.rollout.tensor_parallel_size
     if "rollout" in roles and tensor_parallel > 1:
         raise UserError(
-            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set "
-            "it to 1"
+            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set it to 1"
         )
     cores = config.cluster.cores or len(os.sched_getaffinity(0))
     for role in roles:
@@ -163,13 +158,9 @@ def _num_ranks(config: Config, role: str) -> int:
 
 def count_gpus() -> int:
     """NVIDIA GPUs that this process may use, counted without loading CUDA."""
-    found = max(
-        len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    )
+    found = max(len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
-    )
+    return found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:
@@ -209,9 +200,7 @@ def check_batches(config: Config, running: Sequence[str]) -> None:
 def check_model(config: Config, running: Sequence[str]) -> None:
     """The preset exists, and the vocabulary has room."""
     if "pretrain" in running and config.model.preset not in PRESETS:
-        raise UserError(
-            f"model.preset={config.model.preset!r} is not known; {similar(config.model.preset, PRESETS)}"
-        )
+        raise UserError(f"model.preset={config.model.preset!r} is not known; {similar(config.model.preset, PRESETS)}")
     if "tokenizer" in running and config.tokenizer.vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least {SMALLEST_VOCABULARY}: "
@@ -237,8 +226,7 @@ def check_lengths(config: Config, running: Sequence[str]) -> None:
     for stage, key, value, limit in rules:
         if stage in running and value > limit:
             raise UserError(
-                f"{stage}.{key}={value} must be at most {limit}: the model's context holds {context} tokens; "
-                "lower it"
+                f"{stage}.{key}={value} must be at most {limit}: the model's context holds {context} tokens; lower it"
             )
 
 
@@ -296,8 +284,7 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
     """
     names = [f"reward-{model}" for model in ("helpfulness", "safety")] if stage == "reward" else [stage]
     return all(
-        any(_same_settings(config, path) for path in (out / "steps").glob(f"{name}-*/step.json"))
-        for name in names
+        any(_same_settings(config, path) for path in (out / "steps").glob(f"{name}-*/step.json")) for name in names
     )
 
 
@@ -326,6 +313,5 @@ def check_output(out: Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=existing))
     except OSError as error:
         raise UserError(
-            f"--out {out}: {existing} cannot be written ({error.strerror}); choose a directory you may write "
-            "to"
+            f"--out {out}: {existing} cannot be written ({error.strerror}); choose a directory you may write to"
         ) from error

@@ -73,9 +73,7 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, ModelConfi
     }
 
 
-def checkpoint_config(
-    field: str, path: str, *, kind: Literal["language", "reward"] | None = None
-) -> ModelConfig:
+def checkpoint_config(field: str, path: str, *, kind: Literal["language", "reward"] | None = None) -> ModelConfig:
     """A checkpoint's config, once its files are found whole and of the wanted kind."""
     try:
         info = check_checkpoint(path)
@@ -104,9 +102,7 @@ def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Path 
         if chosen[1] is None and path is not None:
             chosen = (f"inputs.{name}", path)
             if not (Path(path) / "tokenizer.json").exists():
-                raise UserError(
-                    f"inputs.{name}={path!r} has no tokenizer.json; set inputs.tokenizer to its tokenizer"
-                )
+                raise UserError(f"inputs.{name}={path!r} has no tokenizer.json; set inputs.tokenizer to its tokenizer")
     field, directory = chosen
     if directory is None:
         return None
@@ -163,9 +159,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(
-            f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again"
-        ) from error
+        raise UserError(f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again") from error
     settings = _read_json(directory / "tokenizer_config.json")
     added = settings.get("added_tokens_decoder") or {}
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -283,8 +277,7 @@ def token_limit(
         return None
     stage, answer = answers[name]
     return model.max_seq_len - answer, (
-        f"the context of {model.max_seq_len} less {stage}.max_new_tokens={answer}; shorten the prompt or "
-        "lower that"
+        f"the context of {model.max_seq_len} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )
 
 
@@ -300,17 +293,14 @@ def check_row_lengths(path: str, table: "pa.Table", tokenizer: Any, limit: int, 
         sizes.append(len(text))
         if spelt := next((token for token in special if token in text), None):
             raise UserError(
-                f"{path} row {number} holds the special token {spelt!r}, which would end or fake a turn; "
-                "remove it"
+                f"{path} row {number} holds the special token {spelt!r}, which would end or fake a turn; remove it"
             )
     for number in sorted(range(len(rows)), key=lambda n: -sizes[n])[:LONGEST_ROWS]:
         row = rows[number]
         with located(f"{path} row {number}"):
             if "chosen" in row:
                 prompt = len(encode_prompt(tokenizer, row["messages"]))
-                sides = [
-                    encode_answer(tokenizer, row[side], finished=True) for side in ("chosen", "rejected")
-                ]
+                sides = [encode_answer(tokenizer, row[side], finished=True) for side in ("chosen", "rejected")]
                 length = prompt + max(len(side) for side in sides)
             elif row["messages"][-1]["role"] == "assistant":
                 length = len(encode_dialogue(tokenizer, row["messages"])[0])
@@ -346,8 +336,7 @@ def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
     if max_new_tokens >= model.max_seq_len:
         raise UserError(
-            f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; "
-            "lower it"
+            f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; lower it"
         )
 
 

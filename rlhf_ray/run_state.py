@@ -1,7 +1,6 @@
 """The run directory: every step's output is filed under a hash of its inputs.
 
     OUT/manifest.json             package versions, the config, and for each step its key, inputs and state
-    OUT/config.toml ...           nothing else at the top that a user could not delete
     OUT/steps/NAME-KEY/           what a finished step made; appears by rename, whole or not at all
     OUT/steps/NAME-KEY.partial/   a step under way, with the checkpoints it resumes from
 
@@ -84,9 +83,7 @@ class Step:
 
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
-        write_json(
-            self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts}
-        )
+        write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
         os.rename(self.partial, self.path)
         # Only now: an attempt killed before the rename resumes from it.
         shutil.rmtree(self.path / "state", ignore_errors=True)

@@ -157,9 +157,7 @@ def explained_variance_from_means(
     return 1 - (error_sq_mean - error_mean**2) / return_variance
 
 
-def lm_loss(
-    logprobs: Tensor, mask: Tensor, *, denominator: Denominator | None = None
-) -> tuple[Tensor, Metrics]:
+def lm_loss(logprobs: Tensor, mask: Tensor, *, denominator: Denominator | None = None) -> tuple[Tensor, Metrics]:
     """Next-token loss: minus the mean log-probability of the tokens under the mask, in nats.
 
     Args:

@@ -39,9 +39,7 @@ class Engine:
         on_gpu: bool = False,
         seed: int = 0,
     ):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # the engine lives in this process, errors reach us whole
-        )
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, errors reach us whole
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -98,10 +96,7 @@ class Engine:
         self._llm.reset_prefix_cache()
         outputs = self._llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
         return [
-            [
-                entry[token].logprob
-                for entry, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
-            ]
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 

@@ -16,9 +16,7 @@ Plan: TypeAlias = list[list[list[int]]]
 _MINIBATCHES, _PROMPTS, _MIXTURE = 1, 2, 3
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], *, token_budget: int, num_ranks: int, max_padding: float = 0.1
-) -> Plan:
+def plan_micro_batches(lengths: Sequence[int], *, token_budget: int, num_ranks: int, max_padding: float = 0.1) -> Plan:
     """Deal rows of many lengths out to ranks, in micro-batches that fit in memory and waste little.
 
     Rows of similar length go together. Micro-batches are cut where the token budget is full, then split where

@@ -161,11 +161,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_gen
             "tokenizer_config.json"
         )
     conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-    return str(
-        tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def _after(done: str, rendered: str, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -36,9 +36,7 @@ def check_table(kind: str, path: Path) -> None:
         more = len(problems) - SHOWN_PROBLEMS
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         not_shown = f", {more} of them not shown" if more > 0 else ""
-        raise UserError(
-            f"{path}: {count} in {table.num_rows} rows{not_shown}; put them right as the lines say"
-        )
+        raise UserError(f"{path}: {count} in {table.num_rows} rows{not_shown}; put them right as the lines say")
     print(f"{path}: {table.num_rows} rows of {known}, all well")
 
 
@@ -77,9 +75,7 @@ def row_table(row: Mapping[str, Any]) -> Table:
 
 def _messages(messages: list[Mapping[str, Any]]) -> Text:
     lines = [
-        Text.assemble(
-            (f"{message['role']}: ", ROLE_STYLES.get(str(message["role"]), "")), _value(message["content"])
-        )
+        Text.assemble((f"{message['role']}: ", ROLE_STYLES.get(str(message["role"]), "")), _value(message["content"]))
         for message in messages
     ]
     return Text("\n").join(lines)

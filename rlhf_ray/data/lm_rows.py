@@ -104,9 +104,7 @@ def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: f
     return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
 
 
-def split_held_out(
-    items: Sequence[T], texts: Sequence[str], share: float, path: str
-) -> tuple[list[T], list[T]]:
+def split_held_out(items: Sequence[T], texts: Sequence[str], share: float, path: str) -> tuple[list[T], list[T]]:
     """(train, held out) by a hash of each text, so that the same text never stands on both sides.
 
     Raises:

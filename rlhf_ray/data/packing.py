@@ -131,8 +131,7 @@ def _fit(examples: Sequence[Example], seq_len: int, too_long: TooLong) -> tuple[
     for number, (tokens, mask) in enumerate(examples):
         if len(tokens) == 0 or len(tokens) != len(mask):
             raise ValueError(
-                f"example {number} has {len(tokens)} tokens and a mask of {len(mask)}; "
-                "these must be equal and not 0"
+                f"example {number} has {len(tokens)} tokens and a mask of {len(mask)}; these must be equal and not 0"
             )
         if len(tokens) > seq_len:
             if too_long == "refuse":

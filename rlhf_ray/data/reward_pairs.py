@@ -166,9 +166,7 @@ def reward_pairs(
     order: list[int] = []
     for epoch in range(epochs):
         num = round(len(by_guideline[main]) / (used[main] / sum(used.values())))
-        mix = mixture_rows(
-            [len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch
-        )
+        mix = mixture_rows([len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch)
         names = list(used)
         order += [by_guideline[names[source]][row] for source, row in mix]
     return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))

@@ -83,9 +83,7 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
     for number, row in enumerate(rows):
         if unknown := sorted(set(row) - set(schema.names)):
             known = ", ".join(schema.names)
-            raise ValueError(
-                f"{path}: row {number} has unknown column {unknown[0]!r}; the schema has {known}"
-            )
+            raise ValueError(f"{path}: row {number} has unknown column {unknown[0]!r}; the schema has {known}")
     try:
         table = pa.Table.from_pylist(list(rows), schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -124,9 +122,7 @@ def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | 
             table = file.read(columns=names).select(names)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be read as Parquet ({reason}); is it whole? Write it again"
-        ) from error
+        raise UserError(f"{path}: cannot be read as Parquet ({reason}); is it whole? Write it again") from error
     if table.num_rows == 0:
         raise UserError(f"{path}: has 0 rows and must have at least one; check the step that wrote it")
     _refuse_nulls(table, wanted, path)
@@ -236,9 +232,7 @@ def _check_columns(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
             )
         actual = found.field(field.name).type
         if not _compatible(actual, field.type):
-            raise UserError(
-                f"{path}: column {field.name!r} has type {actual} and must have {field.type}; convert it"
-            )
+            raise UserError(f"{path}: column {field.name!r} has type {actual} and must have {field.type}; convert it")
 
 
 def _compatible(actual: pa.DataType, wanted: pa.DataType) -> bool:
@@ -268,9 +262,7 @@ def _refuse_nulls(table: pa.Table, schema: pa.Schema, path: Path) -> None:
         column = table.column(field.name)
         if column.null_count and not field.nullable:
             row = column.is_null().index(True).as_py()
-            raise UserError(
-                f"{path}: row {row} has no {field.name}, which must not be null; fill it or drop the row"
-            )
+            raise UserError(f"{path}: row {row} has no {field.name}, which must not be null; fill it or drop the row")
 
 
 def _short(text: str) -> str:

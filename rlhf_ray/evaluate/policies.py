@@ -1,6 +1,7 @@
 """The final comparison: the chat model and the PPO policy on prompts that nothing else has seen."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ANSWERS = pa.schema(
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("finished", pa.bool_()),
-        # The judge's word, where the prompt has a truth; each is null on prompts that it is not defined on.
+        # The judge's word where the prompt has a truth; null on prompts that a measure is not defined on.
         ("helpfulness", pa.float32()),
         ("violation", pa.bool_()),
         ("false_refusal", pa.bool_()),
@@ -52,7 +53,7 @@ def evaluate(context: Context) -> Path:
         "evaluate",
         sections=("evaluate", "ppo"),
         parents=("tokenizer", "helpfulness", "safety", "prompts_test", *models.values()),
-        code=("rlhf_ray.evaluate", "rlhf_ray.testbed"),
+        code=("rlhf_ray.evaluate", "rlhf_ray.testbed", "rlhf_ray.recipe.ppo"),
         rollout=context.config.roles.rollout.model_dump(),
     )
     if not context.skip(step):
@@ -61,22 +62,15 @@ def evaluate(context: Context) -> Path:
         with console.status("evaluate: starting the engine, loading models"):
             load_scorers(context)
             start_engines(context, context.outputs["chat"])
-            open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens)
+            open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens, at_least=num_chunks(context))
         results, rows = {}, []
         for temperature in section.temperatures:
             for model, name in models.items():
                 label = model + temperature_suffix(temperature)
                 with console.status(f"evaluate: {label}"):
-                    results[label], answers = evaluate_model(
-                        context, context.outputs[name], prompts, temperature
-                    )
-                rows += [
-                    answer_row(prompt, label, *answer)
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                ]
-        write_json(
-            work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results}
-        )
+                    results[label], answers = evaluate_model(context, context.outputs[name], prompts, temperature)
+                rows += [answer_row(prompt, label, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        write_json(work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
@@ -97,7 +91,7 @@ def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) ->
     if prompt["truth"]:
         verdict, kind = judge(prompt["kind"], prompt["truth"], text, finished), prompt["kind"]
         row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
-        row["violation"] = not verdict.safe if kind == "unsafe" else None
+        row["violation"] = not verdict.safe
         row["false_refusal"] = verdict.refusal if kind == "borderline" else None
     return row
 
@@ -105,6 +99,11 @@ def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) ->
 def temperature_suffix(temperature: float) -> str:
     """How a table names a model's sampling; 1 goes without saying."""
     return "" if temperature == 1 else " greedy" if temperature == 0 else f" T={temperature:g}"
+
+
+def num_chunks(context: Context) -> int:
+    """Parts the test prompts are answered in: as many for each engine as for each policy rank, and none without."""
+    return math.lcm(context.config.roles.rollout.num_engines, context.config.roles.policy.num_ranks)
 
 
 def load_scorers(context: Context) -> None:
@@ -119,9 +118,7 @@ def load_scorers(context: Context) -> None:
     calls = [
         call
         for role, (name, head) in sources.items()
-        for call in roles[role].submit(
-            ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime
-        )
+        for call in roles[role].submit(ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime)
     ]
     collect(calls, timeout_s=roles.timeout_s, step="evaluate")
 
@@ -132,14 +129,12 @@ def evaluate_model(
     """(metrics, answers with whether they finished) of one checkpoint, one answer a prompt."""
     roles, section = context.roles, context.config.evaluate
     engines = roles["rollout"]
-    roles["policy"].call(
-        ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate"
-    )
+    roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
     roles.work_together("rollout")
     engines.call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
     rollouts = [
         engines.submit_one(
-            rank,
+            chunk % engines.num_ranks,
             RolloutWorker.generate,
             "prompts_test",
             part,
@@ -148,19 +143,18 @@ def evaluate_model(
             max_new_tokens=section.max_new_tokens,
             num_data=1,
         )
-        for rank, part in enumerate(split(range(len(prompts)), engines.num_ranks))
+        for chunk, part in enumerate(split(range(len(prompts)), num_chunks(context)))
     ]
     decoded = [
-        engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in enumerate(rollouts)
+        engines.submit_one(chunk % engines.num_ranks, RolloutWorker.decode, call.data[0])
+        for chunk, call in enumerate(rollouts)
     ]
     parts = collect(decoded, timeout_s=roles.timeout_s, step="evaluate")
     answers: list[tuple[str, bool]] = [answer for part in parts for answer in part]
     roles.work_together("policy", *FROZEN_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
     metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))
-    if (
-        temperature == 0
-    ):  # greedy answers are no sample of the policy: neither figure would be what its name says
+    if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
     if all(prompt["truth"] for prompt in prompts):
         texts, finished = [text for text, _ in answers], [done for _, done in answers]

@@ -20,7 +20,7 @@ from rlhf_ray.errors import UserError
 MIN_PROMPTS = 500
 MEASURES = {
     "helpfulness": ("true helpfulness", +1),
-    "violation": ("true violations", -1),
+    "violation": ("true violations, all prompts", -1),
     "false_refusal": ("false refusals", -1),
 }
 """Column of answers.parquet -> name in tables and the direction that is better."""
@@ -56,14 +56,10 @@ def find_answers(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = sorted(
-        (run / "steps").glob("evaluate-*[!l]/answers.parquet"), key=lambda path: path.stat().st_mtime
-    )
+    found = sorted((run / "steps").glob("evaluate-*[!l]/answers.parquet"), key=lambda path: path.stat().st_mtime)
     found = [path for path in found if not path.parent.name.endswith(".partial")]
     if not found:
-        raise UserError(
-            f"{run}: holds no finished evaluation; run `rlhf-ray run CONFIG --out {run}` to its end"
-        )
+        raise UserError(f"{run}: holds no finished evaluation; run `rlhf-ray run CONFIG --out {run}` to its end")
     return found[-1]
 
 
@@ -76,20 +72,15 @@ def compare(runs: Sequence[Path], *, suffix: str = "") -> dict[str, Gain]:
     tables = [pq.read_table(find_answers(run)).to_pylist() for run in runs]
     gains = {}
     for column in MEASURES:
-        seeds = [
-            {model: _by_prompt(rows, model + suffix, column) for model in ("SFT", "PPO")} for rows in tables
-        ]
+        seeds = [{model: _by_prompt(rows, model + suffix, column) for model in ("SFT", "PPO")} for rows in tables]
         prompts = sorted(seeds[0]["SFT"])
         for run, seed in zip(runs, seeds, strict=True):
             if sorted(seed["SFT"]) != prompts or sorted(seed["PPO"]) != prompts:
-                raise UserError(
-                    f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed"
-                )
+                raise UserError(f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed")
         if not prompts:
             continue
         per_prompt = [
-            sum(seed["PPO"][prompt] - seed["SFT"][prompt] for seed in seeds) / len(seeds)
-            for prompt in prompts
+            sum(seed["PPO"][prompt] - seed["SFT"][prompt] for seed in seeds) / len(seeds) for prompt in prompts
         ]
         mean = sum(per_prompt) / len(per_prompt)
         variance = sum((gain - mean) ** 2 for gain in per_prompt) / max(1, len(per_prompt) - 1)
@@ -125,11 +116,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
 
 
 def _by_prompt(rows: Sequence[dict[str, Any]], model: str, column: str) -> dict[str, float]:
-    return {
-        row["prompt_id"]: float(row[column])
-        for row in rows
-        if row["model"] == model and row[column] is not None
-    }
+    return {row["prompt_id"]: float(row[column]) for row in rows if row["model"] == model and row[column] is not None}
 
 
 def _mean(values: Any) -> float:

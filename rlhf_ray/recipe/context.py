@@ -19,6 +19,7 @@ SHARED_CODE = (
     "rlhf_ray.data",
     "rlhf_ray.workers",
     "rlhf_ray.records",
+    "rlhf_ray.recipe.engines",
 )
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
@@ -112,9 +113,7 @@ class Context:
             from cluster.session import session
             from rlhf_ray.workers.roles import Roles
 
-            self._stack.enter_context(
-                session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores)
-            )
+            self._stack.enter_context(session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores))
             self._roles = Roles(self.config)
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import Call, collect
-from rlhf_ray.errors import RunFailure
+from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
@@ -38,8 +38,12 @@ def start_engines(context: Context, checkpoint: Path) -> None:
     )
 
 
-def open_prompts(context: Context, name: str, *, max_new_tokens: int) -> int:
-    """Gives every engine the named prompts table; returns the number of prompts."""
+def open_prompts(context: Context, name: str, *, max_new_tokens: int, at_least: int = 1) -> int:
+    """Gives every engine the named prompts table; returns the number of prompts.
+
+    Raises:
+        UserError: there are fewer than `at_least`, the chunks they are split into.
+    """
     counts = context.roles["rollout"].call(
         RolloutWorker.open_prompts,
         name,
@@ -47,6 +51,11 @@ def open_prompts(context: Context, name: str, *, max_new_tokens: int) -> int:
         max_new_tokens=max_new_tokens,
         step=f"opening {name}",
     )
+    if counts[0] < at_least:
+        raise UserError(
+            f"{context.outputs[name]}: has {counts[0]} prompts, at least {at_least} are needed: one for each chunk; "
+            f"give more, or fewer chunks, ranks or engines"
+        )
     return int(counts[0])
 
 
@@ -58,9 +67,7 @@ def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     return buckets
 
 
-def verify_weight_channel(
-    roles: Roles, buckets: list[Any], *, prompts: str, precision: str
-) -> dict[str, float]:
+def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, precision: str) -> dict[str, float]:
     """Scrambles each engine, syncs it, and holds its log-probs against the trainer's.
 
     Raises:

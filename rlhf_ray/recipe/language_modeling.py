@@ -91,8 +91,6 @@ def train_language_model(
                 context.add_tokenizer(directory)
             if (index + 1) % section.save_every == 0 and index + 1 < total:
                 with step.new_state(index + 1) as directory:
-                    policy.call(
-                        TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}"
-                    )
+                    policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")
     metrics.close()
     return {"steps": total, "sizes": sizes, "held_out_loss": held_out, "tokens_this_time": num_tokens}

@@ -65,7 +65,9 @@ def ppo(context: Context) -> Path:
         load_models(context, state)
         start_engines(context, context.outputs["chat"])
         num_prompts = open_prompts(context, "prompts_train", max_new_tokens=section.max_new_tokens)
-        num_held_out = open_prompts(context, "prompts_early_stop", max_new_tokens=section.max_new_tokens)
+        num_held_out = open_prompts(
+            context, "prompts_early_stop", max_new_tokens=section.max_new_tokens, at_least=section.num_chunks
+        )
         buckets = sync_weights(roles)
         weight_check = verify_weight_channel(
             roles, buckets, prompts="prompts_train", precision=context.config.run.precision
@@ -89,9 +91,7 @@ def ppo(context: Context) -> Path:
                 f"reward {row['reward/combined']:+.2f}  kl {row['kl/per_sequence']:.2f}  {row['time/step_s']:.1f} s"
             )
             if stopping.looks_since_best >= section.patience:
-                console.print(
-                    f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}"
-                )
+                console.print(f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}")
                 break
             if (index + 1) % section.save_every == 0 and index + 1 < section.num_steps:
                 save_state(roles, step, index + 1, stopping)
@@ -109,9 +109,7 @@ def ppo(context: Context) -> Path:
     return done
 
 
-def iteration(
-    roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int
-) -> dict[str, float]:
+def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int) -> dict[str, float]:
     """One PPO iteration; returns its metrics."""
     label, clock = f"ppo step {index}", PhaseClock()
     roles.step = label
@@ -119,11 +117,13 @@ def iteration(
     with clock.phase("rollout"):
         roles.work_together("rollout")
         rollouts = generate(roles, section, "prompts_train", rows, seed=(seed, index))
-        if section.num_chunks == 1:  # with more, scoring starts while later chunks are still being generated
-            collect(rollouts, timeout_s=roles.timeout_s, step=label)
+        if roles.runtime.device == "cuda":  # scoring of a chunk starts while later ones are still being generated
+            scores = score(roles, section, rollouts)
+        collect(rollouts, timeout_s=roles.timeout_s, step=label)
     with clock.phase("score"):
-        roles.work_together(*SCORING_ROLES)
-        scores = score(roles, section, rollouts)
+        if roles.runtime.device == "cpu":  # here it would only take the engine's cores away
+            roles.work_together(*SCORING_ROLES)
+            scores = score(roles, section, rollouts)
         built = build_experience(roles, section, rollouts, scores)
         # All in one, producers first: where one of them dies it is named, not the policy that misses its data.
         made = [*rollouts, *itertools.chain(*scores.values()), *built]
@@ -134,7 +134,7 @@ def iteration(
     with clock.phase("sync"):
         if policy_metrics:
             sync_weights(roles, step=label)
-    tokens = experience_metrics["tokens"]
+    tokens = experience_metrics["response_tokens_total"]
     return {
         **named_metrics(experience_metrics),
         **{f"policy/{name}": value for name, value in policy_metrics.items()},
@@ -228,9 +228,7 @@ def summarize(
         inputs = [rollouts[chunk].data[0] for chunk in own]
         for role in ("reference", "helpfulness", "safety"):
             inputs += [scores[role][chunk].data[0] for chunk in own]
-        calls.append(
-            policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs)
-        )
+        calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
     made = [*rollouts, *itertools.chain(*scores.values()), *calls]
     return collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls)]
 
@@ -285,9 +283,7 @@ def load_models(context: Context, state: Path | None) -> None:
         *[
             call
             for name in ("helpfulness", "safety")
-            for call in roles[name].submit(
-                ScorerWorker.load_frozen, str(outputs[name]), head="scalar", runtime=runtime
-            )
+            for call in roles[name].submit(ScorerWorker.load_frozen, str(outputs[name]), head="scalar", runtime=runtime)
         ],
     ]
     collect(calls, timeout_s=roles.timeout_s, step=label)
@@ -311,9 +307,7 @@ def save_state(roles: Roles, step: Step, steps_done: int, stopping: "EarlyStoppi
     """A checkpoint from which this stage resumes bit for bit."""
     with step.new_state(steps_done) as directory:
         for role in ("policy", "value"):
-            roles[role].call(
-                TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}"
-            )
+            roles[role].call(TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}")
         write_json(directory / "early_stopping.json", stopping.__dict__)
 
 
@@ -325,9 +319,7 @@ def best_directory(work: Path, index: int) -> Path:
 def keep_best(roles: Roles, work: Path, index: int) -> None:
     """Saves the policy as the best so far; one from before an interruption is the same and stays."""
     if not best_directory(work, index).exists():
-        roles["policy"].call(
-            TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}"
-        )
+        roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
 
 
 def drop_others(directory: Path, kept: Path) -> None:

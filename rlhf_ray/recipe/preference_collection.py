@@ -39,9 +39,7 @@ def collect(context: Context) -> Path:
     check_labels_possible(context, prompts)
     rng = random.Random(f"{context.config.run.seed} collect")
     jobs = [
-        _job(row, prompt, rng, section)
-        for row, prompt in enumerate(prompts)
-        for _ in range(section.pairs_per_prompt)
+        _job(row, prompt, rng, section) for row, prompt in enumerate(prompts) for _ in range(section.pairs_per_prompt)
     ]
     with console.status("collect: starting the engine"):
         start_engines(context, versions[0])
@@ -55,11 +53,7 @@ def collect(context: Context) -> Path:
                 answers |= _sample(context, jobs, version, temperature)
                 bar.advance(f"{section.versions[version]} at temperature {temperature:g}")
     names = [step_name(path) for path in versions]
-    rows = [
-        row
-        for row in (_comparison(i, job, answers, names, rng, section) for i, job in enumerate(jobs))
-        if row
-    ]
+    rows = [row for row in (_comparison(i, job, answers, names, rng, section) for i, job in enumerate(jobs)) if row]
     write_table(work / "comparisons.parquet", rows, COMPARISONS)
     left_out = len(jobs) - len(rows)
     console.print(
@@ -74,7 +68,9 @@ def version_checkpoint(context: Context, name: str) -> Path:
     if name == "newest":
         return chat
     if name == "previous":
-        earlier = sorted(chat.parent.glob("epoch-*"))
+        if chat.parent.parent != context.run.path / "steps":
+            return chat  # the user's own: what stands beside it is none of ours
+        earlier = sorted(chat.parent.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")))
         return earlier[-1] if earlier else chat
     return Path(name)
 
@@ -155,9 +151,7 @@ def _comparison(
     if sides[0] == sides[1]:
         return None
     verdicts = [judge(prompt["kind"], prompt["truth"], text, finished) for text, finished in sides]
-    label = compare(
-        verdicts[0], verdicts[1], guideline=job["guideline"], rng=rng, noise=section.annotator_noise
-    )
+    label = compare(verdicts[0], verdicts[1], guideline=job["guideline"], rng=rng, noise=section.annotator_noise)
     if label is None:
         return None
     won, lost = label.choice, 1 - label.choice

@@ -85,7 +85,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
 
 
 def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> dict[str, dict[str, int]]:
-    """Has every model built, its data open and DeepSpeed around it, the roles side by side; returns the data's sizes."""
+    """Builds the models, opens their data and starts DeepSpeed, the roles side by side; returns the data's sizes."""
     roles, config = context.roles, context.config
     timeout_s, sizes = roles.timeout_s, {}
     built = [

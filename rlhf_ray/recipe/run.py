@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cluster.worker_group import WorkerError
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.evaluate.policies import evaluate
 from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
@@ -12,7 +13,7 @@ from rlhf_ray.recipe.pretraining import pretrain
 from rlhf_ray.recipe.reward_modeling import train_reward_models
 from rlhf_ray.recipe.sft import sft
 from rlhf_ray.recipe.tokenizer import make_tokenizer
-from rlhf_ray.run_state import RunDir, fingerprint, package_versions
+from rlhf_ray.run_state import RunDir, fingerprint, package_versions, write_json
 from rlhf_ray.testbed.stage import make_testbed
 
 Outputs = Mapping[str, Path]
@@ -50,6 +51,14 @@ MAKES = {
 }
 
 
+def dump_failure(run: RunDir, error: WorkerError) -> None:
+    """Writes what a worker knew of the step that it stopped at (a NaN's surroundings) to OUT/failure.json."""
+    details = getattr(error.cause, "details", None)
+    if details:
+        facts = {"role": error.role, "rank": error.rank, "step": error.step, "message": str(error)}
+        write_json(run.path / "failure.json", {**facts, "details": details})
+
+
 def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None = None) -> dict[str, Path]:
     """Runs the given stages (by default those the config lists) in the recipe's order.
 
@@ -82,6 +91,9 @@ def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None 
                 key = fingerprint(path) if stage == "testbed" else f"{path.parent.name}/{path.name}"
                 context.outputs.add(name, path, key=key)
                 made[name] = context.outputs[name]
+    except WorkerError as error:
+        dump_failure(run, error)
+        raise
     finally:
         context.close()
     return made

@@ -86,9 +86,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         )
     )
     _set_text_steps(tokenizer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,
@@ -163,21 +161,15 @@ def check_tokenizer(directory: str | Path, vocab_size: int) -> None:
             f"must have at least as many and fewer than {MAX_UNUSED_IDS} more: use the model's own tokenizer"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{directory}: the tokenizer has no eos_token; set it to the token that closes an answer"
-        )
+        raise UserError(f"{directory}: the tokenizer has no eos_token; set it to the token that closes an answer")
     if tokenizer.chat_template is None:
-        raise UserError(
-            f"{directory}: the tokenizer has no chat_template; set one in its tokenizer_config.json"
-        )
+        raise UserError(f"{directory}: the tokenizer has no chat_template; set one in its tokenizer_config.json")
 
 
 def make_tokenizer(context: "Context") -> Path:
     """The tokenizer stage: learns from the run's corpus; returns the step's directory."""
     section = context.config.tokenizer
-    step = context.step(
-        "tokenizer", sections=("tokenizer",), parents=("corpus",), code=("rlhf_ray.recipe.tokenizer",)
-    )
+    step = context.step("tokenizer", sections=("tokenizer",), parents=("corpus",), code=("rlhf_ray.recipe.tokenizer",))
     if not context.skip(step):
         texts = read_table(context.outputs["corpus"], CORPUS)["text"].to_pylist()
         tokenizer = train_tokenizer(texts, vocab_size=section.vocab_size)

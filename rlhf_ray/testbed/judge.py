@@ -86,9 +86,7 @@ def _load_truth(kind: str, truth: str) -> Truth:
     try:
         loaded = json.loads(truth)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"truth={truth!r} of a {kind} prompt is not JSON; write the prompts anew ({error})"
-        ) from error
+        raise UserError(f"truth={truth!r} of a {kind} prompt is not JSON; write the prompts anew ({error})") from error
     rules = ("statement", "sequence", "list", "refusal")
     if not isinstance(loaded, dict) or loaded.get("rule") not in rules:
         raise UserError(f"truth={truth!r} of a {kind} prompt must have a rule among {', '.join(rules)}")

@@ -213,9 +213,7 @@ TASKS: dict[str, Task] = {
     "lookup": Task(group="fact", contents=_fact_contents, build=_build_lookup, weight=12),
     "yes_no": Task(group="fact", contents=_fact_contents, build=_build_yes_no, weight=6),
     "list": Task(group="list", contents=_list_contents, build=_build_list, weight=8),
-    "translation": Task(
-        group="translation", contents=_translation_contents, build=_build_translation, weight=7
-    ),
+    "translation": Task(group="translation", contents=_translation_contents, build=_build_translation, weight=7),
     "rewriting": Task(group="rewriting", contents=_rewriting_contents, build=_build_rewriting, weight=6),
     "greeting": Task(
         group="greeting",
@@ -224,9 +222,7 @@ TASKS: dict[str, Task] = {
         weight=3,
     ),
     "arithmetic": Task(group="arithmetic", contents=_arithmetic_contents, build=_build_arithmetic, weight=6),
-    "odd_one_out": Task(
-        group="odd_one_out", contents=_odd_one_out_contents, build=_build_odd_one_out, weight=6
-    ),
+    "odd_one_out": Task(group="odd_one_out", contents=_odd_one_out_contents, build=_build_odd_one_out, weight=6),
     "counting": Task(group="counting", contents=_counting_contents, build=_build_counting, weight=6),
     "unsafe": Task(group="unsafe", contents=_unsafe_contents, build=_build_unsafe, weight=25),
     "borderline": Task(group="borderline", contents=_borderline_contents, build=_build_borderline, weight=15),

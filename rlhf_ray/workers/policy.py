@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_ray.algo.gae import gae
 from rlhf_ray.algo.kl import KLEstimator, kl_estimate
-from rlhf_ray.algo.losses import importance_weights, lm_loss, policy_loss
+from rlhf_ray.algo.losses import explained_variance_from_means, importance_weights, lm_loss, policy_loss
 from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
 from rlhf_ray.backends.deepspeed import NonFiniteError
@@ -114,9 +114,7 @@ class PolicyWorker(TrainerWorker):
         """
         rollouts, values = inputs[:num_chunks], inputs[num_chunks : 2 * num_chunks]
         drafts = self._drafts(num_chunks, rule, rollouts, *inputs[2 * num_chunks :])
-        moments = self._global_moments(
-            [(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts]
-        )
+        moments = self._global_moments([(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts])
         experiences, sums = [], []
         for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
             experience, chunk_sums = _advantages(chunk, draft, value, moments, rule)
@@ -137,9 +135,7 @@ class PolicyWorker(TrainerWorker):
     def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
         """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
         drafts = self._drafts(num_chunks, rule, inputs[:num_chunks], *inputs[num_chunks:])
-        return self._batch_metrics(
-            [_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)]
-        )
+        return self._batch_metrics([_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)])
 
     def _drafts(
         self, num_chunks: int, rule: ExperienceRule, rollouts: Sequence[Rollouts], *scores: Tensor
@@ -182,9 +178,7 @@ class PolicyWorker(TrainerWorker):
     def _batch_metrics(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the batch of all ranks: sums over a named count ("answers" or "tokens")."""
         names = sorted(sums[0])
-        total = self._all_sum(
-            torch.stack([sum((s[n] for s in sums), torch.zeros(())) for n in names]).double()
-        )
+        total = self._all_sum(torch.stack([sum((s[n] for s in sums), torch.zeros(())) for n in names]).double())
         by_name = dict(zip(names, total.tolist(), strict=True))
         answers, tokens = by_name.pop("answers"), by_name.pop("tokens")
         metrics = {
@@ -194,7 +188,7 @@ class PolicyWorker(TrainerWorker):
         return {
             **_with_explained_variance(metrics),
             "response_tokens": tokens / max(1.0, answers),
-            "tokens": tokens,
+            "response_tokens_total": tokens,
         }
 
 
@@ -203,9 +197,13 @@ def _with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
     if "return_square_per_token" not in metrics:
         return metrics
     kept = {n: v for n, v in metrics.items() if not n.startswith(("return_square", "value_error"))}
-    variance = metrics["return_square_per_token"] - metrics["return_per_token"] ** 2
-    error = metrics["value_error_square_per_token"] - metrics["value_error_per_token"] ** 2
-    return {**kept, "value_explained_variance": 1 - error / variance if variance > 0 else float("nan")}
+    explained = explained_variance_from_means(
+        return_mean=metrics["return_per_token"],
+        return_sq_mean=metrics["return_square_per_token"],
+        error_mean=metrics["value_error_per_token"],
+        error_sq_mean=metrics["value_error_square_per_token"],
+    )
+    return {**kept, "value_explained_variance": explained}
 
 
 @dataclass(frozen=True)
@@ -252,9 +250,7 @@ def _advantages(
         # The state after a cut-off answer has no value estimate of its own: the last token's state stands in.
         last = values.gather(1, (rollouts.lengths - 1).unsqueeze(1)).squeeze(1)
         bootstrap = torch.where(rollouts.finished, torch.zeros_like(last), last)
-    advantages, returns = gae(
-        rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap
-    )
+    advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
     weights = torch.ones_like(values)
     if rule.importance_cap is not None:
         weights = importance_weights(draft.logprobs, rollouts.rollout_logprobs, cap=rule.importance_cap)

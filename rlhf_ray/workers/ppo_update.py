@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -52,9 +51,7 @@ def ppo_update(
         )
         for rows in schedule:
             own_lengths = [lengths[row] for row in rows]
-            plan = plan_micro_batches(
-                own_lengths, token_budget=rule.micro_batch_tokens, num_ranks=engine.num_ranks
-            )
+            plan = plan_micro_batches(own_lengths, token_budget=rule.micro_batch_tokens, num_ranks=engine.num_ranks)
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
             metrics = engine.step(batches, partial(loss, denominator=denominator))

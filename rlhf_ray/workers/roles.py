@@ -64,10 +64,7 @@ class Roles:
     def memory(self) -> dict[str, float]:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
         calls = {role: group.submit(Worker.peak_memory_gib) for role, group in self._groups.items()}
-        peaks = {
-            role: max(collect(ranks, timeout_s=self.timeout_s, step=self.step))
-            for role, ranks in calls.items()
-        }
+        peaks = {role: max(collect(ranks, timeout_s=self.timeout_s, step=self.step)) for role, ranks in calls.items()}
         return {
             **{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()},
             "memory/driver_peak_gib": peak_gib(),
@@ -83,7 +80,8 @@ class Roles:
         settings: Any = getattr(self._config.roles, role)
         on_gpu = self.runtime.device == "cuda"
         if isinstance(settings, RolloutRole):
-            num_ranks, gpus = settings.num_engines, float(settings.tensor_parallel_size)
+            size = settings.tensor_parallel_size
+            num_ranks, gpus = settings.num_engines, float(size) if size > 1 else settings.gpus_per_rank
         else:
             num_ranks, gpus = settings.num_ranks, settings.gpus_per_rank
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}

@@ -32,6 +32,12 @@ class RolloutWorker(Worker):
         """Compute threads of the engine from now on."""
         torch.set_num_threads(threads)
 
+    def peak_memory_gib(self) -> float:
+        """Highest memory so far, GiB: allocated on the GPU, or resident in this process."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**30
+        return super().peak_memory_gib()
+
     def start(self, checkpoint: str, **engine_options: Any) -> None:
         """Starts the engine on a checkpoint and takes it through a first generation, which compiles."""
         if self._engine is not None:
@@ -49,9 +55,7 @@ class RolloutWorker(Worker):
         Raises:
             UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
         """
-        self._prompts[name] = load_prompts(
-            path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens
-        )
+        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens)
         return len(self._prompts[name].tokens)
 
     def generate(
@@ -91,9 +95,7 @@ class RolloutWorker(Worker):
             answers.append((text.strip(), finished))
         return answers
 
-    def chat(
-        self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int
-    ) -> str:
+    def chat(self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int) -> str:
         """One answer to a dialogue."""
         [completion] = self.engine.generate(
             [encode_prompt(self._tokenizer, messages)],
@@ -145,9 +147,7 @@ class RolloutWorker(Worker):
         }
 
     def _probe_gap(self, probe: Rollouts, logprobs: Tensor) -> Tensor:
-        sequences = [
-            row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)
-        ]
+        sequences = [row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)]
         own = torch.tensor([value for row in self.engine.prompt_logprobs(sequences) for value in row])
         return (own - logprobs[probe.response_mask]).abs()
 

@@ -69,13 +69,9 @@ class ScorerWorker(Worker):
             return torch.cuda.max_memory_allocated() / 2**30
         return super().peak_memory_gib()
 
-    def logprobs(
-        self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int
-    ) -> tuple[None, Tensor]:
+    def logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> tuple[None, Tensor]:
         """(B, T) float32 log-probs of the response tokens at `temperature`, zero elsewhere."""
-        return None, self._response_logprobs(
-            rollouts, temperature=temperature, micro_batch_tokens=micro_batch_tokens
-        )
+        return None, self._response_logprobs(rollouts, temperature=temperature, micro_batch_tokens=micro_batch_tokens)
 
     def score(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[dict[str, float], Tensor]:
         """(B,) float32 raw scores, read at the last token of each answer, cut-off answers included.
@@ -91,9 +87,7 @@ class ScorerWorker(Worker):
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores
 
-    def _response_logprobs(
-        self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int
-    ) -> Tensor:
+    def _response_logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> Tensor:
         out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)

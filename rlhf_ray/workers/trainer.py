@@ -50,9 +50,7 @@ class TrainerWorker(ScorerWorker):
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
-        assert isinstance(self._model, Llama) and self._engine is None, (
-            "zero_head comes between build and begin"
-        )
+        assert isinstance(self._model, Llama) and self._engine is None, "zero_head comes between build and begin"
         torch.nn.init.zeros_(self._model.score.weight)
 
     def begin_training(
