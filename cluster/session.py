@@ -58,7 +58,7 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     if threading.current_thread() is threading.main_thread():
         # Ray puts its own handler in place, which prints a stack trace and exits with another code.
         signal.signal(signal.SIGTERM, on_terminate)
-    # Otherwise a thread of Ray's prints a report of every dead worker to stdout, long and without role or step;
+    # Otherwise a thread of Ray's prints a report of every dead worker to stdout, long, without role or step;
     # WorkerError says the same.
     ray._private.worker.print_to_stdstream = _log_report
     global _logs
