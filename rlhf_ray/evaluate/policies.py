@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 def evaluate(context: Context) -> Path:
-    """Samples, scores and judges answers of both models; returns the directory with evaluation.json and answers.parquet."""
+    """Samples, scores and judges answers of both models; returns the directory of evaluation.json, answers.parquet."""
     section = context.config.evaluate
     models = {"SFT": "chat", "PPO": "policy"}
     step = context.step(

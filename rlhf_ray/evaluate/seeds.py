@@ -116,6 +116,8 @@ def print_comparison(runs: Sequence[Path]) -> None:
 
 
 def _by_prompt(rows: Sequence[dict[str, Any]], model: str, column: str) -> dict[str, float]:
+    if rows and column not in rows[0]:
+        raise UserError(f"answers.parquet has no column {column}: an older version wrote it; evaluate again")
     return {row["prompt_id"]: float(row[column]) for row in rows if row["model"] == model and row[column] is not None}
 
 

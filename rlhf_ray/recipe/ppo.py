@@ -415,4 +415,4 @@ def check_logprob_gap(gap: float, limit: float, label: str) -> None:
 def split(rows: Sequence[int], parts: int) -> list[list[int]]:
     """Consecutive parts of nearly equal size."""
     bounds = [len(rows) * i // parts for i in range(parts + 1)]
-    return [list(rows[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(rows[start:end]) for start, end in itertools.pairwise(bounds)]

@@ -37,7 +37,7 @@ def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> 
 
 
 def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
-    roles, seed = context.roles, context.config.run.seed
+    roles = context.roles
     with console.status("reward: starting workers, reading comparisons"):
         # Both, even where one model is done already: the number of threads is a part of what makes bits equal.
         roles.work_together(*GUIDELINES)
