@@ -139,7 +139,7 @@ def main() -> None:
     """Entry point: bad input is one line and exit code 2, a failed run one line and 1, signals end well."""
     try:
         with stopping_on_signals():
-            code = app(standalone_mode=False)
+            code = app(prog_name="rlhf-ray", standalone_mode=False) or 0
     except typer.TyperException as error:
         code = _explain_usage(error)
     except UserError as error:

@@ -60,9 +60,9 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_batches(config, running)
     check_model(config, running)
     check_inputs(config, running)
-    check_lengths(config, running)
     check_output(out)
     check_needs(config, out, wanted)
+    check_lengths(config, running)
 
 
 def check_stages(wanted: Sequence[str]) -> None:
@@ -284,21 +284,22 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
     """
     names = [f"reward-{model}" for model in ("helpfulness", "safety")] if stage == "reward" else [stage]
     return all(
-        any(_same_settings(config, path) for path in (out / "steps").glob(f"{name}-*/step.json")) for name in names
+        any(_same_settings(config, stage, path) for path in (out / "steps").glob(f"{name}-*/step.json"))
+        for name in names
     )
 
 
-def _same_settings(config: Config, step_file: Path) -> bool:
+def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
     if step_file.parent.name.endswith(".partial"):
         return False  # filed only by rename
-    inputs = json.loads(step_file.read_text())["inputs"]
-    now = json.loads(config.model_dump_json())
-    recorded = {**inputs["config"], "seed": inputs["seed"], "precision": inputs["precision"]}
-    return recorded == {
-        **{section: now[section] for section in inputs["config"]},
-        "seed": config.run.seed,
-        "precision": config.run.precision,
-    }
+    inputs, now = json.loads(step_file.read_text())["inputs"], json.loads(config.model_dump_json())
+    if stage == "testbed":  # seeds and precision of a run do not change its data
+        return bool(inputs["config"] == now["testbed"])
+    return (
+        all(now.get(section) == values for section, values in inputs["config"].items())
+        and inputs["seed"] == config.run.seed
+        and inputs["precision"] == config.run.precision
+    )
 
 
 def check_output(out: Path) -> None:

@@ -68,18 +68,15 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
         ("pppo.lr=3", "--set: pppo is not a known key; did you mean ppo?"),
         (
             "ppo.num_steps=many",
-            "--set: ppo.num_steps='many' must be an integer; correct it, or leave it out for the default, "
-            "400",
+            "--set: ppo.num_steps='many' must be an integer; correct it, or leave it out for the default, 400",
         ),
         (
             "ppo.safety_threshold=1.5",
-            "--set: ppo.safety_threshold=1.5 must be less than 1; correct it, or leave it out for the "
-            "default, 0.15",
+            "--set: ppo.safety_threshold=1.5 must be less than 1; correct it, or leave it out for the default, 0.15",
         ),
         (
             "ppo.kl_coef=nan",
-            "--set: ppo.kl_coef=nan must be a finite number; correct it, or leave it out for the default, "
-            "0.01",
+            "--set: ppo.kl_coef=nan must be a finite number; correct it, or leave it out for the default, 0.01",
         ),
         ("run.precision=bf61", "--set: run.precision='bf61' must be 'bf16' or 'fp32'; did you mean bf16?"),
         ("run.stages=sft", "--set: run.stages='sft' must be a list, for example [\"sft\"]"),
@@ -90,8 +87,7 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
         ),
         (
             "collect.held_out=1",
-            "--set: collect.held_out=1 must be less than 1; correct it, or leave it out for the default, "
-            "0.15",
+            "--set: collect.held_out=1 must be less than 1; correct it, or leave it out for the default, 0.15",
         ),
         (
             "ppo.optim.betas=[0.9]",

@@ -17,9 +17,7 @@ def test_a_sound_table_is_one_line(tmp_path, capsys):
 def test_every_broken_row_is_told_up_to_a_number(tmp_path, capsys):
     path = tmp_path / "c.parquet"
     write_rows(path, "comparisons", [comparison(0)] + [comparison(n, chosen="") for n in range(1, 31)])
-    with pytest.raises(
-        UserError, match=rf"c.parquet: 30 problems in 31 rows, {30 - SHOWN_PROBLEMS} of them not"
-    ):
+    with pytest.raises(UserError, match=rf"c.parquet: 30 problems in 31 rows, {30 - SHOWN_PROBLEMS} of them not"):
         check_table("comparisons", path)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == SHOWN_PROBLEMS
@@ -45,9 +43,7 @@ def test_empty_and_null_look_different(tmp_path, capsys):
     path = tmp_path / "c.parquet"
     write_rows(path, "comparisons", [comparison(0, rejected="", strength=None)])
     show_table(path, rows=1, start=0)
-    lines = {
-        line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()
-    }
+    lines = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert (lines["rejected"], lines["strength"], lines["chosen_temperature"]) == ('""', "null", "1")
 
 

@@ -15,9 +15,7 @@ def tokenizer_directory(tmp_path_factory):
 
 
 def dialogues(count):
-    return [
-        {"messages": [{**USER, "content": f"which is fish {n}?"}, ANSWER], "kind": "k"} for n in range(count)
-    ]
+    return [{"messages": [{**USER, "content": f"which is fish {n}?"}, ANSWER], "kind": "k"} for n in range(count)]
 
 
 def test_a_text_never_stands_on_both_sides():
@@ -69,15 +67,11 @@ def test_dialogues_are_learnt_on_answers_only(tmp_path, tokenizer_directory):
     batch = data.train.select([0], "cpu")
     learnt = tokenizer.decode(batch.tokens[batch.target_mask])
     assert "carp" in learnt and "which" not in learnt
-    assert (
-        batch.position_ids[batch.segment_ids == 2] == torch.arange(int((batch.segment_ids == 2).sum()))
-    ).all()
+    assert (batch.position_ids[batch.segment_ids == 2] == torch.arange(int((batch.segment_ids == 2).sum()))).all()
 
 
 def test_selected_rows_are_cut_to_the_longest(tmp_path, tokenizer_directory):
-    data = dialogue_rows(
-        write_rows(tmp_path / "d", "demonstrations", dialogues(40)), tokenizer_directory, 500, 0.25
-    )
+    data = dialogue_rows(write_rows(tmp_path / "d", "demonstrations", dialogues(40)), tokenizer_directory, 500, 0.25)
     batch = data.held_out.select([0], "cpu")
     assert batch.tokens.shape[1] == data.held_out.num_tokens([0]) < 500
 
@@ -86,7 +80,5 @@ def test_a_dialogue_that_is_too_long_is_named_by_its_row_in_the_file(tmp_path, t
     rows = dialogues(40)
     rows[17]["messages"][0]["content"] = "fish " * 60
     path = write_rows(tmp_path / "d", "demonstrations", rows)
-    with pytest.raises(
-        UserError, match=r"d row 17: the dialogue has \d+ tokens, sft.seq_len=64 is the limit"
-    ):
+    with pytest.raises(UserError, match=r"d row 17: the dialogue has \d+ tokens, sft.seq_len=64 is the limit"):
         dialogue_rows(path, tokenizer_directory, 64, 0.25)

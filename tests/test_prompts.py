@@ -24,15 +24,11 @@ def test_the_limit_is_the_longest_prompt_that_fits(tmp_path, tokenizer):
     path = write_rows(tmp_path / "p", "prompts", [prompt(0, "carp"), prompt(1, "the cat sat on the mat.")])
     longest = max(len(tokens) for tokens in load_prompts(path, tokenizer, max_prompt_tokens=64).tokens)
     assert len(load_prompts(path, tokenizer, max_prompt_tokens=longest).tokens) == 2
-    with pytest.raises(
-        UserError, match=rf"row 1: the prompt has {longest} tokens, at most {longest - 1} fit"
-    ):
+    with pytest.raises(UserError, match=rf"row 1: the prompt has {longest} tokens, at most {longest - 1} fit"):
         load_prompts(path, tokenizer, max_prompt_tokens=longest - 1)
 
 
 def test_a_prompt_that_fakes_a_turn_is_named(tmp_path, tokenizer):
     path = write_rows(tmp_path / "p", "prompts", [prompt(0), prompt(1, "a [/INST] b")])
-    with pytest.raises(
-        UserError, match=r"p row 1: messages\[0\]\.content holds the special token '\[/INST\]'"
-    ):
+    with pytest.raises(UserError, match=r"p row 1: messages\[0\]\.content holds the special token '\[/INST\]'"):
         load_prompts(path, tokenizer, max_prompt_tokens=64)

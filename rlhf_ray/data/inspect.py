@@ -37,7 +37,8 @@ def check_table(kind: str, path: Path) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         not_shown = f", {more} of them not shown" if more > 0 else ""
         raise UserError(f"{path}: {count} in {table.num_rows} rows{not_shown}; put them right as the lines say")
-    print(f"{path}: {table.num_rows} rows of {known}, all well")
+    rows = "1 row" if table.num_rows == 1 else f"{table.num_rows} rows"
+    print(f"{path}: {rows} of {known}, all well")
 
 
 def show_table(path: Path, *, rows: int, start: int) -> None:

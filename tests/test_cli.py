@@ -1,0 +1,332 @@
+"""The command line as a user meets it: help, one line for bad input with code 2, failed runs 1, signals."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_inputs import prompt, write_checkpoint, write_rows, write_tokenizer
+
+from rlhf_ray import chat, cli
+from rlhf_ray.errors import RunFailure, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = Path(sys.executable).with_name("rlhf-ray")
+HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "pyarrow"}
+PATIENCE_S = 120.0
+TINY_RUN = """
+[run]
+stages = ["testbed", "tokenizer", "pretrain"]
+device = "cpu"
+[testbed]
+num_corpus = 400
+num_demonstrations = 20
+num_prompts_train = 20
+num_prompts_early_stop = 20
+num_prompts_annotation = 20
+num_prompts_test = 20
+[tokenizer]
+vocab_size = 400
+[model]
+preset = "tiny"
+[pretrain]
+seq_len = 64
+batch_size = 2
+micro_batch_size = 2
+num_steps = 100_000
+save_every = 5
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TINY_RUN)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The entry point in this process: (code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def refused(result):
+    """The one line of an outcome that is a refusal."""
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    [line] = err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+# --- through the installed program -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "{config}", "--out", "{out}", "--set", "ppo.num_step=3"], "--set: ppo.num_step is not a known key"),
+        (["sft", "{config}", "--out", "{out}"], "sft needs demonstrations, tokenizer, base"),
+        (["run", "{config}"], "Missing option '--out'; see rlhf-ray run --help"),
+        (["chat", "{out}"], "CHECKPOINT='{out}': no such checkpoint directory"),
+    ],
+)
+def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
+    places = {"config": config, "out": tmp_path / "new"}
+    start = time.monotonic()
+    result = subprocess.run(
+        [PROGRAM, *(argument.format(**places) for argument in arguments)], capture_output=True, text=True
+    )
+    assert refused((result.returncode, result.stdout, result.stderr)).startswith(line.format(**places))
+    assert time.monotonic() - start < 5
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["sft", "{config}", "--out", "{out}"],
+        ["pretrain", "{config}", "--out", "/proc/x"],
+    ],
+)
+def test_help_and_refusals_load_nothing_heavy(config, tmp_path, arguments):
+    places = {"config": config, "out": tmp_path / "new"}
+    program = (
+        "import sys, rlhf_ray.cli\n"
+        f"sys.argv = ['rlhf-ray', *{[argument.format(**places) for argument in arguments]}]\n"
+        "try:\n    rlhf_ray.cli.main()\n"
+        f"finally:\n    print('loaded:', sorted({HEAVY} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "loaded: []", result.stderr
+
+
+# --- in this process -------------------------------------------------------------------------------------------
+
+
+def test_wrong_command_lines(call, config):
+    assert refused(call("runn")).startswith("No such command 'runn'. Did you mean 'run'?; see rlhf-ray --help")
+    assert refused(call("run")) == "Missing argument 'CONFIG'; see rlhf-ray run --help"
+    assert "see rlhf-ray data show --help" in refused(call("data", "show", config, "--rows", "0"))
+
+
+def test_without_a_command_there_is_help(call):
+    code, out, _ = call()
+    assert code == 2 and "Usage: rlhf-ray" in out
+    assert call("--help")[0] == 0
+
+
+def test_configs_that_cannot_be_read(call, tmp_path):
+    for path in (tmp_path, tmp_path / "missing.toml"):
+        assert refused(call("run", path, "--out", tmp_path / "new")).startswith(f"config {path}: cannot be read")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_commands(call, tmp_path):
+    path = tmp_path / "p.parquet"
+    write_rows(path, "prompts", [prompt(0)])
+    assert call("data", "check", "prompts", path) == (0, f"{path}: 1 row of prompts, all well\n", "")
+    code, out, _ = call("data", "show", path)
+    assert code == 0 and "user: which is a fish?" in out
+    assert refused(call("data", "check", "prompt", path)).endswith("did you mean prompts?")
+    assert "cannot be read as Parquet" in refused(call("data", "show", __file__))
+
+
+def test_failures_of_a_run_are_one_line(call, config, tmp_path, monkeypatch):
+    def failing(error):
+        def fail(*arguments):
+            raise error
+
+        return fail
+
+    command = ("run", config, "--out", tmp_path / "new")
+    monkeypatch.setattr(cli, "_run_recipe", failing(RunFailure("ppo step 3: diverged")))
+    assert call(*command) == (1, "", "failed: ppo step 3: diverged\n")
+    monkeypatch.setattr(cli, "_run_recipe", failing(UserError("row 3: too long")))
+    assert refused(call(*command)) == "row 3: too long"
+    monkeypatch.setattr(cli, "_run_recipe", failing(KeyError("a bug")))
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, command)])
+    with pytest.raises(KeyError):  # a traceback, for whoever mends it
+        cli.main()
+
+
+def test_failures_of_workers_are_told_by_their_cause(monkeypatch):
+    from cluster.placement import PlacementError
+    from cluster.worker_group import WorkerError
+    from rlhf_ray.recipe import run
+
+    def fail_with(error):
+        def fail(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr(run, "run_recipe", fail)
+
+    told = {"role": "policy", "rank": 1, "step": "sft step 3"}
+    fail_with(WorkerError("policy rank 1 failed in train at sft step 3: boom", **told))
+    with pytest.raises(RunFailure, match=r"policy rank 1 .* boom; the workers' logs are in .* same command goes on"):
+        cli._run_recipe(None, Path("x"), None)
+    fail_with(WorkerError("policy rank 1 failed in open_data", **told, cause=UserError("d row 3: too long")))
+    with pytest.raises(UserError, match=r"^d row 3: too long$"):
+        cli._run_recipe(None, Path("x"), None)
+    fail_with(PlacementError("policy: 3 ranks need 3 GPU, the cluster has 2"))
+    with pytest.raises(RunFailure, match="3 ranks need 3 GPU"):
+        cli._run_recipe(None, Path("x"), None)
+
+
+def test_checkpoints_one_cannot_talk_to(call, tmp_path):
+    reward = write_checkpoint(tmp_path / "reward", reward_model=True)
+    assert "is a reward model" in refused(call("chat", reward))
+    model = write_checkpoint(tmp_path / "model")
+    assert refused(call("chat", model)).startswith(f"CHECKPOINT='{model}': has no tokenizer.json")
+    write_tokenizer(model)
+    assert refused(call("chat", model, "--max-new-tokens", "64")) == (
+        "--max-new-tokens 64: must be less than 64, the model's context; lower it"
+    )
+
+
+def test_a_dialogue_grows_starts_anew_when_full_and_outlives_bad_messages(monkeypatch, capsys):
+    asked = []
+
+    def answer(dialogue):
+        asked.append([message["content"] for message in dialogue])
+        return "yes"
+
+    def count(dialogue):  # one token a character
+        if "<bad>" in dialogue[-1]["content"]:
+            raise UserError("holds <bad>")
+        return sum(len(message["content"]) for message in dialogue)
+
+    lines = iter(["aaaa", "<bad>", "bbbb", "cccc", "d" * 20, "e"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    chat.converse(answer, count, system="S", room=17)
+    assert asked == [
+        ["S", "aaaa"],
+        ["S", "aaaa", "yes", "bbbb"],  # 12 of 17
+        ["S", "cccc"],  # 1 + 4 + 3 + 4 + 3 + 4 = 19 did not fit
+        ["S", "e"],  # the long message made the dialogue start anew, and was too long even so
+    ]
+    out, err = capsys.readouterr()
+    assert out == "model> yes\n" * 4
+    assert err.splitlines() == [
+        "error: holds <bad>",
+        "the dialogue no longer fits the model's context: it starts anew",
+        "the dialogue no longer fits the model's context: it starts anew",
+        "error: this message has 21 tokens, at most 17 leave room for an answer of --max-new-tokens; shorten "
+        "it or "
+        "lower that",
+    ]
+
+
+def test_the_end_of_input_ends_a_dialogue(monkeypatch):
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    chat.converse(lambda _: "", lambda _: 0, system=None, room=1)
+
+
+# --- signals ---------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {PATIENCE_S:.0f} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_program_that_unwinds_too_slowly_and_its_orphans(number):
+    # The shell ends a second after the signal, and its child would then be nobody's but init's.
+    program = (
+        "import subprocess, threading, time\n"
+        "from rlhf_ray import stopping\n"
+        "stopping.GRACE_S = 4.0\n"
+        "with stopping.stopping_on_signals():\n"
+        "    shell = subprocess.Popen(['sh', '-c', 'sleep 300 & echo $!; sleep 1'], stdout=subprocess.PIPE)\n"
+        "    print(shell.stdout.readline().decode(), end='', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(300)\n"
+        "    finally:\n"
+        "        shell.wait()\n"
+        "        print('orphaned', flush=True)\n"
+        "        threading.Event().wait()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    orphan = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (128 + number, "orphaned\n")
+    assert err == "stopped; the same command goes on from the last checkpoint\n"
+    assert not orphan.is_running()
+
+
+def test_signals_that_are_ignored_stay_so(call, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        call("data", "show", tmp_path)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, number):
+    def start():
+        return subprocess.Popen([PROGRAM, "run", config, "--out", tmp_path / "run"], stderr=subprocess.PIPE, text=True)
+
+    def state():
+        found = sorted(tmp_path.glob("run/steps/pretrain-*.partial/state/step-*[0-9]"))
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    process = start()
+    wait_for(lambda: state() > 0 or process.poll() is not None, "checkpoint")
+    assert process.poll() is None, process.communicate()[1]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in family)
+    asked = time.monotonic()
+    process.send_signal(number)
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 128 + number
+    assert err.endswith("stopped; the same command goes on from the last checkpoint\n")
+    assert not [child for child in family if child.is_running()]
+    if number == signal.SIGINT:
+        reached, again = state(), start()
+        wait_for(lambda: state() > reached or again.poll() is not None, "later checkpoint")
+        again.send_signal(number)
+        assert f"pretrain: going on from step {reached} " in again.communicate(timeout=PATIENCE_S)[1]
+
+
+@pytest.mark.slow
+def test_bad_data_that_only_a_worker_meets_is_told_as_bad_input(config, tmp_path):
+    # Equal texts go to the same side: none is held out, which the rank that reads them finds.
+    path = write_rows(tmp_path / "corpus", "corpus", [{"text": "only one document"}] * 3)
+    result = subprocess.run(
+        [
+            *(PROGRAM, "run", config, "--out", tmp_path / "run"),
+            *("--set", f"data.corpus={path}", "--set", 'run.stages=["tokenizer","pretrain"]'),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {path}: 3 rows leave ")
