@@ -95,6 +95,11 @@ class TrainEngine:
             dist_init_required=False,
             config=_deepspeed_config(optim, zero_stage=zero_stage, precision=precision),
         )
+        if zero_stage == 0 and precision == "bf16":
+            # To allocate AdamW's state DeepSpeed took a step on zero gradients. It decayed the weights, and counted
+            # in the bias correction, which makes all early steps too small.
+            adamw.state.clear()
+            self._engine.optimizer.refresh_fp32_params()
         self.num_ranks: int = dist.get_world_size()
 
     @property
