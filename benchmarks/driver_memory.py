@@ -8,7 +8,6 @@ times the batch. Writes benchmarks/results/driver_memory.json and docs/driver_me
 """
 
 import argparse
-import functools
 import json
 import os
 import pickle
@@ -50,7 +49,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         worker_group._result = self._counted  # type: ignore[assignment]
-        ppo.iteration = functools.wraps(ppo.iteration)(self._sampled)  # type: ignore[assignment]
+        ppo.iteration = self._sampled  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +69,7 @@ class Watch:
                 "rss_mib": psutil.Process().memory_info().rss / 2**20,
                 "objects": self._objects,
                 "bytes": self._bytes,
-                "rollout_tokens": row["tokens"] if "tokens" in row else row.get("response/tokens", 0.0),
+                "rollout_tokens": row["response/tokens"],
             }
         )
         return row
@@ -105,9 +104,7 @@ def summary(samples: list[dict[str, float]]) -> dict[str, float]:
         "second_half_slope_kib_per_step": round(1024 * slope(memory[half:]), 2),
         "objects_per_iteration": statistics.mean(sample["objects"] for sample in samples),
         "bytes_per_iteration": round(statistics.mean(sample["bytes"] for sample in samples), 1),
-        "rollout_tokens_per_iteration": round(
-            statistics.mean(sample["rollout_tokens"] for sample in samples), 1
-        ),
+        "rollout_tokens_per_iteration": round(statistics.mean(sample["rollout_tokens"] for sample in samples), 1),
     }
 
 
