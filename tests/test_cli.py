@@ -16,7 +16,7 @@ from rlhf_ray.errors import RunFailure, UserError
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(sys.executable).with_name("rlhf-ray")
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "pyarrow"}
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 TINY_RUN = """
 [run]
 stages = ["testbed", "tokenizer", "pretrain"]
@@ -241,6 +241,22 @@ def test_the_end_of_input_ends_a_dialogue(monkeypatch):
 # --- signals ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def program():
+    """Starts programs; one that a failed test leaves is asked to end as a user would."""
+    started = []
+
+    def start(*command):
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_S)
+
+
 def wait_for(condition, what):
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -249,26 +265,23 @@ def wait_for(condition, what):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_program_that_unwinds_too_slowly_and_its_orphans(number):
+def test_a_signal_ends_a_program_that_unwinds_too_slowly_and_its_orphans(program, number):
     # The shell ends a second after the signal, and its child would then be nobody's but init's.
-    program = (
+    code = (
         "import subprocess, threading, time\n"
         "from rlhf_ray import stopping\n"
         "stopping.GRACE_S = 4.0\n"
         "with stopping.stopping_on_signals():\n"
         "    shell = subprocess.Popen(['sh', '-c', 'sleep 300 & echo $!; sleep 1'], stdout=subprocess.PIPE)\n"
-        "    print(shell.stdout.readline().decode(), end='', flush=True)\n"
         "    try:\n"
+        "        print(shell.stdout.readline().decode(), end='', flush=True)\n"
         "        time.sleep(300)\n"
         "    finally:\n"
         "        shell.wait()\n"
         "        print('orphaned', flush=True)\n"
         "        threading.Event().wait()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert process.stdout is not None
+    process = program(sys.executable, "-c", code)
     orphan = psutil.Process(int(process.stdout.readline()))
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_S)
@@ -288,15 +301,13 @@ def test_signals_that_are_ignored_stay_so(call, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, number):
-    def start():
-        return subprocess.Popen([PROGRAM, "run", config, "--out", tmp_path / "run"], stderr=subprocess.PIPE, text=True)
-
+def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, program, number):
     def state():
         found = sorted(tmp_path.glob("run/steps/pretrain-*.partial/state/step-*[0-9]"))
         return int(found[-1].name.removeprefix("step-")) if found else 0
 
-    process = start()
+    command = (PROGRAM, "run", config, "--out", tmp_path / "run")
+    process = program(*command)
     wait_for(lambda: state() > 0 or process.poll() is not None, "checkpoint")
     assert process.poll() is None, process.communicate()[1]
     family = psutil.Process(process.pid).children(recursive=True)
@@ -309,7 +320,7 @@ def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, number):
     assert err.endswith("stopped; the same command goes on from the last checkpoint\n")
     assert not [child for child in family if child.is_running()]
     if number == signal.SIGINT:
-        reached, again = state(), start()
+        reached, again = state(), program(*command)
         wait_for(lambda: state() > reached or again.poll() is not None, "later checkpoint")
         again.send_signal(number)
         assert f"pretrain: going on from step {reached} " in again.communicate(timeout=PATIENCE_S)[1]
