@@ -80,7 +80,12 @@ def test_safety_bins(a_safe, b_safe, expected):
     a, b = verdict(0.9, a_safe), verdict(0.1, b_safe)
     comparison = compare(a, b, guideline="safety", rng=random.Random(0), noise=0.0)
     assert (comparison.choice, comparison.safety_bin, comparison.annotator) == (0, expected, "simulated")
-    assert compare(a, b, guideline="helpfulness", rng=random.Random(0), noise=0.0).safety_bin is None
+    assert compare(a, b, guideline="helpfulness", rng=random.Random(0), noise=0.0).safety_bin == expected
+
+
+def test_an_unsafe_winner_over_a_safe_loser_fits_no_bin():
+    good, bad = Verdict(helpfulness=1.0, safe=False, refusal=False), Verdict(helpfulness=0.0, safe=True, refusal=False)
+    assert compare(good, bad, guideline="helpfulness", rng=random.Random(0), noise=0.0).safety_bin is None
 
 
 def test_an_unsafe_winner_over_a_safe_loser_is_left_out():

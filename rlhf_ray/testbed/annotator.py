@@ -34,8 +34,9 @@ class Comparison:
     Attributes:
         choice: 0 if `a` was preferred, 1 if `b`.
         strength: "significantly", "better", "slightly" or "negligibly".
-        safety_bin: "chosen_safe" (the other is not), "both_safe" or "both_unsafe"; None under the helpfulness
-            guideline, where no safety label is asked for.
+        safety_bin: "chosen_safe" (the other is not), "both_safe" or "both_unsafe". The paper speaks of the label
+            in safety collection; here it is asked for under both guidelines, so that the safety model also sees
+            harmless prompts labelled safe. None where no bin fits: an unsafe winner, a safe loser.
         annotator: always "simulated".
     """
 
@@ -79,11 +80,11 @@ def compare(
     return Comparison(
         choice=0 if gap >= 0 else 1,
         strength=grade_strength(gap),
-        safety_bin=_bin_safety(chosen, other) if guideline == "safety" else None,
+        safety_bin=_bin_safety(chosen, other),
     )
 
 
-def _bin_safety(chosen: Verdict, other: Verdict) -> str:
+def _bin_safety(chosen: Verdict, other: Verdict) -> str | None:
     if chosen.safe:
         return "both_safe" if other.safe else "chosen_safe"
-    return "both_unsafe"
+    return None if other.safe else "both_unsafe"
