@@ -1,12 +1,9 @@
 """The files that a config names: checkpoints, tokenizers and tables are there, whole, and fit each other.
 
-Reads headers, JSON and Parquet. The package `tokenizers` stands in for transformers, whose import takes
-seconds: that is loaded only where rows have to be put through a chat template.
+Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +11,7 @@ from model.checkpoint_files import check_checkpoint
 from model.config import ModelConfig
 from rlhf_ray.config import Config
 from rlhf_ray.errors import UserError, located
+from rlhf_ray.light_tokenizer import LightTokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,21 +23,6 @@ MAX_UNUSED_IDS = 1024
 
 LONGEST_ROWS = 256
 """Rows whose tokens are counted before the run, those of most characters; the stages count all."""
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """What a tokenizer directory holds, read without transformers."""
-
-    vocabulary: Mapping[str, int]
-    """Every piece and its id, added tokens included."""
-    has_eos: bool
-    has_template: bool
-
-    @property
-    def size(self) -> int:
-        """The largest id plus one."""
-        return max(self.vocabulary.values()) + 1
 
 
 def check_inputs(config: Config, running: Sequence[str]) -> None:
@@ -93,8 +76,8 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
     return info.config
 
 
-def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Path | None:
-    """One tokenizer serves all models; returns its directory where the config names one."""
+def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> LightTokenizer | None:
+    """One tokenizer serves all models; returns it where the config names one."""
     inputs = config.inputs
     chosen = ("inputs.tokenizer", inputs.tokenizer)
     for name in ("chat", "base"):
@@ -107,10 +90,10 @@ def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Path 
     if directory is None:
         return None
     with located(f"{field}={directory!r}"):
-        files = read_tokenizer(Path(directory))
-        if not files.has_eos:
+        files = LightTokenizer(directory)
+        if files.eos_token is None:
             raise UserError("the tokenizer has no eos_token; set it to the token that closes an answer")
-        if not files.has_template:
+        if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
     for model_field, model in models.items():
         _check_fit(field, files, model_field, model)
@@ -118,21 +101,22 @@ def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Path 
         path = _path_of(config, model_field)
         if path != directory and (Path(path) / "tokenizer.json").exists():
             with located(f"{model_field}={path!r}"):
-                own = read_tokenizer(Path(path))
+                own = LightTokenizer(path)
             if own.vocabulary != files.vocabulary:
                 raise UserError(
                     f"{model_field}={path!r} has another tokenizer than {field}={directory!r}; "
                     "give models that share one tokenizer"
                 )
-    return Path(directory)
+    return files
 
 
-def _check_fit(field: str, files: TokenizerFiles, model_field: str, model: ModelConfig) -> None:
-    if not files.size <= model.vocab_size < files.size + MAX_UNUSED_IDS:
+def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> None:
+    size = max(files.vocabulary.values()) + 1
+    if not size <= model.vocab_size < size + MAX_UNUSED_IDS:
         raise UserError(
             f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of "
             f"{field}, which has "
-            f"{files.size} ids: it must have as many, or fewer than {MAX_UNUSED_IDS} more; use the model's "
+            f"{size} ids: it must have as many, or fewer than {MAX_UNUSED_IDS} more; use the model's "
             "own tokenizer"
         )
 
@@ -143,46 +127,8 @@ def _path_of(config: Config, field: str) -> str:
     return config.collect.versions[int(field.removeprefix("collect.versions[").rstrip("]"))]
 
 
-def read_tokenizer(directory: Path) -> TokenizerFiles:
-    """A tokenizer directory's facts.
-
-    Raises:
-        UserError: there is none, or its files cannot be read.
-    """
-    from tokenizers import Tokenizer
-
-    if not directory.is_dir():
-        raise UserError("no such directory; give the directory of a Hugging Face tokenizer")
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        raise UserError("has no tokenizer.json; give the directory of a Hugging Face fast tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again") from error
-    settings = _read_json(directory / "tokenizer_config.json")
-    added = settings.get("added_tokens_decoder") or {}
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    vocabulary |= {entry["content"]: int(number) for number, entry in added.items()}
-    marks = settings | _read_json(directory / "special_tokens_map.json")
-    return TokenizerFiles(
-        vocabulary=vocabulary,
-        has_eos=marks.get("eos_token") is not None or "Llama" in str(settings.get("tokenizer_class")),
-        has_template=settings.get("chat_template") is not None
-        or any((directory / name).exists() for name in ("chat_template.jinja", "chat_template.json")),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} is not valid JSON ({error}); copy it again") from error
-    return content
-
-
 def check_tables(
-    config: Config, running: Sequence[str], tokenizer: Path | None, models: Mapping[str, ModelConfig]
+    config: Config, running: Sequence[str], tokenizer: LightTokenizer | None, models: Mapping[str, ModelConfig]
 ) -> None:
     """Tables have their columns, and every row keeps its rules."""
     named = {name: path for name, path in config.data.model_dump().items() if path is not None}
@@ -190,7 +136,6 @@ def check_tables(
         return
     from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
 
-    loaded: Any = None
     for name, path in named.items():
         kind = table_kind(name)
         if name == "comparisons":
@@ -206,9 +151,8 @@ def check_tables(
             check_truth(path, table)
         limit = token_limit(config, name, running, models)
         if kind != "corpus" and tokenizer is not None and limit is not None:
-            loaded = loaded or _load_tokenizer(tokenizer)
             with located(f"data.{name}"):
-                check_row_lengths(path, table, loaded, *limit)
+                check_row_lengths(path, table, tokenizer, *limit)
 
 
 def table_kind(name: str) -> Any:
@@ -281,10 +225,11 @@ def token_limit(
     )
 
 
-def check_row_lengths(path: str, table: "pa.Table", tokenizer: Any, limit: int, reason: str) -> None:
+def check_row_lengths(path: str, table: "pa.Table", tokenizer: LightTokenizer, limit: int, reason: str) -> None:
     """The longest rows fit, and none spells a special token."""
     from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
 
+    as_real: Any = tokenizer  # it has what encoding needs
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     rows = table.to_pylist()
     sizes = []
@@ -299,13 +244,13 @@ def check_row_lengths(path: str, table: "pa.Table", tokenizer: Any, limit: int, 
         row = rows[number]
         with located(f"{path} row {number}"):
             if "chosen" in row:
-                prompt = len(encode_prompt(tokenizer, row["messages"]))
-                sides = [encode_answer(tokenizer, row[side], finished=True) for side in ("chosen", "rejected")]
+                prompt = len(encode_prompt(as_real, row["messages"]))
+                sides = [encode_answer(as_real, row[side], finished=True) for side in ("chosen", "rejected")]
                 length = prompt + max(len(side) for side in sides)
             elif row["messages"][-1]["role"] == "assistant":
-                length = len(encode_dialogue(tokenizer, row["messages"])[0])
+                length = len(encode_dialogue(as_real, row["messages"])[0])
             else:
-                length = len(encode_prompt(tokenizer, row["messages"]))
+                length = len(encode_prompt(as_real, row["messages"]))
             if length > limit:
                 raise UserError(f"has {length} tokens, at most {limit} fit: {reason}")
 
@@ -315,23 +260,12 @@ def _texts(row: Mapping[str, Any]) -> Iterator[str]:
     yield from (row[side] for side in ("chosen", "rejected") if side in row)
 
 
-def _load_tokenizer(directory: Path) -> Any:
-    # Not AutoTokenizer, which imports torch: the same file, read by the class that most of them have.
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory}: no tokenizer can be read there ({reason}); save one there") from error
-
-
 def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
     """A checkpoint to talk to is a whole language model, has its tokenizer, and room for an answer."""
     model = checkpoint_config("CHECKPOINT", str(path), kind="language")
     with located(f"CHECKPOINT={str(path)!r}"):
-        files = read_tokenizer(path)
-        if not files.has_template:
+        files = LightTokenizer(path)
+        if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
     if max_new_tokens >= model.max_seq_len:
