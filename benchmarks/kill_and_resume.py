@@ -51,9 +51,7 @@ SMALL = {
     "ppo.save_every": 2,
 }
 """What differs from configs/demo.toml."""
-MAX_DELAY_S = (
-    2.0  # from the metric row to the kill: enough to fall into a checkpoint or the next stage's start
-)
+MAX_DELAY_S = 2.0  # from the metric row to the kill: enough to fall into a checkpoint or the next stage's start
 
 
 def command(out: Path, config: dict[str, Any], *, stage: str = "run") -> list[str]:
@@ -84,11 +82,7 @@ def stage_under_way(out: Path) -> str:
     names = []
     for partial in sorted(out.glob("steps/*.partial")):
         states = sorted((partial / "state").glob("step-*[0-9]"))
-        rows = (
-            (partial / "metrics.jsonl").read_bytes().count(b"\n")
-            if (partial / "metrics.jsonl").exists()
-            else 0
-        )
+        rows = (partial / "metrics.jsonl").read_bytes().count(b"\n") if (partial / "metrics.jsonl").exists() else 0
         newest = int(states[-1].name.removeprefix("step-")) if states else 0
         names.append(f"{partial.name.rpartition('-')[0]} after {rows} steps, checkpoint {newest}")
     finished = [path.name.rpartition("-")[0] for path in sorted(out.glob("steps/*"), key=os.path.getmtime)]
@@ -142,9 +136,7 @@ def run_and_kill(arguments: list[str], out: Path, *, rows: int, delay_s: float) 
 def compare(left: Path, right: Path) -> dict[str, bool]:
     """Whether each finished step of two runs holds the same weights, metrics, answers and labels."""
     steps = {path.name for path in (*left.glob("steps/*"), *right.glob("steps/*"))}
-    return {
-        name: contents(left / "steps" / name) == contents(right / "steps" / name) for name in sorted(steps)
-    }
+    return {name: contents(left / "steps" / name) == contents(right / "steps" / name) for name in sorted(steps)}
 
 
 def contents(step: Path) -> dict[str, str]:

@@ -138,10 +138,9 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    shares = {role: 1.0 if role == "rollout" else getattr(config.roles, role).gpus_per_rank for role in roles}
-    needed = {role: _num_ranks(config, role) * share for role, share in shares.items()}
-    if "rollout" in roles:
-        needed["rollout"] *= rollout.tensor_parallel_size
+    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in roles}
+    if "rollout" in roles and rollout.tensor_parallel_size > 1:
+        needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
         parts = ", ".join(f"{role} {amount:g}" for role, amount in needed.items())
         raise UserError(

@@ -63,9 +63,7 @@ def test_equals_compacted_loop_on_random_masks(gamma, lam):
     mask[2] = True
     bootstrap = torch.randn(6, generator=generator)
     expected = compacted_gae(rewards, values, mask, gamma, lam, bootstrap)
-    torch.testing.assert_close(
-        gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap), expected
-    )
+    torch.testing.assert_close(gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap), expected)
 
 
 def test_what_stands_outside_the_mask_has_no_influence():

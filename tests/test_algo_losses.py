@@ -148,9 +148,7 @@ def run_policy_loss(x, rows, denominator):
 
 
 def run_value_loss(x, rows, denominator):
-    return value_loss(
-        x[0][rows], x[1][rows], x[2][rows], x[3][rows] > 0, clip_value=0.2, denominator=denominator
-    )
+    return value_loss(x[0][rows], x[1][rows], x[2][rows], x[3][rows] > 0, clip_value=0.2, denominator=denominator)
 
 
 def run_lm_loss(x, rows, denominator):
@@ -194,9 +192,7 @@ def test_what_stands_outside_the_mask_reaches_neither_loss_nor_gradient(run):
     dirty.requires_grad_()
     results = [run(values, slice(0, 2), None) for values in (x, dirty)]
     torch.testing.assert_close(results[1], results[0])
-    grads = [
-        torch.autograd.grad(result[0], values)[0] for result, values in zip(results, (x, dirty), strict=True)
-    ]
+    grads = [torch.autograd.grad(result[0], values)[0] for result, values in zip(results, (x, dirty), strict=True)]
     torch.testing.assert_close(grads[1], grads[0])
 
 

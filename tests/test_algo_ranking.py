@@ -19,9 +19,7 @@ def test_ranking_loss_by_hand():
     assert metrics["score_gap"].item() == pytest.approx(-2 / 3)
 
 
-@pytest.mark.parametrize(
-    ("margin", "loss_at_zero", "pull"), [(0, 0.69, 0.50), (1, 1.31, 0.73), (3, 3.05, 0.95)]
-)
+@pytest.mark.parametrize(("margin", "loss_at_zero", "pull"), [(0, 0.69, 0.50), (1, 1.31, 0.73), (3, 3.05, 0.95)])
 def test_margin_raises_loss_and_pull_at_zero_gap(margin, loss_at_zero, pull):
     # softplus(m) and its slope sigmoid(m), at equal scores.
     chosen = torch.zeros(1, requires_grad=True)
@@ -87,9 +85,7 @@ def test_safety_loss_agrees_with_torch_cross_entropy():
     )
     scores, labels = torch.cat([chosen, rejected]), torch.cat([chosen_safe, rejected_safe]).float()
     expected = torch.nn.functional.binary_cross_entropy(scores.sigmoid(), labels)
-    torch.testing.assert_close(
-        safety_loss(chosen, rejected, chosen_safe, rejected_safe, labelled)[0], expected
-    )
+    torch.testing.assert_close(safety_loss(chosen, rejected, chosen_safe, rejected_safe, labelled)[0], expected)
 
 
 def test_micro_batches_of_pairs_add_up():
@@ -100,9 +96,7 @@ def test_micro_batches_of_pairs_add_up():
     whole = ranking_loss(*scores, margin)
     pieces = [ranking_loss(*scores[:, rows], margin[rows], denominator=6) for rows in parts]
     safety = safety_loss(*scores, *labels)
-    safety_pieces = [
-        safety_loss(*scores[:, rows], *(label[rows] for label in labels), denominator=3) for rows in parts
-    ]
+    safety_pieces = [safety_loss(*scores[:, rows], *(label[rows] for label in labels), denominator=3) for rows in parts]
     for (loss, metrics), split in ((whole, pieces), (safety, safety_pieces)):
         torch.testing.assert_close(sum(piece for piece, _ in split), loss)
         for name, value in metrics.items():

@@ -67,9 +67,7 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def launch(
-    num_ranks: int = 2, *, role: str = "policy", cpus: float = 0.1, timeout_s: float = 60
-) -> WorkerGroup:
+def launch(num_ranks: int = 2, *, role: str = "policy", cpus: float = 0.1, timeout_s: float = 60) -> WorkerGroup:
     return WorkerGroup.launch(
         Rank,
         role=role,
@@ -130,9 +128,7 @@ def test_data_goes_from_rank_to_rank_by_reference(group: WorkerGroup) -> None:
 def test_a_call_that_hangs_ends_at_its_deadline() -> None:
     hung = launch(1, role="value", timeout_s=1.0)
     start = time.monotonic()
-    with pytest.raises(
-        WorkerError, match=r"value rank 0 failed in sleep at ppo step 3: .*within 1 s"
-    ) as caught:
+    with pytest.raises(WorkerError, match=r"value rank 0 failed in sleep at ppo step 3: .*within 1 s") as caught:
         hung.call(Rank.sleep, 60, step="ppo step 3")
     assert time.monotonic() - start < 10
     assert (caught.value.role, caught.value.rank, caught.value.step) == ("value", 0, "ppo step 3")
@@ -155,8 +151,7 @@ def test_a_rank_that_raises_is_named_at_once_though_the_other_waits() -> None:
         pair.call(Rank.sleep_but_on, 1, 60, step="sft step 2")
     assert time.monotonic() - start < 10
     assert (
-        str(caught.value)
-        == "policy rank 1 failed in sleep_but_on at sft step 2: ValueError: weights are upside down"
+        str(caught.value) == "policy rank 1 failed in sleep_but_on at sft step 2: ValueError: weights are upside down"
     )
     assert isinstance(caught.value.cause, ValueError)
     pair.stop()
@@ -165,9 +160,7 @@ def test_a_rank_that_raises_is_named_at_once_though_the_other_waits() -> None:
 def test_a_rank_that_dies_is_named_at_once_though_the_other_waits() -> None:
     pair = launch()
     start = time.monotonic()
-    with pytest.raises(
-        WorkerError, match=r"policy rank 1 failed in die_on at sft step 2: the process died"
-    ) as caught:
+    with pytest.raises(WorkerError, match=r"policy rank 1 failed in die_on at sft step 2: the process died") as caught:
         pair.call(Rank.die_on, 1, 60, step="sft step 2")
     assert time.monotonic() - start < 15
     assert caught.value.rank == 1 and "\n" not in str(caught.value)
@@ -181,9 +174,7 @@ def test_the_producer_is_named_not_those_who_wait_for_its_data(method, what) -> 
     made = producer.submit_one(0, method, num_data=2)
     used = consumer.submit_one(0, Rank.total, *made.data)
     more = consumer.submit_one(0, Rank.total, made.data[0])
-    with pytest.raises(
-        WorkerError, match=f"rollout rank 0 failed in {method.__name__} at ppo step 1: .*{what}"
-    ):
+    with pytest.raises(WorkerError, match=f"rollout rank 0 failed in {method.__name__} at ppo step 1: .*{what}"):
         collect([used, made, more], timeout_s=60, step="ppo step 1")
     producer.stop()
     consumer.stop()

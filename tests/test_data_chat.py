@@ -71,10 +71,7 @@ def test_our_template_is_llama2s_without_spaces(ours):
 def test_our_tokens_equal_those_of_the_whole_rendered_text(ours):
     # Servers that tokenise the rendered dialogue at once see the same tokens as training.
     tokens, _ = encode_dialogue(ours, DIALOGUE)
-    assert (
-        tokens
-        == ours(ours.apply_chat_template(DIALOGUE, tokenize=False), add_special_tokens=False)["input_ids"]
-    )
+    assert tokens == ours(ours.apply_chat_template(DIALOGUE, tokenize=False), add_special_tokens=False)["input_ids"]
 
 
 def test_loss_falls_on_answers_and_their_eos_only(ours):

@@ -22,9 +22,7 @@ from model.heads import last_token_scores
 from model.llama import Llama
 
 TINY = PRESETS["tiny"]
-SCALING = Llama3RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 VARIANTS = {
     "gqa": TINY,
     "mha": TINY.model_copy(update={"num_kv_heads": 4}),
@@ -100,9 +98,7 @@ def test_reward_model_gives_the_same_scores_in_transformers(tmp_path, name):
 
 
 def test_value_model_from_language_model_gets_a_fresh_head(tmp_path, saved):
-    with pytest.raises(
-        CheckpointError, match="is a language model without a score head; ask for a fresh one"
-    ):
+    with pytest.raises(CheckpointError, match="is a language model without a score head; ask for a fresh one"):
         load_model(saved, head="scalar")
     model = load_model(saved, head="scalar", dtype=torch.float32, fresh_head=True, seed=5)
     assert torch.equal(model.score.weight, model.fresh_score(seed=5))
@@ -200,9 +196,7 @@ def test_truncated_files_are_named_with_their_sizes(saved):
     path = saved / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(
-        CheckpointError, match=f"truncated: {len(content) - 1} bytes, should be {len(content)}"
-    ):
+    with pytest.raises(CheckpointError, match=f"truncated: {len(content) - 1} bytes, should be {len(content)}"):
         check_checkpoint(saved)
     path.write_bytes(content + b"x")
     with pytest.raises(CheckpointError, match="longer than its header says"):

@@ -17,9 +17,7 @@ from model.config import (
     to_hf_config,
 )
 
-SCALING = Llama3RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
 
 def test_importing_shapes_and_costs_does_not_import_torch():
@@ -57,9 +55,7 @@ def test_impossible_shapes_are_refused(changes, message):
 
 def test_rope_scaling_factors_must_be_in_order():
     with pytest.raises(ValidationError, match="must be greater than"):
-        Llama3RopeScaling(
-            factor=8.0, low_freq_factor=4.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        )
+        Llama3RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 
 
 @pytest.mark.parametrize("name", PRESETS)

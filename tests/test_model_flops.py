@@ -113,9 +113,7 @@ def test_activation_bytes_bound_what_autograd_keeps():
     predicted = activation_bytes(config, tokens.numel(), bytes_per_element=4)
     # CPU: the norms are not fused and keep two copies more.
     assert predicted <= kept(False) <= 1.5 * predicted
-    checkpointed = activation_bytes(
-        config, tokens.numel(), activation_checkpointing=True, bytes_per_element=4
-    )
+    checkpointed = activation_bytes(config, tokens.numel(), activation_checkpointing=True, bytes_per_element=4)
     # The prediction includes the one block that the backward pass recomputes.
     assert kept(True) <= checkpointed < predicted / 2
 

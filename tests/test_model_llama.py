@@ -8,9 +8,7 @@ from model.config import PRESETS, Llama3RopeScaling, to_hf_config
 from model.llama import Llama, packing_mask
 
 TINY = PRESETS["tiny"]
-SCALING = Llama3RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 VARIANTS = {
     "gqa": TINY,
     "mha": TINY.model_copy(update={"num_kv_heads": 4}),

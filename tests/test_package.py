@@ -21,9 +21,7 @@ HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "pyarrow"}
 def modules_loaded_by(code: str, *, cwd: Path = ROOT) -> set[str]:
     """Names of all modules, sub-modules too, that a fresh interpreter started in `cwd` holds after `code`."""
     script = f"import json, sys\n{code}\nprint(json.dumps(list(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return set(json.loads(result.stdout.splitlines()[-1]))
 
@@ -43,9 +41,7 @@ def imported_packages(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.partition(".")[0]
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-            yield from (
-                str(arg.value).partition(".")[0] for arg in node.args if isinstance(arg, ast.Constant)
-            )
+            yield from (str(arg.value).partition(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,7 @@ def test_before_any_update_policy_and_reference_are_one_to_the_last_bit(groups, 
 def test_experience_and_updates_are_the_same_on_two_ranks(groups, zero_stage):
     chunks = [rollouts(1), rollouts(2)]
     chunk_scores = [scores(chunk, seed) for seed, chunk in enumerate(chunks)]
-    section = SECTION.model_copy(
-        update={"minibatch_size": ROWS, "inner_epochs": 10, "micro_batch_tokens": 60}
-    )
+    section = SECTION.model_copy(update={"minibatch_size": ROWS, "inner_epochs": 10, "micro_batch_tokens": 60})
     rule = update_rule(section, 3)
     metrics, experience, trained = [], [], []
     for ranks in (1, 2):
@@ -207,8 +205,6 @@ def test_a_score_that_is_nan_is_an_error(tmp_path):
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_checkpoint(tmp_path / "reward", UNTIED, weights.items(), num_labels=1)
     worker = ScorerWorker("helpfulness", 0, 1)
-    worker.load_frozen(
-        str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu")
-    )
+    worker.load_frozen(str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu"))
     with pytest.raises(NonFiniteError, match="helpfulness scored an answer nan"):
         worker.score(rollouts(1), micro_batch_tokens=1000)

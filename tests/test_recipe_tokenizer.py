@@ -97,9 +97,7 @@ def test_training_is_deterministic(tokenizer):
 
 
 def test_rare_characters_leave_room_for_words():
-    texts = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)) for i in range(20)] * 2 + [
-        "hello world"
-    ] * 50
+    texts = ["".join(chr(0x4E00 + 40 * i + j) for j in range(40)) for i in range(20)] * 2 + ["hello world"] * 50
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
     assert "▁hello" in tokenizer.get_vocab()
     assert tokenizer.decode(encode(tokenizer, texts[7])) == texts[7]

@@ -62,9 +62,7 @@ def test_pretraining_whose_driver_is_killed_ends_with_the_same_bits(whole: Path,
     assert differences(whole, out) == []
 
 
-def test_ppo_whose_worker_and_then_driver_are_killed_ends_with_the_same_bits(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_ppo_whose_worker_and_then_driver_are_killed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out = without(whole, tmp_path / "out", "ppo")
     arguments, before = command(out, TINY, stage="ppo"), rows_written(out)
     log = out / "driver.log"

@@ -63,9 +63,7 @@ def test_strength_levels(gap, strength):
 
 def test_slips_are_mostly_weak_preferences():
     rng = random.Random(0)
-    made = [
-        compare(verdict(0.9), verdict(0.6), guideline="helpfulness", rng=rng, noise=0.12) for _ in range(3000)
-    ]
+    made = [compare(verdict(0.9), verdict(0.6), guideline="helpfulness", rng=rng, noise=0.12) for _ in range(3000)]
     slips = Counter(comparison.strength for comparison in made if comparison.choice == 1)
     assert slips["negligibly"] > 0.5 * slips.total() > 0
     # A slip by more than 0.15 needs an error beyond 0.45: sigmoid(-0.45 / 0.12) = 2.3% of all.

@@ -40,9 +40,7 @@ def content_of(row):
 def test_splits_divide_every_kind(kind):
     parts = [set(tasks.contents(kind, split)) for split in tasks.SPLITS]
     assert all(parts)
-    assert (
-        sum(len(part) for part in parts) == len(set.union(*parts)) == len(set(tasks.TASKS[kind].contents()))
-    )
+    assert sum(len(part) for part in parts) == len(set.union(*parts)) == len(set(tasks.TASKS[kind].contents()))
 
 
 def test_written_splits_share_no_content_and_no_text(directory):
@@ -85,9 +83,7 @@ def test_prompts_test_is_large_enough_to_measure_on(directory):
 def test_rows_obey_the_schemas_rules(directory):
     for name in PROMPT_FILES:
         assert check_rows("prompts", read_table(directory / f"{name}.parquet", PROMPTS)) == []
-    assert (
-        check_rows("demonstrations", read_table(directory / "demonstrations.parquet", DEMONSTRATIONS)) == []
-    )
+    assert check_rows("demonstrations", read_table(directory / "demonstrations.parquet", DEMONSTRATIONS)) == []
     assert check_rows("corpus", read_table(directory / "corpus.parquet", CORPUS)) == []
 
 
@@ -136,9 +132,7 @@ def test_words_are_few_and_texts_short(directory):
 
 
 def test_texts_are_short_in_tokens_of_a_small_vocabulary(directory):
-    tokenizer = train_tokenizer(
-        read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist(), vocab_size=512
-    )
+    tokenizer = train_tokenizer(read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist(), vocab_size=512)
 
     def count(text):
         return len(tokenizer.encode(text, add_special_tokens=False))
@@ -192,8 +186,7 @@ def test_wrong_content_is_seldom():
     rng = random.Random(0)
     prompts = [tasks.draw("lookup", "train", rng) for _ in range(2000)]
     wrong = sum(
-        judge("lookup", json.dumps(prompt.truth), demonstrator.demonstrate(prompt, rng), True).helpfulness
-        == 0
+        judge("lookup", json.dumps(prompt.truth), demonstrator.demonstrate(prompt, rng), True).helpfulness == 0
         for prompt in prompts
     )
     # 5% of the answers are another question's, of which a few (same fact, or same bare value) are right.

@@ -72,13 +72,9 @@ def test_list_gives_partial_credit(items, expected):
     assert judge("list", LIST, f"sure: {items}. thanks.", True).helpfulness == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"), [("zu mok", 1.0), ("zu tib", 0.5), ("mok zu", 0.0), ("zu", 0.0)]
-)
+@pytest.mark.parametrize(("words", "expected"), [("zu mok", 1.0), ("zu tib", 0.5), ("mok zu", 0.0), ("zu", 0.0)])
 def test_sequence_counts_words_in_place(words, expected):
-    assert judge("translation", SEQUENCE, f"sure: {words}. thanks.", True).helpfulness == pytest.approx(
-        expected
-    )
+    assert judge("translation", SEQUENCE, f"sure: {words}. thanks.", True).helpfulness == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,7 @@ def test_after_a_sync_the_engine_computes_what_the_trainer_does(run):
     gaps = verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
     assert gaps["synced_gap"] <= gaps["synced_gap_max"] < {"fp32": 1e-3, "bf16": 0.5}[precision]
     assert gaps["scrambled_gap"] > 0.5
-    assert run.roles["rollout"].call(RolloutWorker.load_weights, buckets) == [
-        1
-    ]  # the version is the bucket's
+    assert run.roles["rollout"].call(RolloutWorker.load_weights, buckets) == [1]  # the version is the bucket's
 
 
 @pytest.mark.slow

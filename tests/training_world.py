@@ -131,9 +131,7 @@ def assert_same(run: Trained, expected: Trained) -> None:
     for name, weight in expected.weights.items():
         # An element far smaller than its neighbours carries rounding of their size.
         atol = RTOL * weight.square().mean().sqrt().item()
-        torch.testing.assert_close(
-            run.weights[name], weight, rtol=RTOL, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(run.weights[name], weight, rtol=RTOL, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     # Models with a scalar head have gradient norms of 5 to 60, clipped to 1.7, that vary steeply with the
     # weights: where those agree to 1e-6 the norms do to 1e-5.
     for name, rtol in (("loss", RTOL), ("lr", RTOL), ("grad_norm", 5 * RTOL)):
@@ -151,9 +149,7 @@ def lm_examples(count: int, vocab_size: int) -> list[Example]:
     rng = np.random.default_rng(5)
     lengths = rng.integers(4, LONGEST + 1, count)
     lengths[0] = LONGEST
-    return [
-        (rng.integers(4, vocab_size, n).tolist(), (rng.random(n) < 0.5).tolist()) for n in lengths.tolist()
-    ]
+    return [(rng.integers(4, vocab_size, n).tolist(), (rng.random(n) < 0.5).tolist()) for n in lengths.tolist()]
 
 
 class WideRows(LMRows):
@@ -190,9 +186,7 @@ def train_lm(
     """A next-token training run."""
     begin(group, config, "lm", **options)
     group.call(TrainerWorker.open_data, lm_data, count, config.vocab_size, layout)
-    return train(
-        group, PolicyWorker.train_lm, batch_size=batch_size, micro_batch_size=micro_batch_size, seed=3
-    )
+    return train(group, PolicyWorker.train_lm, batch_size=batch_size, micro_batch_size=micro_batch_size, seed=3)
 
 
 def plain_lm(
@@ -276,8 +270,7 @@ def experiences(vocab_size: int) -> list[Experience]:
 
         chunks.append(
             Experience(
-                tokens=torch.randint(4, vocab_size, mask.shape, generator=generator)
-                * (places < lengths[:, None]),
+                tokens=torch.randint(4, vocab_size, mask.shape, generator=generator) * (places < lengths[:, None]),
                 response_mask=mask,
                 logprobs=(-torch.tensor(float(vocab_size)).log() + noise(0.15)) * mask,
                 values=noise(0.3) * mask,
