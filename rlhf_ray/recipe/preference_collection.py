@@ -86,7 +86,8 @@ def check_labels_possible(context: Context, prompts: list[dict[str, Any]]) -> No
         if not prompt["truth"]:
             raise UserError(
                 f"{context.outputs['prompts_annotation']} row {row}: truth is empty, and the simulated annotator "
-                f"judges testbed prompts only; give human comparisons as data.comparisons and leave collect out of run.stages"
+                f"judges testbed prompts only; give human comparisons as data.comparisons and leave collect out of "
+                f"run.stages"
             )
 
 
