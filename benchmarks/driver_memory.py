@@ -69,7 +69,7 @@ class Watch:
                 "rss_mib": psutil.Process().memory_info().rss / 2**20,
                 "objects": self._objects,
                 "bytes": self._bytes,
-                "rollout_tokens": row["response/tokens"],
+                "tokens_per_answer": row["response/tokens"],
             }
         )
         return row
@@ -104,7 +104,7 @@ def summary(samples: list[dict[str, float]]) -> dict[str, float]:
         "second_half_slope_kib_per_step": round(1024 * slope(memory[half:]), 2),
         "objects_per_iteration": statistics.mean(sample["objects"] for sample in samples),
         "bytes_per_iteration": round(statistics.mean(sample["bytes"] for sample in samples), 1),
-        "rollout_tokens_per_iteration": round(statistics.mean(sample["rollout_tokens"] for sample in samples), 1),
+        "tokens_per_answer": round(statistics.mean(sample["tokens_per_answer"] for sample in samples), 1),
     }
 
 
