@@ -42,6 +42,8 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     """
     # Ray's own telemetry and metrics agents cost start-up time and cores, and nothing here reads them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray gives its node 30 s to come up; a machine busy with other work can take longer.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address is None:

@@ -50,15 +50,16 @@ def test_paired_gain_and_standard_error_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("after", "mean", "error", "prompts", "expected"),
     [
-        ([0.6, 0.7], 0.15, 0.05, 500, "better"),
-        ([0.6, 0.7], 0.15, 0.08, 500, "no claim"),  # within two standard errors
-        ([0.6, 0.4], 0.15, 0.01, 500, "no claim"),  # one seed did not improve
-        ([0.6, 0.7], 0.15, 0.05, 499, "no claim: 499 prompts"),
-        ([0.4, 0.3], -0.15, 0.05, 500, "worse"),
+        ([0.6, 0.7, 0.6], 0.13, 0.05, 500, "better"),
+        ([0.6, 0.7, 0.6], 0.13, 0.07, 500, "no claim"),  # within two standard errors
+        ([0.6, 0.4, 0.9], 0.13, 0.01, 500, "no claim"),  # one seed did not improve
+        ([0.6, 0.7, 0.6], 0.13, 0.05, 499, "no claim: 499 prompts"),
+        ([0.4, 0.3, 0.4], -0.13, 0.05, 500, "worse"),
+        ([0.6, 0.7], 0.15, 0.05, 500, "no claim: 2 of 3 seeds"),
     ],
 )
 def test_rule(after: list[float], mean: float, error: float, prompts: int, expected: str) -> None:
-    gain = Gain(before=[0.5, 0.5], after=after, num_prompts=prompts, mean=mean, standard_error=error)
+    gain = Gain(before=[0.5] * len(after), after=after, num_prompts=prompts, mean=mean, standard_error=error)
     assert gain.verdict(+1) == expected
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rlhf_ray.errors import UserError
 
 MIN_PROMPTS = 500
+MIN_SEEDS = 3
 MEASURES = {
     "helpfulness": ("true helpfulness", +1),
     "violation": ("true violations, all prompts", -1),
@@ -43,6 +44,8 @@ class Gain:
 
     def verdict(self, direction: int) -> str:
         """What the rule says: "better", "worse" or "no claim", and why not."""
+        if len(self.before) < MIN_SEEDS:
+            return f"no claim: {len(self.before)} of {MIN_SEEDS} seeds"
         for sign, word in ((direction, "better"), (-direction, "worse")):
             every_seed = all(sign * (b - a) > 0 for a, b in zip(self.before, self.after, strict=True))
             if every_seed and sign * self.mean > 2 * self.standard_error:
@@ -98,7 +101,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
     """Prints one table per sampling temperature."""
     for suffix, title in (("", "sampled at temperature 1"), (" greedy", "greedy")):
         gains = compare(runs, suffix=suffix)
-        table = Table(title=f"PPO against SFT over {len(runs)} seeds, {title}")
+        table = Table(title=f"PPO against SFT of {len(runs)} run(s), {title}")
         for name in ("measure", "prompts", "SFT", "PPO", "paired gain", "2 standard errors", "by the rule"):
             table.add_column(name, justify="left" if name == "measure" else "right")
         for column, gain in gains.items():
