@@ -1,6 +1,7 @@
 """One compute thread per process, no calls home, and `gpu` tests skipped where there is no CUDA device."""
 
 import os
+import signal
 
 # Before torch is imported: its thread pools read these once. Ray's and vLLM's processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that: the tests
+# of signals would wait for ever. A handler, unlike SIG_IGN, does not pass to a new program.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
