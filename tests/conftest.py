@@ -12,8 +12,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that: the tests
-# of signals would wait for ever. A handler, unlike SIG_IGN, does not pass to a new program.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that:
+# the tests of signals would wait for ever. A handler, unlike SIG_IGN, does not pass to a new program.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
