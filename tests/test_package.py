@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "cluster", "rlhf_ray")
@@ -153,8 +154,8 @@ def test_the_pins_satisfy_the_declared_ranges(pins: str) -> None:
     pinned = {}
     for requirement in (Requirement(line) for line in lines if line and not line.startswith("#")):
         (specifier,) = requirement.specifier
-        pinned[requirement.name] = specifier.version
+        pinned[canonicalize_name(requirement.name)] = specifier.version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     required = project["project"]["dependencies"] + project["build-system"]["requires"]
     for requirement in map(Requirement, required):
-        assert pinned[requirement.name] in requirement.specifier, requirement
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
