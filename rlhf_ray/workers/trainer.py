@@ -22,6 +22,7 @@ class TrainerWorker(ScorerWorker):
         super().__init__(role, rank, num_ranks)
         self._engine: TrainEngine | None = None
         self._data: Any = None
+        self._head: Head = "lm"
 
     def unload(self) -> None:
         """Frees model, optimizer and data."""
@@ -46,7 +47,7 @@ class TrainerWorker(ScorerWorker):
             model.init_weights(seed=seed)
         else:
             model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
-        self._config, self._model = model.config, model.to(runtime.device)
+        self._config, self._model, self._head = model.config, model.to(runtime.device), head
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
@@ -110,7 +111,10 @@ class TrainerWorker(ScorerWorker):
         return plan + [[]] * (int(longest) - len(plan))
 
     def _forward_nothing(self) -> None:
-        self._forward(torch.zeros(1, 2, dtype=torch.int64, device=self._runtime.device))
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._runtime.device)
+        self._forward(
+            tokens, **({"target_mask": torch.zeros_like(tokens, dtype=torch.bool)} if self._head == "lm" else {})
+        )
 
     def _all_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
