@@ -4,7 +4,6 @@ from pathlib import Path
 
 from model.config import PRESETS, ModelConfig
 from rlhf_ray.data.lm_rows import corpus_rows
-from rlhf_ray.data.schemas import CORPUS, read_table
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.language_modeling import train_language_model
 from rlhf_ray.recipe.tokenizer import tokenizer_size
@@ -21,7 +20,6 @@ def pretrain(context: Context) -> Path:
         policy=context.config.roles.policy.model_dump(),
     )
     if not context.skip(step):
-        read_table(context.outputs["corpus"], CORPUS)
         facts = train_language_model(
             context,
             step,

@@ -1,5 +1,6 @@
 """Supervised fine-tuning (Llama 2 §3.1): packed dialogues, loss on answer tokens only."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_ray.data.lm_rows import dialogue_rows
@@ -42,7 +43,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return max(1, rows // batch_size)
 
 
-def epoch_names(epochs: int):  # type: ignore[no-untyped-def]
+def epoch_names(epochs: int) -> Callable[[int], dict[int, str]]:
     """Names of the checkpoints to keep: epoch-1, epoch-2, ..., and `model` for the last."""
 
     def names(total: int) -> dict[int, str]:
