@@ -105,11 +105,14 @@ def chat(
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(help="Run directories, one per seed.")]) -> None:
-    """Compare PPO with SFT over several finished runs of one config."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, one per seed.")],
+    against: Annotated[str, typer.Option(help="The other model: SFT, or a label of evaluate.controls.")] = "SFT",
+) -> None:
+    """Compare PPO with SFT, or with a control, over several finished runs of one config."""
     from rlhf_ray.evaluate.seeds import print_comparison
 
-    print_comparison(runs)
+    print_comparison(runs, against=against)
 
 
 @data_app.command("check")

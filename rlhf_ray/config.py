@@ -365,6 +365,8 @@ class EvaluateSection(Section):
     temperatures: Temperatures = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
+    controls: dict[str, str] = {}
+    """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
 

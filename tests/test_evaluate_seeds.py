@@ -70,3 +70,10 @@ def test_runs_of_other_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "steps").mkdir(parents=True)
     with pytest.raises(UserError, match="no finished evaluation"):
         compare([tmp_path / "empty"])
+
+
+def test_against_a_control(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / "0", {"SFT": [0.0, 0.0], "PPO": [0.5, 1.0], "SFT long": [0.5, 0.5]})]
+    assert compare(runs, against="SFT long")["helpfulness"].mean == pytest.approx(0.25)  # gains 0 and 0.5
+    with pytest.raises(UserError, match="no model 'SFT longer', only PPO, SFT, SFT long"):
+        compare(runs, against="SFT longer")

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.worker_group import collect
+from model.checkpoint_files import read_config
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluate.seeds import GREEDY
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines
-from rlhf_ray.recipe.ppo import FROZEN_ROLES, score, split, summarize
-from rlhf_ray.run_state import write_json
+from rlhf_ray.recipe.engines import decode, generate, open_prompts, start_engines
+from rlhf_ray.recipe.ppo import FROZEN_ROLES, score, summarize
+from rlhf_ray.run_state import fingerprint, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -48,13 +51,14 @@ COLUMNS = {
 def evaluate(context: Context) -> Path:
     """Samples, scores and judges answers of both models; returns the directory of evaluation.json, answers.parquet."""
     section = context.config.evaluate
-    models = {"SFT": "chat", "PPO": "policy"}
+    models = compared_models(context)
     step = context.step(
         "evaluate",
         sections=("evaluate", "ppo"),
-        parents=("tokenizer", "helpfulness", "safety", "prompts_test", *models.values()),
+        parents=("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
         code=("rlhf_ray.evaluate", "rlhf_ray.testbed", "rlhf_ray.recipe.ppo"),
         rollout=context.config.roles.rollout.model_dump(),
+        controls={label: fingerprint(path) for label, path in section.controls.items()},
     )
     if not context.skip(step):
         work = step.begin()
@@ -65,15 +69,34 @@ def evaluate(context: Context) -> Path:
             open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens, at_least=num_chunks(context))
         results, rows = {}, []
         for temperature in section.temperatures:
-            for model, name in models.items():
+            for model, checkpoint in models.items():
                 label = model + temperature_suffix(temperature)
                 with console.status(f"evaluate: {label}"):
-                    results[label], answers = evaluate_model(context, context.outputs[name], prompts, temperature)
+                    results[label], answers = evaluate_model(context, checkpoint, prompts, temperature)
                 rows += [answer_row(prompt, label, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
         write_json(work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
+
+
+def compared_models(context: Context) -> dict[str, Path]:
+    """Label -> checkpoint: the chat model, the policy, and the controls that the config names.
+
+    Raises:
+        UserError: a control has a label that is taken, or another shape than the chat model.
+    """
+    models = {"SFT": context.outputs["chat"], "PPO": context.outputs["policy"]}
+    for label, path in context.config.evaluate.controls.items():
+        if label in models:
+            raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
+        if read_config(path) != read_config(models["SFT"]):
+            raise UserError(
+                f"evaluate.controls.{label}={path!r}: has another shape than {models['SFT']}, and the engine that "
+                f"answers with one takes the other's weights; give a checkpoint of the same shape"
+            )
+        models[label] = Path(path)
+    return models
 
 
 def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) -> dict[str, Any]:
@@ -98,7 +121,7 @@ def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) ->
 
 def temperature_suffix(temperature: float) -> str:
     """How a table names a model's sampling; 1 goes without saying."""
-    return "" if temperature == 1 else " greedy" if temperature == 0 else f" T={temperature:g}"
+    return "" if temperature == 1 else GREEDY if temperature == 0 else f" T={temperature:g}"
 
 
 def num_chunks(context: Context) -> int:
@@ -128,29 +151,19 @@ def evaluate_model(
 ) -> tuple[dict[str, float], list[tuple[str, bool]]]:
     """(metrics, answers with whether they finished) of one checkpoint, one answer a prompt."""
     roles, section = context.roles, context.config.evaluate
-    engines = roles["rollout"]
     roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
     roles.work_together("rollout")
-    engines.call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
-    rollouts = [
-        engines.submit_one(
-            chunk % engines.num_ranks,
-            RolloutWorker.generate,
-            "prompts_test",
-            part,
-            seeds=[request_seed(context.config.run.seed, 0, row) for row in part],
-            temperature=temperature,
-            max_new_tokens=section.max_new_tokens,
-            num_data=1,
-        )
-        for chunk, part in enumerate(split(range(len(prompts)), num_chunks(context)))
-    ]
-    decoded = [
-        engines.submit_one(chunk % engines.num_ranks, RolloutWorker.decode, call.data[0])
-        for chunk, call in enumerate(rollouts)
-    ]
-    parts = collect(decoded, timeout_s=roles.timeout_s, step="evaluate")
-    answers: list[tuple[str, bool]] = [answer for part in parts for answer in part]
+    roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
+    rollouts = generate(
+        roles,
+        "prompts_test",
+        range(len(prompts)),
+        num_chunks=num_chunks(context),
+        seed=(context.config.run.seed, 0),
+        temperature=temperature,
+        max_new_tokens=section.max_new_tokens,
+    )
+    answers = decode(roles, rollouts, step="evaluate")
     roles.work_together("policy", *FROZEN_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
     metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))

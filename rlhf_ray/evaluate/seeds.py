@@ -19,6 +19,7 @@ from rlhf_ray.errors import UserError
 
 MIN_PROMPTS = 500
 MIN_SEEDS = 3
+GREEDY = " greedy"  # ends the label of answers decoded at temperature 0
 MEASURES = {
     "helpfulness": ("true helpfulness", +1),
     "violation": ("true violations, all prompts", -1),
@@ -29,10 +30,10 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Gain:
-    """PPO against SFT in one measure."""
+    """PPO against another model, by default SFT, in one measure."""
 
     before: list[float]
-    """Mean of each seed's SFT answers."""
+    """Mean of each seed's answers of the other model."""
     after: list[float]
     """Mean of each seed's PPO answers."""
     num_prompts: int
@@ -66,29 +67,33 @@ def find_answers(run: Path) -> Path:
     return found[-1]
 
 
-def compare(runs: Sequence[Path], *, suffix: str = "") -> dict[str, Gain]:
-    """Each measure's gain of "PPO" + suffix over "SFT" + suffix.
+def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> dict[str, Gain]:
+    """Each measure's gain of "PPO" + suffix over `against` + suffix.
 
     Raises:
-        UserError: a run has no evaluation, or one of other prompts than the first's.
+        UserError: a run has no evaluation, one without the model `against`, or one of other prompts than the first's.
     """
     tables = [pq.read_table(find_answers(run)).to_pylist() for run in runs]
+    for run, rows in zip(runs, tables, strict=True):
+        models = sorted({row["model"].removesuffix(GREEDY) for row in rows})
+        if against not in models:
+            raise UserError(f"{run}: its evaluation has no model {against!r}, only {', '.join(models)}")
     gains = {}
     for column in MEASURES:
-        seeds = [{model: _by_prompt(rows, model + suffix, column) for model in ("SFT", "PPO")} for rows in tables]
-        prompts = sorted(seeds[0]["SFT"])
+        seeds = [{model: _by_prompt(rows, model + suffix, column) for model in (against, "PPO")} for rows in tables]
+        prompts = sorted(seeds[0]["PPO"])
         for run, seed in zip(runs, seeds, strict=True):
-            if sorted(seed["SFT"]) != prompts or sorted(seed["PPO"]) != prompts:
+            if sorted(seed[against]) != prompts or sorted(seed["PPO"]) != prompts:
                 raise UserError(f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed")
         if not prompts:
             continue
         per_prompt = [
-            sum(seed["PPO"][prompt] - seed["SFT"][prompt] for seed in seeds) / len(seeds) for prompt in prompts
+            sum(seed["PPO"][prompt] - seed[against][prompt] for seed in seeds) / len(seeds) for prompt in prompts
         ]
         mean = sum(per_prompt) / len(per_prompt)
         variance = sum((gain - mean) ** 2 for gain in per_prompt) / max(1, len(per_prompt) - 1)
         gains[column] = Gain(
-            before=[_mean(seed["SFT"].values()) for seed in seeds],
+            before=[_mean(seed[against].values()) for seed in seeds],
             after=[_mean(seed["PPO"].values()) for seed in seeds],
             num_prompts=len(prompts),
             mean=mean,
@@ -97,12 +102,16 @@ def compare(runs: Sequence[Path], *, suffix: str = "") -> dict[str, Gain]:
     return gains
 
 
-def print_comparison(runs: Sequence[Path]) -> None:
-    """Prints one table per sampling temperature."""
-    for suffix, title in (("", "sampled at temperature 1"), (" greedy", "greedy")):
-        gains = compare(runs, suffix=suffix)
-        table = Table(title=f"PPO against SFT of {len(runs)} run(s), {title}")
-        for name in ("measure", "prompts", "SFT", "PPO", "paired gain", "2 standard errors", "by the rule"):
+def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
+    """Prints one table per sampling temperature.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    for suffix, title in (("", "sampled at temperature 1"), (GREEDY, "greedy")):
+        gains = compare(runs, against=against, suffix=suffix)
+        table = Table(title=f"PPO against {against} of {len(runs)} run(s), {title}")
+        for name in ("measure", "prompts", against, "PPO", "paired gain", "2 standard errors", "by the rule"):
             table.add_column(name, justify="left" if name == "measure" else "right")
         for column, gain in gains.items():
             label, direction = MEASURES[column]

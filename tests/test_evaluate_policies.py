@@ -1,0 +1,35 @@
+"""Which models the final comparison puts side by side."""
+
+from pathlib import Path
+
+import pytest
+from tiny_inputs import write_checkpoint
+
+from rlhf_ray.config import parse_config
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluate.policies import compared_models
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.run_state import RunDir
+
+
+def models(tmp_path: Path, **controls: Path) -> dict[str, Path]:
+    """What is compared in a run whose chat model and policy are alike."""
+    config = parse_config({"evaluate": {"controls": {label: str(path) for label, path in controls.items()}}})
+    context = Context(config, RunDir(tmp_path / "run"))
+    chat = tmp_path / "chat" if (tmp_path / "chat").exists() else write_checkpoint(tmp_path / "chat")
+    for name in ("chat", "policy"):
+        context.outputs.add(name, chat, key=name)
+    return compared_models(context)
+
+
+def test_controls_stand_after_the_runs_own_models(tmp_path: Path) -> None:
+    control = write_checkpoint(tmp_path / "control")
+    assert list(models(tmp_path, longer=control)) == ["SFT", "PPO", "longer"]
+
+
+def test_a_control_with_a_taken_label_or_another_shape_is_refused(tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", vocab_size=290)
+    with pytest.raises(UserError, match=r"evaluate.controls.longer=.*other.*has another shape than"):
+        models(tmp_path, longer=other)
+    with pytest.raises(UserError, match=r"evaluate.controls.PPO: the label is taken"):
+        models(tmp_path, PPO=tmp_path / "chat")
