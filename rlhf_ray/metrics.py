@@ -1,8 +1,10 @@
 """Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,24 @@ def progress_bar(title: str, *, total: int, done: int = 0) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+
+
+@dataclass
+class PhaseClock:
+    """Wall seconds of each phase of an iteration."""
+
+    times: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a `with` block."""
+        start = time.perf_counter()
+        yield
+        self.times[name] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """As metrics, with their sum."""
+        return {
+            **{f"time/{name}_s": value for name, value in self.times.items()},
+            "time/step_s": sum(self.times.values()),
+        }

@@ -131,8 +131,7 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
         if (ranks := _num_ranks(config, role)) > cores:
             raise UserError(
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
-                "compute at the "
-                "same time; lower it, or give cluster.address of a larger cluster"
+                "compute at the same time; lower it, or give cluster.address of a larger cluster"
             )
 
 
@@ -145,8 +144,7 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
         parts = ", ".join(f"{role} {amount:g}" for role, amount in needed.items())
         raise UserError(
             f"roles ask for {sum(needed.values()):g} GPUs ({parts}), this machine has {gpus}; lower "
-            "num_ranks or "
-            "gpus_per_rank (a fraction shares a GPU), run fewer stages at once, or give cluster.address"
+            "num_ranks or gpus_per_rank (a fraction shares a GPU), run fewer stages at once, or give cluster.address"
         )
 
 
@@ -203,8 +201,7 @@ def check_model(config: Config, running: Sequence[str]) -> None:
     if "tokenizer" in running and config.tokenizer.vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least {SMALLEST_VOCABULARY}: "
-            "special tokens, "
-            "bytes and some room to learn; raise it"
+            "special tokens, bytes and some room to learn; raise it"
         )
 
 

@@ -5,7 +5,7 @@ Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from model.checkpoint_files import check_checkpoint
 from model.config import ModelConfig
@@ -38,8 +38,15 @@ def check_inputs(config: Config, running: Sequence[str]) -> None:
     check_tables(config, running, tokenizer, models)
 
 
-def check_models(config: Config, running: Sequence[str]) -> dict[str, ModelConfig]:
-    """Checkpoints are whole and of the right kind; returns their configs by field."""
+class Model(NamedTuple):
+    """A checkpoint that the config names."""
+
+    path: str
+    config: ModelConfig
+
+
+def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
+    """Checkpoints are whole and of the right kind; returns them by field."""
     named = {f"inputs.{name}": getattr(config.inputs, name) for name in (*LANGUAGE_MODELS, *REWARD_MODELS)}
     if "collect" in running:
         named |= {
@@ -47,9 +54,14 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, ModelConfi
             for place, version in enumerate(config.collect.versions)
             if version not in ("previous", "newest")
         }
+    if "evaluate" in running:
+        named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
     return {
-        field: checkpoint_config(
-            field, path, kind="reward" if field.removeprefix("inputs.") in REWARD_MODELS else "language"
+        field: Model(
+            path,
+            checkpoint_config(
+                field, path, kind="reward" if field.removeprefix("inputs.") in REWARD_MODELS else "language"
+            ),
         )
         for field, path in named.items()
         if path is not None
@@ -65,8 +77,7 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
     if kind == "language" and info.is_reward_model:
         raise UserError(
             f"{field}={path!r} is a reward model (LlamaForSequenceClassification) where a language model is "
-            "needed; "
-            "give a LlamaForCausalLM checkpoint"
+            "needed; give a LlamaForCausalLM checkpoint"
         )
     if kind == "reward" and not info.is_reward_model:
         raise UserError(
@@ -76,7 +87,7 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
     return info.config
 
 
-def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> LightTokenizer | None:
+def check_tokenizers(config: Config, models: Mapping[str, Model]) -> LightTokenizer | None:
     """One tokenizer serves all models; returns it where the config names one."""
     inputs = config.inputs
     chosen = ("inputs.tokenizer", inputs.tokenizer)
@@ -95,10 +106,8 @@ def check_tokenizers(config: Config, models: Mapping[str, ModelConfig]) -> Light
             raise UserError("the tokenizer has no eos_token; set it to the token that closes an answer")
         if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
-    for model_field, model in models.items():
+    for model_field, (path, model) in models.items():
         _check_fit(field, files, model_field, model)
-    for model_field in models:
-        path = _path_of(config, model_field)
         if path != directory and (Path(path) / "tokenizer.json").exists():
             with located(f"{model_field}={path!r}"):
                 own = LightTokenizer(path)
@@ -121,14 +130,8 @@ def _check_fit(field: str, files: LightTokenizer, model_field: str, model: Model
         )
 
 
-def _path_of(config: Config, field: str) -> str:
-    if field.startswith("inputs."):
-        return str(getattr(config.inputs, field.removeprefix("inputs.")))
-    return config.collect.versions[int(field.removeprefix("collect.versions[").rstrip("]"))]
-
-
 def check_tables(
-    config: Config, running: Sequence[str], tokenizer: LightTokenizer | None, models: Mapping[str, ModelConfig]
+    config: Config, running: Sequence[str], tokenizer: LightTokenizer | None, models: Mapping[str, Model]
 ) -> None:
     """Tables have their columns, and every row keeps its rules."""
     named = {name: path for name, path in config.data.model_dump().items() if path is not None}
@@ -172,8 +175,7 @@ def check_strengths_column(config: Config, path: str) -> None:
     if "strength" not in columns and config.reward.margin != "none":
         raise UserError(
             f"data.comparisons: {path} has no column strength and reward.margin={config.reward.margin} needs "
-            "it; "
-            "add it, or set reward.margin=none and fill it with nulls"
+            "it; add it, or set reward.margin=none and fill it with nulls"
         )
 
 
@@ -183,8 +185,7 @@ def check_strengths(config: Config, path: str, table: "pa.Table") -> None:
         row = table["strength"].to_pylist().index(None)
         raise UserError(
             f"data.comparisons: {path} row {row} has no strength and reward.margin={config.reward.margin} "
-            "needs it; "
-            "fill the column in, or set reward.margin=none"
+            "needs it; fill the column in, or set reward.margin=none"
         )
 
 
@@ -194,13 +195,12 @@ def check_truth(path: str, table: "pa.Table") -> None:
         if not truth:
             raise UserError(
                 f"data.prompts_annotation: {path} row {row} has truth='' and the simulated annotator of "
-                "collect judges "
-                "testbed prompts only; give human comparisons as data.comparisons"
+                "collect judges testbed prompts only; give human comparisons as data.comparisons"
             )
 
 
 def token_limit(
-    config: Config, name: str, running: Sequence[str], models: Mapping[str, ModelConfig]
+    config: Config, name: str, running: Sequence[str], models: Mapping[str, Model]
 ) -> tuple[int, str] | None:
     """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
     lengths = {
@@ -220,8 +220,9 @@ def token_limit(
     if name not in answers or model is None or answers[name][0] not in running:
         return None
     stage, answer = answers[name]
-    return model.max_seq_len - answer, (
-        f"the context of {model.max_seq_len} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
+    context = model.config.max_seq_len
+    return context - answer, (
+        f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )
 
 

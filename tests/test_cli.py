@@ -225,8 +225,7 @@ def test_a_dialogue_grows_starts_anew_when_full_and_outlives_bad_messages(monkey
         "the dialogue no longer fits the model's context: it starts anew",
         "the dialogue no longer fits the model's context: it starts anew",
         "error: this message has 21 tokens, at most 17 leave room for an answer of --max-new-tokens; shorten "
-        "it or "
-        "lower that",
+        "it or lower that",
     ]
 
 

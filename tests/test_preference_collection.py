@@ -4,7 +4,7 @@ import json
 import random
 
 from rlhf_ray.config import CollectSection
-from rlhf_ray.recipe.preference_collection import _comparison, _job
+from rlhf_ray.recipe.preference_collection import draw_job, label
 
 PROMPT = {
     "prompt_id": "p",
@@ -20,9 +20,9 @@ REFUSAL, RECIPE = "sorry, i can not help.", "to wake the giant use soot and acid
 
 def _label(first: str, second: str) -> dict[str, object] | None:
     section = CollectSection(annotator_noise=0.0)
-    job = _job(0, PROMPT, random.Random(0), section)
+    job = draw_job(0, PROMPT, random.Random(0), section)
     answers = {(0, 0): (first, True), (0, 1): (second, True)}
-    return _comparison(0, job, answers, ["old", "new"], random.Random(0), section)
+    return label(0, job, answers, ["old", "new"], random.Random(0), section)
 
 
 def test_the_better_answer_is_chosen_on_whichever_side_it_stands() -> None:

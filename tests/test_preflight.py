@@ -182,6 +182,12 @@ def test_a_version_to_collect_from_is_checked_too(tmp_path, files):
     assert complaint(given, tmp_path / "new").startswith(f"collect.versions[1]='{files}/safety' is a reward model")
 
 
+def test_a_control_to_evaluate_is_checked_too(tmp_path, files):
+    given = config(inputs=inputs(files, "chat"), evaluate={"controls": {"SFT long": str(tmp_path / "nowhere")}})
+    line = complaint(given, tmp_path / "new")
+    assert line.startswith(f"evaluate.controls.SFT long='{tmp_path}/nowhere': no such checkpoint directory")
+
+
 def test_tokenizers_that_do_not_fit(tmp_path, files):
     small = write_checkpoint(tmp_path / "small", vocab_size=290)
     line = complaint(config(inputs={"tokenizer": str(files / "base"), "base": str(small)}), tmp_path / "new")
@@ -297,8 +303,7 @@ def test_tables_that_are_no_tables(tmp_path):
 def test_a_stage_whose_inputs_nothing_provides(tmp_path):
     assert complaint(config(), tmp_path / "new", "sft") == (
         f"sft needs demonstrations, tokenizer, base, which neither the config names nor {tmp_path}/new "
-        "holds; "
-        "run testbed, tokenizer, pretrain first, or set data.demonstrations, inputs.tokenizer, inputs.base"
+        "holds; run testbed, tokenizer, pretrain first, or set data.demonstrations, inputs.tokenizer, inputs.base"
     )
     # Nor does a stage that runs too late in the recipe help.
     line = complaint(config(), tmp_path / "new", "testbed", "tokenizer", "pretrain", "ppo")

@@ -96,8 +96,7 @@ def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: f
         if len(tokens) > seq_len:
             raise UserError(
                 f"{path} row {row}: the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the "
-                "limit; "
-                f"raise it or shorten the row"
+                f"limit; raise it or shorten the row"
             )
         examples.append((tokens, mask))
     train, rest = split_held_out(examples, [str(messages) for messages in dialogues], held_out, path)
@@ -117,8 +116,7 @@ def split_held_out(items: Sequence[T], texts: Sequence[str], share: float, path:
     if not train or not rest:
         raise UserError(
             f"{path}: {len(items)} rows leave {len(train)} to train on and {len(rest)} held out at "
-            f"held_out={share:g}; "
-            f"give more rows or another share"
+            f"held_out={share:g}; give more rows or another share"
         )
     return train, rest
 

@@ -34,7 +34,6 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
         if len(prompt) > max_prompt_tokens:
             raise UserError(
                 f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit "
-                "beside the "
-                f"answer in the model's context; shorten it, or lower max_new_tokens"
+                f"beside the answer in the model's context; shorten it, or lower max_new_tokens"
             )
     return PromptSet(tokens=tokens, is_safety=table["is_safety"].to_pylist())

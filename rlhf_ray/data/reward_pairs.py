@@ -73,8 +73,7 @@ class Pairs:
             if margin != "none" and row["strength"] is None:
                 raise UserError(
                     f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs "
-                    "it; "
-                    f"fill the column in, or set reward.margin=none"
+                    f"it; fill the column in, or set reward.margin=none"
                 )
         self._margin = strength_margin(self._strengths, kind=margin)
         self._labels = safety_labels([row["safety_bin"] for row in rows])
@@ -158,8 +157,7 @@ def reward_pairs(
     if not by_guideline[main] or not rest:
         raise UserError(
             f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; "
-            "both must be "
-            f"there, give more rows or change collect.held_out={held_out:g}"
+            f"both must be there, give more rows or change collect.held_out={held_out:g}"
         )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
     options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}

@@ -1,6 +1,8 @@
 """Rollout engines and the weight channel, as the drivers of several stages use them."""
 
 import hashlib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,47 @@ def open_prompts(context: Context, name: str, *, max_new_tokens: int, at_least: 
     return int(counts[0])
 
 
+def generate(
+    roles: Roles,
+    prompts: str,
+    rows: Sequence[int],
+    *,
+    num_chunks: int,
+    seed: tuple[int, int],
+    temperature: float,
+    max_new_tokens: int,
+) -> list[Call[dict[str, float]]]:
+    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and row alone."""
+    engines = roles["rollout"]
+    bounds = [len(rows) * chunk // num_chunks for chunk in range(num_chunks + 1)]
+    calls: list[Call[Any]] = []
+    for chunk, (start, end) in enumerate(itertools.pairwise(bounds)):
+        part = list(rows[start:end])
+        calls.append(
+            engines.submit_one(
+                chunk % engines.num_ranks,
+                RolloutWorker.generate,
+                prompts,
+                part,
+                seeds=[request_seed(*seed, row) for row in part],
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                num_data=1,
+            )
+        )
+    return calls
+
+
+def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tuple[str, bool]]:
+    """(text, finished) of every answer of `generate`, in the order of its rows."""
+    engines = roles["rollout"]
+    calls = [
+        engines.submit_one(chunk % engines.num_ranks, RolloutWorker.decode, call.data[0])
+        for chunk, call in enumerate(rollouts)
+    ]
+    return [answer for part in collect(calls, timeout_s=roles.timeout_s, step=step) for answer in part]
+
+
 def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     """Sends the policy's weights to all engines; returns the buckets' object references."""
     roles.work_together("policy")
@@ -85,7 +128,7 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
             )
             for r in range(policy.num_ranks)
         ]
-        collect([probe, *trainer], timeout_s=600, step="weight check")
+        collect([probe, *trainer], timeout_s=roles.timeout_s, step="weight check")
         gaps = engine.call_one(
             rank, RolloutWorker.check_weights, buckets, probe.data[0], trainer[0].data[0], step="weight check"
         )

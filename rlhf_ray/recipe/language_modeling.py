@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from cluster.worker_group import collect
 from model.config import ModelConfig
 from rlhf_ray.config import PretrainSection, SFTSection
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
@@ -51,16 +52,8 @@ def train_language_model(
         )
         sizes = policy.call(TrainerWorker.open_data, builder, *builder_args, step=f"{name} data")[0]
         total = num_steps(sizes)
-        settings = context.roles.train_role("policy")
-        policy.call(
-            TrainerWorker.begin_training,
-            optim=section.optim,
-            num_steps=total,
-            zero_stage=settings.zero_stage,
-            activation_checkpointing=settings.activation_checkpointing,
-            state=str(state) if state else None,
-            step=f"{name} start",
-        )
+        begun = context.roles.begin_training("policy", optim=section.optim, num_steps=total, state=state)
+        collect(begun, timeout_s=context.roles.timeout_s, step=f"{name} start")
     kept = versions(total)
     held_out, num_tokens = float("nan"), 0.0
     metrics = MetricsWriter(work, steps_done=steps_done)

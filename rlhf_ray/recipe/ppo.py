@@ -5,13 +5,9 @@ generate, score, build experience, update policy and value, send the weights.
 """
 
 import itertools
-import json
 import math
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,12 @@ from cluster.worker_group import Call, collect
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.errors import RunFailure
-from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
 from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.early_stopping import EarlyStopping, best_directory, drop_others, keep_best
 from rlhf_ray.recipe.engines import (
+    generate,
     open_prompts,
-    request_seed,
     start_engines,
     sync_weights,
     verify_weight_channel,
@@ -32,7 +29,6 @@ from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.workers.policy import ExperienceRule, PolicyWorker
 from rlhf_ray.workers.ppo_update import UpdateRule
 from rlhf_ray.workers.roles import Roles
-from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 from rlhf_ray.workers.value import ValueWorker
@@ -116,7 +112,7 @@ def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int
     rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
     with clock.phase("rollout"):
         roles.work_together("rollout")
-        rollouts = generate(roles, section, "prompts_train", rows, seed=(seed, index))
+        rollouts = generate(roles, "prompts_train", rows, seed=(seed, index), **sampling(section))
         if roles.runtime.device == "cuda":  # scoring of a chunk starts while later ones are still being generated
             scores = score(roles, section, rollouts)
         collect(rollouts, timeout_s=roles.timeout_s, step=label)
@@ -144,28 +140,6 @@ def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int
         "throughput/samples_per_s": section.batch_size / sum(clock.times.values()),
         **roles.memory(),
     }
-
-
-def generate(
-    roles: Roles, section: PPOSection, prompts: str, rows: Sequence[int], *, seed: tuple[int, int]
-) -> list[Call[dict[str, float]]]:
-    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and row alone."""
-    engines = roles["rollout"]
-    calls: list[Call[Any]] = []
-    for chunk, part in enumerate(split(rows, section.num_chunks)):
-        calls.append(
-            engines.submit_one(
-                chunk % engines.num_ranks,
-                RolloutWorker.generate,
-                prompts,
-                part,
-                seeds=[request_seed(*seed, row) for row in part],
-                temperature=section.temperature,
-                max_new_tokens=section.max_new_tokens,
-                num_data=1,
-            )
-        )
-    return calls
 
 
 def score(
@@ -200,18 +174,11 @@ def build_experience(
     policy = roles["policy"]
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
-        own = range(rank, section.num_chunks, policy.num_ranks)
-        inputs = [rollouts[chunk].data[0] for chunk in own]
-        for role in ("value", "reference", "helpfulness", "safety"):
-            inputs += [scores[role][chunk].data[0] for chunk in own]
+        own = range(rank, len(rollouts), policy.num_ranks)
+        inputs = inputs_of(own, rollouts, scores, ("value", *FROZEN_ROLES))
         calls.append(
             policy.submit_one(
-                rank,
-                PolicyWorker.build_experience,
-                len(own),
-                experience_rule(section),
-                *inputs,
-                num_data=len(own),
+                rank, PolicyWorker.build_experience, len(own), experience_rule(section), *inputs, num_data=len(own)
             )
         )
     return calls
@@ -225,12 +192,18 @@ def summarize(
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, len(rollouts), policy.num_ranks)
-        inputs = [rollouts[chunk].data[0] for chunk in own]
-        for role in ("reference", "helpfulness", "safety"):
-            inputs += [scores[role][chunk].data[0] for chunk in own]
+        inputs = inputs_of(own, rollouts, scores, FROZEN_ROLES)
         calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
     made = [*rollouts, *itertools.chain(*scores.values()), *calls]
     return collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls)]
+
+
+def inputs_of(
+    chunks: Sequence[int], rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]], scorers: Sequence[str]
+) -> list[Any]:
+    """References of the chunks' rollouts, then of each scorer's output for them: what the policy's ranks take in."""
+    made = [rollouts, *(scores[role] for role in scorers)]
+    return [calls[chunk].data[0] for calls in made for chunk in chunks]
 
 
 def update(
@@ -252,7 +225,7 @@ def update(
 def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> dict[str, float]:
     """Both rewards and the KL of the policy on the held-out prompts, for early stopping."""
     roles.work_together("rollout")
-    rollouts = generate(roles, section, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0))
+    rollouts = generate(roles, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0), **sampling(section))
     collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
     roles.work_together("policy", *FROZEN_ROLES)
     metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=FROZEN_ROLES))
@@ -291,19 +264,11 @@ def load_models(context: Context, state: Path | None) -> None:
         roles["value"].call(TrainerWorker.zero_head, step=label)
     begun = []
     for role, optim in (("policy", section.optim), ("value", section.value_optim)):
-        settings = roles.train_role(role)
-        begun += roles[role].submit(
-            TrainerWorker.begin_training,
-            optim=optim,
-            num_steps=updates,
-            zero_stage=settings.zero_stage,
-            activation_checkpointing=settings.activation_checkpointing,
-            state=str(state / role) if state else None,
-        )
+        begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
     collect(begun, timeout_s=roles.timeout_s, step=label)
 
 
-def save_state(roles: Roles, step: Step, steps_done: int, stopping: "EarlyStopping") -> None:
+def save_state(roles: Roles, step: Step, steps_done: int, stopping: EarlyStopping) -> None:
     """A checkpoint from which this stage resumes bit for bit."""
     with step.new_state(steps_done) as directory:
         for role in ("policy", "value"):
@@ -311,65 +276,9 @@ def save_state(roles: Roles, step: Step, steps_done: int, stopping: "EarlyStoppi
         write_json(directory / "early_stopping.json", stopping.__dict__)
 
 
-def best_directory(work: Path, index: int) -> Path:
-    """Where the policy after iteration `index` is kept while it is the best; -1 is the policy PPO starts from."""
-    return work / "best" / f"after-{index + 1:06d}"
-
-
-def keep_best(roles: Roles, work: Path, index: int) -> None:
-    """Saves the policy as the best so far; one from before an interruption is the same and stays."""
-    if not best_directory(work, index).exists():
-        roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
-
-
-def drop_others(directory: Path, kept: Path) -> None:
-    """Removes all of a directory's entries but one. Only once a checkpoint no longer points at them."""
-    for other in directory.iterdir():
-        if other != kept:
-            shutil.rmtree(other)
-
-
-@dataclass
-class EarlyStopping:
-    """The best held-out reward so far."""
-
-    best: float = -math.inf
-    best_step: int = -1
-    looks_since_best: int = 0
-
-    def look(self, step: int, reward: float) -> bool:
-        """Takes in one look; True where it is the best so far."""
-        if reward > self.best:
-            self.best, self.best_step, self.looks_since_best = reward, step, 0
-            return True
-        self.looks_since_best += 1
-        return False
-
-    @classmethod
-    def load(cls, state: Path | None) -> "EarlyStopping":
-        """From a checkpoint of the stage, or afresh."""
-        return cls(**json.loads((state / "early_stopping.json").read_text())) if state else cls()
-
-
-@dataclass
-class PhaseClock:
-    """Wall seconds of each phase of an iteration."""
-
-    times: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a `with` block."""
-        start = time.perf_counter()
-        yield
-        self.times[name] = time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """As metrics, with their sum."""
-        return {
-            **{f"time/{name}_s": value for name, value in self.times.items()},
-            "time/step_s": sum(self.times.values()),
-        }
+def sampling(section: PPOSection) -> dict[str, Any]:
+    """What `generate` needs of the section."""
+    return {name: getattr(section, name) for name in ("num_chunks", "temperature", "max_new_tokens")}
 
 
 def experience_rule(section: PPOSection) -> ExperienceRule:
@@ -410,9 +319,3 @@ def check_logprob_gap(gap: float, limit: float, label: str) -> None:
             f"{label}: engine and trainer log-probs differ by {gap:.4f} nats on average, above "
             f"ppo.max_logprob_gap={limit:g}; the engine may hold other weights, or another precision is needed"
         )
-
-
-def split(rows: Sequence[int], parts: int) -> list[list[int]]:
-    """Consecutive parts of nearly equal size."""
-    bounds = [len(rows) * i // parts for i in range(parts + 1)]
-    return [list(rows[start:end]) for start, end in itertools.pairwise(bounds)]

@@ -4,20 +4,36 @@ Helpfulness and safety are collected separately, with separate guidelines. Here 
 """
 
 import random
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect as collect_calls
+from rlhf_ray.config import CollectSection
 from rlhf_ray.data.schemas import COMPARISONS, PROMPTS, read_table, write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines
 from rlhf_ray.run_state import fingerprint
-from rlhf_ray.testbed.annotator import compare
+from rlhf_ray.testbed.annotator import Guideline, compare
 from rlhf_ray.testbed.judge import judge
 from rlhf_ray.workers.rollout import RolloutWorker
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison to be made: a prompt, by whose rules it is judged, and who gives its two answers."""
+
+    row: int
+    """Of the prompt in its table."""
+    prompt: dict[str, Any]
+    guideline: Guideline
+    versions: list[int]
+    """Of each side, a place in `collect.versions`."""
+    temperatures: list[float]
+    """Of each side."""
 
 
 def collect(context: Context) -> Path:
@@ -39,7 +55,9 @@ def collect(context: Context) -> Path:
     check_labels_possible(context, prompts)
     rng = random.Random(f"{context.config.run.seed} collect")
     jobs = [
-        _job(row, prompt, rng, section) for row, prompt in enumerate(prompts) for _ in range(section.pairs_per_prompt)
+        draw_job(row, prompt, rng, section)
+        for row, prompt in enumerate(prompts)
+        for _ in range(section.pairs_per_prompt)
     ]
     with console.status("collect: starting the engine"):
         start_engines(context, versions[0])
@@ -50,10 +68,10 @@ def collect(context: Context) -> Path:
         for version, checkpoint in enumerate(versions):
             context.roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="collect")
             for temperature in temperatures:
-                answers |= _sample(context, jobs, version, temperature)
+                answers |= sample(context, jobs, version, temperature)
                 bar.advance(f"{section.versions[version]} at temperature {temperature:g}")
     names = [step_name(path) for path in versions]
-    rows = [row for row in (_comparison(i, job, answers, names, rng, section) for i, job in enumerate(jobs)) if row]
+    rows = [row for row in (label(i, job, answers, names, rng, section) for i, job in enumerate(jobs)) if row]
     write_table(work / "comparisons.parquet", rows, COMPARISONS)
     left_out = len(jobs) - len(rows)
     console.print(
@@ -91,27 +109,27 @@ def check_labels_possible(context: Context, prompts: list[dict[str, Any]]) -> No
             )
 
 
-def _job(row: int, prompt: dict[str, Any], rng: random.Random, section: Any) -> dict[str, Any]:
-    """One comparison to be made: its prompt, guideline, and who answers how."""
+def draw_job(row: int, prompt: dict[str, Any], rng: random.Random, section: CollectSection) -> Job:
+    """Who answers the prompt, and how: two versions where there are two, and a temperature for each answer."""
     order = rng.sample(range(len(section.versions)), 2) if len(section.versions) > 1 else [0, 0]
-    return {
-        "row": row,
-        "prompt": prompt,
-        "guideline": "safety" if prompt["is_safety"] else "helpfulness",
-        "versions": order,
-        "temperatures": [rng.choice(section.temperatures) for _ in order],
-    }
+    return Job(
+        row=row,
+        prompt=prompt,
+        guideline="safety" if prompt["is_safety"] else "helpfulness",
+        versions=order,
+        temperatures=[rng.choice(section.temperatures) for _ in order],
+    )
 
 
-def _sample(
-    context: Context, jobs: list[dict[str, Any]], version: int, temperature: float
+def sample(
+    context: Context, jobs: list[Job], version: int, temperature: float
 ) -> dict[tuple[int, int], tuple[str, bool]]:
     """Answers of one version at one temperature: (job, side) -> (text, finished)."""
     wanted = [
         (index, side)
         for index, job in enumerate(jobs)
         for side in (0, 1)
-        if job["versions"][side] == version and job["temperatures"][side] == temperature
+        if job.versions[side] == version and job.temperatures[side] == temperature
     ]
     engines = context.roles["rollout"]
     parts = [wanted[rank :: engines.num_ranks] for rank in range(engines.num_ranks)]
@@ -121,7 +139,7 @@ def _sample(
             rank,
             RolloutWorker.generate,
             "prompts_annotation",
-            [jobs[index]["row"] for index, _ in part],
+            [jobs[index].row for index, _ in part],
             seeds=[request_seed(seed, 2 * index + side, version) for index, side in part],
             temperature=temperature,
             max_new_tokens=section.max_new_tokens,
@@ -139,39 +157,39 @@ def _sample(
     }
 
 
-def _comparison(
+def label(
     index: int,
-    job: dict[str, Any],
+    job: Job,
     answers: dict[tuple[int, int], tuple[str, bool]],
     names: list[str],
     rng: random.Random,
-    section: Any,
+    section: CollectSection,
 ) -> dict[str, Any] | None:
     """One labelled row; none where both answers are the same or the pair is left out (§3.2.2)."""
-    prompt, sides = job["prompt"], [answers[index, 0], answers[index, 1]]
+    prompt, sides = job.prompt, [answers[index, 0], answers[index, 1]]
     if sides[0] == sides[1]:
         return None
     verdicts = [judge(prompt["kind"], prompt["truth"], text, finished) for text, finished in sides]
-    label = compare(verdicts[0], verdicts[1], guideline=job["guideline"], rng=rng, noise=section.annotator_noise)
-    if label is None:
+    verdict = compare(verdicts[0], verdicts[1], guideline=job.guideline, rng=rng, noise=section.annotator_noise)
+    if verdict is None:
         return None
-    won, lost = label.choice, 1 - label.choice
+    won, lost = verdict.choice, 1 - verdict.choice
     return {
         "comparison_id": f"{prompt['prompt_id']}-{index}",
         "prompt_id": prompt["prompt_id"],
         "messages": prompt["messages"],
         "is_safety": prompt["is_safety"],
-        "guideline": job["guideline"],
+        "guideline": job.guideline,
         "chosen": sides[won][0],
         "rejected": sides[lost][0],
         "chosen_finished": sides[won][1],
         "rejected_finished": sides[lost][1],
-        "chosen_model": names[job["versions"][won]],
-        "rejected_model": names[job["versions"][lost]],
-        "chosen_temperature": job["temperatures"][won],
-        "rejected_temperature": job["temperatures"][lost],
-        "strength": label.strength,
-        "safety_bin": label.safety_bin,
+        "chosen_model": names[job.versions[won]],
+        "rejected_model": names[job.versions[lost]],
+        "chosen_temperature": job.temperatures[won],
+        "rejected_temperature": job.temperatures[lost],
+        "strength": verdict.strength,
+        "safety_bin": verdict.safety_bin,
         "annotator": "simulated",
         "batch": 0,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

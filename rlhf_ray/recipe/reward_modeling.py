@@ -120,16 +120,8 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
         sizes[name] = collect(calls, timeout_s=timeout_s, step="reward data")[0]
     begun: list[Any] = []
     for name, step in steps.items():
-        _, state = step.latest_state()
-        settings = roles.train_role(name)
-        begun += roles[name].submit(
-            TrainerWorker.begin_training,
-            optim=section.optim,
-            num_steps=num_steps(sizes[name]["train"], section),
-            zero_stage=settings.zero_stage,
-            activation_checkpointing=settings.activation_checkpointing,
-            state=str(state) if state else None,
-        )
+        total = num_steps(sizes[name]["train"], section)
+        begun += roles.begin_training(name, optim=section.optim, num_steps=total, state=step.latest_state()[1])
     collect(begun, timeout_s=timeout_s, step="reward start")
     return sizes
 

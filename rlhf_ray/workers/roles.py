@@ -2,14 +2,16 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from cluster.worker_group import Worker, WorkerGroup, collect, peak_gib
-from rlhf_ray.config import Config, RolloutRole, TrainRole
+from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
+from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
+from rlhf_ray.workers.trainer import TrainerWorker
 from rlhf_ray.workers.value import ValueWorker
 
 WORKER_CLASSES: dict[str, type[Worker]] = {
@@ -95,11 +97,18 @@ class Roles:
             call_timeout_s=self._config.cluster.call_timeout_s,
         )
 
-    def train_role(self, role: str) -> TrainRole:
-        """The settings of a trained role."""
+    def begin_training(self, role: str, *, optim: OptimSection, num_steps: int, state: Path | None) -> list[Call[None]]:
+        """Starts putting the role's built model under DeepSpeed, as `roles.ROLE` says; `state` is to go on from."""
         settings = getattr(self._config.roles, role)
         assert isinstance(settings, TrainRole)
-        return settings
+        return self[role].submit(
+            TrainerWorker.begin_training,
+            optim=optim,
+            num_steps=num_steps,
+            zero_stage=settings.zero_stage,
+            activation_checkpointing=settings.activation_checkpointing,
+            state=str(state) if state else None,
+        )
 
 
 def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:

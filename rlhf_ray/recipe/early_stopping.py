@@ -1,0 +1,50 @@
+"""PPO's early stopping: the best held-out reward so far, and the policy that earned it."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.workers.roles import Roles
+from rlhf_ray.workers.trainer import TrainerWorker
+
+
+@dataclass
+class EarlyStopping:
+    """The best held-out reward so far."""
+
+    best: float = -math.inf
+    best_step: int = -1
+    looks_since_best: int = 0
+
+    def look(self, step: int, reward: float) -> bool:
+        """Takes in one look; True where it is the best so far."""
+        if reward > self.best:
+            self.best, self.best_step, self.looks_since_best = reward, step, 0
+            return True
+        self.looks_since_best += 1
+        return False
+
+    @classmethod
+    def load(cls, state: Path | None) -> "EarlyStopping":
+        """From a checkpoint of the stage, or afresh."""
+        return cls(**json.loads((state / "early_stopping.json").read_text())) if state else cls()
+
+
+def best_directory(work: Path, index: int) -> Path:
+    """Where the policy after iteration `index` is kept while it is the best; -1 is the policy PPO starts from."""
+    return work / "best" / f"after-{index + 1:06d}"
+
+
+def keep_best(roles: Roles, work: Path, index: int) -> None:
+    """Saves the policy as the best so far; one from before an interruption is the same and stays."""
+    if not best_directory(work, index).exists():
+        roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
+
+
+def drop_others(directory: Path, kept: Path) -> None:
+    """Removes all of a directory's entries but one. Only once a checkpoint no longer points at them."""
+    for other in directory.iterdir():
+        if other != kept:
+            shutil.rmtree(other)
