@@ -74,6 +74,8 @@ class ClusterSection(Section):
     """Deadline for placement and for start-up of a role, seconds."""
     call_timeout_s: Positive = 3600.0
     """Deadline of every call to a worker, seconds."""
+    max_repairs: Annotated[int, Field(ge=0)] = 3
+    """Times that a stage may lose workers, have their groups rebuilt and go on from its last checkpoint."""
 
 
 class TrainRole(Section):
