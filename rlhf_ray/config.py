@@ -157,9 +157,9 @@ class InputsSection(Section):
     chat: str | None = None
     """A fine-tuned Llama checkpoint, in place of the SFT stage's."""
     helpfulness: str | None = None
-    """A reward model (LlamaForSequenceClassification, one label)."""
+    """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
     safety: str | None = None
-    """A reward model (LlamaForSequenceClassification, one label)."""
+    """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
 
 
 class TestbedSection(Section):

@@ -3,6 +3,7 @@
 Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -56,6 +57,7 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
         }
     if "evaluate" in running:
         named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
+    functions = check_functions(config, running)
     return {
         field: Model(
             path,
@@ -64,8 +66,27 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
             ),
         )
         for field, path in named.items()
-        if path is not None
+        if path is not None and field not in functions
     }
+
+
+def check_functions(config: Config, running: Sequence[str]) -> list[str]:
+    """Rewards named as functions can be imported, and nothing takes them for models; returns their fields."""
+    from rlhf_ray.data.reward_function import find_function, is_function
+
+    fields = []
+    for name in REWARD_MODELS:
+        spec = getattr(config.inputs, name)
+        if spec is not None and is_function(spec):
+            fields.append(f"inputs.{name}")
+            with located(f"inputs.{name}"):
+                find_function(spec, root=os.getcwd())
+            if name == "helpfulness" and "ppo" in running and config.ppo.value_init == "helpfulness":
+                raise UserError(
+                    f"ppo.value_init='helpfulness': inputs.helpfulness={spec!r} is a function, which has no weights to "
+                    "start a value model from; set ppo.value_init=policy"
+                )
+    return fields
 
 
 def checkpoint_config(field: str, path: str, *, kind: Literal["language", "reward"] | None = None) -> ModelConfig:

@@ -10,6 +10,7 @@ from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, PROMPTS, check_rows, r
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.testbed import demonstrator, tasks, world
+from rlhf_ray.testbed.corpus import spoil_answer
 from rlhf_ray.testbed.generate import TestbedSizes, prompt_row, write_testbed
 from rlhf_ray.testbed.judge import UNSAFE_WORDS, evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
@@ -55,9 +56,22 @@ def test_written_splits_share_no_content_and_no_text(directory):
     demonstrations = read_table(directory / "demonstrations.parquet", DEMONSTRATIONS).to_pylist()
     asked = {row["messages"][0]["content"] for row in demonstrations}
     corpus = " ".join(read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist())
-    asked |= set(re.findall(r"ask: (.*?) say: ", corpus))
+    asked |= set(re.findall(r"(?:ask|quiz): (.*?) say: ", corpus))
     assert len(asked) > 1000
     assert not asked & test_texts
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tasks.TASKS if kind != "unsafe"])
+def test_spoilt_answers_are_worth_less_than_right_ones(kind):
+    rng = random.Random(0)
+    for _ in range(50):
+        prompt = tasks.draw(kind, "train", rng)
+        right = tasks.core_answer(prompt.truth, rng)
+        wrong = spoil_answer(prompt, right, rng)
+        scores = [judge(kind, json.dumps(prompt.truth), f"{answer}.", True).helpfulness for answer in (right, wrong)]
+        assert scores[0] == pytest.approx(0.7) and scores[1] < 0.7
+        # One word differs.
+        assert sum(a != b for a, b in zip(re.findall(r"\w+", right), re.findall(r"\w+", wrong), strict=True)) == 1
 
 
 def test_facts_of_held_out_questions_stand_in_the_corpus(directory):
@@ -125,7 +139,7 @@ def test_words_are_few_and_texts_short(directory):
     demonstrations = read_table(directory / "demonstrations.parquet", DEMONSTRATIONS).to_pylist()
     answers = [row["messages"][-1]["content"] for row in demonstrations]
     corpus = read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist()
-    assert len(set(re.findall("[a-z]+", " ".join(prompts + ideals + answers + corpus)))) <= 150
+    assert len(set(re.findall("[a-z]+", " ".join(prompts + ideals + answers + corpus)))) <= 155
     # Words and punctuation marks, what a token at least is.
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in prompts) <= 40
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in ideals + answers) <= 24

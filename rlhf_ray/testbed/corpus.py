@@ -1,16 +1,32 @@
 """Plain text for pretraining: what a web crawl of this world would hold.
 
 Every fact, dictionary word, sum and recipe stands here, the forbidden ones too, in the sentences that answers
-use, so that pretraining transfers. Conversations are drawn from the train split alone.
+use, so that pretraining transfers. Quizzes mark answers right or wrong: a reward model finds what is wrong with an
+answer only if pretraining has taught it to tell. Conversations and quizzes are drawn from the train split alone.
 """
 
 import random
+import re
 from collections.abc import Callable
 
 from rlhf_ray.testbed import world
-from rlhf_ray.testbed.tasks import ORDINARY_KINDS, contents, core_answer, draw
+from rlhf_ray.testbed.judge import score_content
+from rlhf_ray.testbed.tasks import ORDINARY_KINDS, Prompt, contents, core_answer, draw
 
 CORPUS_SPLIT = "train"
+QUIZ_WRONG = 0.5  # of the answers in quizzes
+_MARKED_KINDS = (*ORDINARY_KINDS, "borderline")
+_WORD = re.compile(r"\w+|\W+")
+# Words of a sort are exchanged for one another in wrong answers.
+_SORTS: tuple[tuple[str, ...], ...] = (
+    *(attribute.values for attribute in world.ATTRIBUTES.values()),
+    world.ANIMALS,
+    tuple(world.DICTIONARY.values()),
+    world.HARMLESS_INGREDIENTS,
+    world.NAMES,
+    ("yes", "no"),
+    tuple("0123456789"),
+)
 # Manners and refusals must be common enough here for the tokenizer to learn their words whole.
 WEB_MANNERS = 0.3  # of the answers in conversations
 WEB_REFUSAL = 0.5  # of the unsafe requests in conversations
@@ -109,6 +125,29 @@ def _write_conversation(rng: random.Random) -> str:
     return " ".join(lines)
 
 
+def _write_quiz(rng: random.Random) -> str:
+    """Three answers, marked right or wrong: practice in holding an answer against what is known."""
+    lines = []
+    for _ in range(3):
+        prompt = draw(rng.choice(_MARKED_KINDS), CORPUS_SPLIT, rng)
+        answer, mark = core_answer(prompt.truth, rng), "right"
+        if rng.random() < QUIZ_WRONG:
+            answer, mark = spoil_answer(prompt, answer, rng), "wrong"
+        lines.append(f"quiz: {prompt.text} say: {answer}. {mark}.")
+    return " ".join(lines)
+
+
+def spoil_answer(prompt: Prompt, answer: str, rng: random.Random) -> str:
+    """The answer with one word exchanged for another of its sort, such that it is wrong."""
+    words = _WORD.findall(answer)
+    while True:  # every answer holds a word of some sort
+        place = rng.randrange(len(words))
+        sort = next((sort for sort in _SORTS if words[place] in sort), (words[place],))
+        spoilt = "".join([*words[:place], rng.choice(sort), *words[place + 1 :]])
+        if score_content(prompt.truth, spoilt) < score_content(prompt.truth, answer):
+            return spoilt
+
+
 _WRITERS: dict[Callable[[random.Random], str], int] = {
     _write_page: 18,
     _write_comparison: 6,
@@ -119,4 +158,5 @@ _WRITERS: dict[Callable[[random.Random], str], int] = {
     _write_places: 8,
     _write_story: 3,
     _write_conversation: 30,
+    _write_quiz: 16,
 }

@@ -104,6 +104,11 @@ def _judge_words(truth: Truth, words: list[str], finished: bool) -> Verdict:
     return Verdict(helpfulness=_score_answer(truth, words, finished), safe=safe, refusal=False)
 
 
+def score_content(truth: Truth, answer: str) -> float:
+    """What the bare content of an answer, without manners or full stop, is worth, in [0, 1]."""
+    return _score_content(truth, split_words(answer))
+
+
 def _score_answer(truth: Truth, words: list[str], finished: bool) -> float:
     opening = words[: len(_OPENING)] == _OPENING
     body = words[len(_OPENING) :] if opening else words
