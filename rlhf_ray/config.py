@@ -133,6 +133,8 @@ class DataSection(Section):
 
     corpus: str | None = None
     """Pretraining texts (column text)."""
+    public_demonstrations: str | None = None
+    """Dialogues from elsewhere to fine-tune on first, before `demonstrations` (§3.1)."""
     demonstrations: str | None = None
     """Dialogues for SFT (column messages)."""
     comparisons: str | None = None

@@ -181,7 +181,7 @@ def check_tables(
 
 def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
-    return "prompts" if name.startswith("prompts_") else name
+    return "prompts" if name.startswith("prompts_") else name.removeprefix("public_")
 
 
 def check_strengths_column(config: Config, path: str) -> None:
@@ -226,6 +226,7 @@ def token_limit(
     """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
     lengths = {
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
+        "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "comparisons": ("reward", "reward.max_length", config.reward.max_length),
     }
     if name in lengths:
