@@ -100,9 +100,7 @@ def test_fine_tuning_on_public_dialogues_comes_first_and_its_model_is_the_start(
     two_stages = run(finished, **{"run.stages": '["sft"]', "data.public_demonstrations": f'"{demonstrations}"'})
     assert two_stages.returncode == 0, two_stages.stderr
     new = [path for path in (finished / "steps").iterdir() if path.name not in before]
-    made = {
-        name: json.loads((path / "step.json").read_text()) for path in new for name in [path.name.rpartition("-")[0]]
-    }
+    made = {path.name.rpartition("-")[0]: json.loads((path / "step.json").read_text()) for path in new}
     assert set(made) == {"sft-public", "sft"}
     [public] = [path for path in new if path.name.startswith("sft-public")]
     assert made["sft"]["inputs"]["parents"]["public_chat"] == f"{public.name}/model"
