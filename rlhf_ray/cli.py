@@ -1,6 +1,7 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,6 +114,29 @@ def report(
     from rlhf_ray.evaluate.seeds import print_comparison
 
     print_comparison(runs, against=against)
+
+
+class Exported(StrEnum):
+    """Models of a run."""
+
+    policy = "policy"
+    chat = "chat"
+    base = "base"
+    helpfulness = "helpfulness"
+    safety = "safety"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Path, typer.Option("--to", help="Where the checkpoint goes; must not exist.")],
+    model: Annotated[Exported, typer.Option(help="Which model, from its newest finished step.")] = Exported.policy,
+) -> None:
+    """Copy a model out of a run, for transformers and vLLM."""
+    from rlhf_ray.export import export_model
+
+    source = export_model(run, to, what=model.value)
+    print(f"{source} -> {to}")
 
 
 @data_app.command("check")
