@@ -62,6 +62,11 @@ def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> 
         ) from error
     except PlacementError as error:
         raise RunFailure(str(error)) from error
+    except OSError as error:  # the disk is full, or the run directory has gone
+        raise RunFailure(
+            f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the same "
+            "command goes on from it once the disk is in order"
+        ) from error
 
 
 @app.command()
