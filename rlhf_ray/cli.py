@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_ray.data.import_formats import Format, Guideline, ImportKind, TooLong
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import stopping_on_signals
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at Parquet data.", no_args_is_help=True)
+data_app = typer.Typer(help="Import, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")]
@@ -113,6 +114,48 @@ def report(
     from rlhf_ray.evaluate.seeds import print_comparison
 
     print_comparison(runs, against=against)
+
+
+@data_app.command("import")
+def data_import(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .parquet), or directories.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
+    kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],
+    format_: Annotated[Format, typer.Option("--format", help="How the rows are written; auto tells by columns.")] = (
+        "auto"
+    ),
+    guideline: Annotated[
+        Guideline | None, typer.Option(help="Of all rows; else the source's own column, or helpfulness.")
+    ] = None,
+    max_chars: Annotated[
+        int | None, typer.Option(min=1, help="Most characters of a dialogue with its longer answer.")
+    ] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="Longer rows: leave out, or cut their oldest pairs of turns.")
+    ] = "skip",
+    held_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of prompts that goes to OUT.held_out.parquet.")
+    ] = 0.0,
+    split: Annotated[str | None, typer.Option(help="Which split of a directory, such as train.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.parquet.")] = False,
+) -> None:
+    """Turn HH-RLHF, chosen/rejected, messages or prompt files into a table."""
+    from rlhf_ray.data.importers import import_table
+
+    import_table(
+        sources,
+        to,
+        kind=kind,
+        form=format_,
+        guideline=guideline,
+        max_chars=max_chars,
+        too_long=too_long,
+        held_out=held_out,
+        split=split,
+        overwrite=overwrite,
+    )
 
 
 @data_app.command("check")
