@@ -59,7 +59,7 @@ COMPARISONS = pa.schema(
         _field("safety_bin", nullable=True),
         _field("annotator"),
         _field("batch", pa.int32()),
-        _field("time"),  # ISO 8601
+        _field("time"),  # ISO 8601, "" if not known
     ]
 )
 SCHEMAS: dict[Kind, pa.Schema] = {
