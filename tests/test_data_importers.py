@@ -365,9 +365,10 @@ def test_long_comparisons_lose_their_oldest_pairs_of_turns(imported, max_chars, 
 
 
 def test_long_rows_are_left_out_unless_asked_otherwise(imported, capsys):
-    rows, counts = imported(pair(0, prompt="?"), LONG_PAIR, max_chars=59)
-    assert (len(rows), counts.left_out, counts.shortened) == (1, {"too long": 1}, 0)
-    assert capsys.readouterr().err == ""  # it is not broken
+    many = SHOWN_PROBLEMS + 1
+    rows, counts = imported(pair(0, prompt="?"), *[LONG_PAIR] * many, max_chars=59)
+    assert (len(rows), counts.left_out, counts.shortened) == (1, {"too long": many}, 0)
+    assert capsys.readouterr().err == ""  # they are not broken
 
 
 def test_shortened_rows_keep_their_system_message_and_are_counted(imported, capsys):
