@@ -1,12 +1,12 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf_ray.data.import_formats import Format, Guideline, ImportKind, TooLong
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import stopping_on_signals
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at Parquet data.", no_args_is_help=True)
+data_app = typer.Typer(help="Import, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")]
@@ -121,27 +121,62 @@ def report(
     print_comparison(runs, against=against)
 
 
-class Exported(StrEnum):
-    """Models of a run."""
-
-    policy = "policy"
-    chat = "chat"
-    base = "base"
-    helpfulness = "helpfulness"
-    safety = "safety"
-
-
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     to: Annotated[Path, typer.Option("--to", help="Where the checkpoint goes; must not exist.")],
-    model: Annotated[Exported, typer.Option(help="Which model, from its newest finished step.")] = Exported.policy,
+    model: Annotated[
+        Literal["policy", "chat", "base", "helpfulness", "safety"],
+        typer.Option(help="Which model, from its newest finished step."),
+    ] = "policy",
 ) -> None:
     """Copy a model out of a run, for transformers and vLLM."""
     from rlhf_ray.export import export_model
 
-    source = export_model(run, to, what=model.value)
+    source = export_model(run, to, what=model)
     print(f"{source} -> {to}")
+
+
+@data_app.command("import")
+def data_import(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .parquet), or directories.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
+    kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],
+    format_: Annotated[Format, typer.Option("--format", help="How the rows are written; auto tells by columns.")] = (
+        "auto"
+    ),
+    guideline: Annotated[
+        Guideline | None, typer.Option(help="Of all rows; else the source's own column, or helpfulness.")
+    ] = None,
+    max_chars: Annotated[
+        int | None, typer.Option(min=1, help="Most characters of a dialogue with its longer answer.")
+    ] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="Longer rows: leave out, or cut their oldest pairs of turns.")
+    ] = "skip",
+    held_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of prompts that goes to OUT.held_out.parquet.")
+    ] = 0.0,
+    split: Annotated[str | None, typer.Option(help="Which split of a directory, such as train.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.parquet.")] = False,
+) -> None:
+    """Turn HH-RLHF, chosen/rejected, messages or prompt files into a table."""
+    from rlhf_ray.data.importers import import_table
+
+    import_table(
+        sources,
+        to,
+        kind=kind,
+        form=format_,
+        guideline=guideline,
+        max_chars=max_chars,
+        too_long=too_long,
+        held_out=held_out,
+        split=split,
+        overwrite=overwrite,
+    )
 
 
 @data_app.command("check")
