@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.data.schemas import PROMPTS, read_table
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,5 +90,7 @@ def score_with(function: Function, rollouts: "Rollouts", tokenizer: Any, *, name
 
 @cache
 def _dialogues(path: str) -> list[list[dict[str, str]]]:
+    from rlhf_ray.data.schemas import PROMPTS, read_table  # not at the top: preflight reads names without pyarrow
+
     found: list[list[dict[str, str]]] = read_table(path, PROMPTS, columns=["messages"])["messages"].to_pylist()
     return found
