@@ -139,6 +139,8 @@ class DataSection(Section):
     """Dialogues for SFT (column messages)."""
     comparisons: str | None = None
     """Human comparisons for the reward models, in place of what `collect` would make."""
+    comparisons_held_out: str | None = None
+    """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`collect.held_out`)."""
     prompts_train: str | None = None
     """Prompts PPO samples from."""
     prompts_early_stop: str | None = None

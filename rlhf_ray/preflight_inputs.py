@@ -162,15 +162,15 @@ def check_tables(
 
     for name, path in named.items():
         kind = table_kind(name)
-        if name == "comparisons":
-            check_strengths_column(config, path)
+        if kind == "comparisons":
+            check_strengths_column(config, name, path)
         with located(f"data.{name}"):
             table = read_table(path, SCHEMAS[kind])
             if problems := check_rows(kind, table):
                 more = f" (the first of {len(problems)} broken rows)" if len(problems) > 1 else ""
                 raise UserError(f"{path} {problems[0]}{more}; see `rlhf-ray data check {kind} {path}`")
-        if name == "comparisons":
-            check_strengths(config, path, table)
+        if kind == "comparisons":
+            check_strengths(config, name, path, table)
         if name == "prompts_annotation" and "collect" in running:
             check_truth(path, table)
         limit = token_limit(config, name, running, models)
@@ -181,10 +181,10 @@ def check_tables(
 
 def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
-    return "prompts" if name.startswith("prompts_") else name.removeprefix("public_")
+    return "prompts" if name.startswith("prompts_") else name.removeprefix("public_").removesuffix("_held_out")
 
 
-def check_strengths_column(config: Config, path: str) -> None:
+def check_strengths_column(config: Config, name: str, path: str) -> None:
     """A file without strengths is told by what asks for them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -195,17 +195,17 @@ def check_strengths_column(config: Config, path: str) -> None:
         return  # reading the table says what is wrong with the file
     if "strength" not in columns and config.reward.margin != "none":
         raise UserError(
-            f"data.comparisons: {path} has no column strength and reward.margin={config.reward.margin} needs "
+            f"data.{name}: {path} has no column strength and reward.margin={config.reward.margin} needs "
             "it; add it, or set reward.margin=none and fill it with nulls"
         )
 
 
-def check_strengths(config: Config, path: str, table: "pa.Table") -> None:
+def check_strengths(config: Config, name: str, path: str, table: "pa.Table") -> None:
     """A margin that goes by strength finds one in every row."""
     if config.reward.margin != "none" and table["strength"].null_count:
         row = table["strength"].to_pylist().index(None)
         raise UserError(
-            f"data.comparisons: {path} row {row} has no strength and reward.margin={config.reward.margin} "
+            f"data.{name}: {path} row {row} has no strength and reward.margin={config.reward.margin} "
             "needs it; fill the column in, or set reward.margin=none"
         )
 
@@ -228,6 +228,7 @@ def token_limit(
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "comparisons": ("reward", "reward.max_length", config.reward.max_length),
+        "comparisons_held_out": ("reward", "reward.max_length", config.reward.max_length),
     }
     if name in lengths:
         stage, field, value = lengths[name]
