@@ -240,6 +240,12 @@ def head(tmp_path_factory):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def option(process, name):
+    """The value of an option on the command line that started the cluster."""
+    [value] = [part.partition("=")[2] for part in process.cmdline() if part.startswith(f"{name}=")]
+    return Path(value)
+
+
 def workers(process):
     """The recipe's ranks on the cluster."""
     return [child for child in process.children(recursive=True) if "Worker" in child.name()]
@@ -328,9 +334,10 @@ def test_a_job_with_shipped_source_that_fails_is_told_by_its_last_line(head, con
     code, stdout, failed = rlhf_ray("status", job, "--address", address)
     assert (code, failed) == (1, stderr)
     assert "state: FAILED\n" in stdout and "exit_code: 2\n" in stdout
-    temporary = next(part.partition("=")[2] for part in process.cmdline() if part.startswith("--temp-dir="))
     sent = "session_latest/runtime_resources/working_dir_files/*/rlhf_ray/cli_jobs.py"
-    assert [file.read_bytes() for file in Path(temporary).glob(sent)] == [Path(cli_jobs.__file__).read_bytes()]
+    assert [file.read_bytes() for file in option(process, "--temp-dir").glob(sent)] == [
+        Path(cli_jobs.__file__).read_bytes()
+    ]
 
 
 @pytest.mark.slow
@@ -356,3 +363,22 @@ def test_a_wrong_token_none_and_an_unknown_job_are_refused(head, config, tmp_pat
             "JOB: Job nope does not exist; `rlhf-ray status` lists the jobs"
         )
         assert refused(rlhf_ray(command, "a/../b", *at)).startswith("JOB: 'a/../b' is no job id")
+
+
+@pytest.mark.slow
+def test_logs_of_a_cluster_that_is_joined_lie_below_its_own_directory(head):
+    code = (
+        "from cluster.session import log_directory, session\nwith session(address='auto'):\n    print(log_directory())"
+    )
+    port = option(head[0], "--port")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(RAY_ADDRESS=f"127.0.0.1:{port}"),
+        timeout=PATIENCE_S,
+    )
+    assert result.returncode == 0, result.stderr
+    logs = Path(result.stdout.strip())
+    assert logs.is_dir() and logs.is_relative_to(option(head[0], "--temp-dir"))
