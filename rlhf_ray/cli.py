@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.data.import_formats import Format, Guideline, ImportKind, TooLong
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import stopping_on_signals
@@ -23,11 +24,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Import, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")]
 Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one resumes.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one config value.")
-]
 
 
 def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None) -> None:
@@ -119,6 +116,9 @@ def report(
     from rlhf_ray.evaluate.seeds import print_comparison
 
     print_comparison(runs, against=against)
+
+
+app.add_typer(jobs_app)
 
 
 @app.command()

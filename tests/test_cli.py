@@ -101,6 +101,8 @@ def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
         ["run", "--help"],
         ["sft", "{config}", "--out", "{out}"],
         ["pretrain", "{config}", "--out", "/proc/x"],
+        ["submit", "{config}", "--out", "relative"],
+        ["status", "--help"],
     ],
 )
 def test_help_and_refusals_load_nothing_heavy(config, tmp_path, arguments):
