@@ -57,7 +57,7 @@ def evaluate(context: Context) -> Path:
         sections=("evaluate", "ppo"),
         parents=("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
         code=("rlhf_ray.evaluate", "rlhf_ray.testbed", "rlhf_ray.recipe.ppo"),
-        rollout=context.config.roles.rollout.model_dump(),
+        rollout=context.sampling_settings(),
         controls={label: fingerprint(path) for label, path in section.controls.items()},
     )
     if not context.skip(step):

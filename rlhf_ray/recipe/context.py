@@ -143,6 +143,13 @@ class Context:
         }
         return self.run.step(name, inputs)
 
+    def sampling_settings(self) -> dict[str, int]:
+        """What of the engines decides their samples. Where else roles run is no part of what a step is: ranks, ZeRO
+        stage and GPUs change results by rounding alone, and a step goes on on others than it began on.
+        """
+        rollout = self.config.roles.rollout
+        return {"max_num_seqs": rollout.max_num_seqs, "tensor_parallel_size": rollout.tensor_parallel_size}
+
     def skip(self, step: Step) -> bool:
         """Whether the step's output is there already; says so.
 

@@ -49,9 +49,10 @@ def ppo(context: Context) -> Path:
     section, seed = context.config.ppo, context.config.run.seed
     step = context.step(
         "ppo",
-        sections=("ppo", "roles"),
+        sections=("ppo",),
         parents=("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
-        code=("rlhf_ray.recipe.ppo",),
+        code=("rlhf_ray.recipe.ppo", "rlhf_ray.recipe.early_stopping"),
+        rollout=context.sampling_settings(),
     )
     if context.skip(step):
         return step.path

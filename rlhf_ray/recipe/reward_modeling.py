@@ -27,7 +27,6 @@ def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> 
             sections=("reward",),
             parents=("comparisons", "tokenizer", "chat", *([HELD_OUT] if HELD_OUT in context.outputs else [])),
             code=("rlhf_ray.recipe.reward_modeling",),
-            role=context.config.roles.model_dump()[name],
             held_out=context.config.collect.held_out,
         )
         for name in names

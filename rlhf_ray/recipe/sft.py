@@ -30,7 +30,6 @@ def fine_tune(context: Context, name: str, *, demonstrations: str, start: str) -
         sections=("sft",),
         parents=(demonstrations, "tokenizer", start),
         code=("rlhf_ray.recipe.sft", "rlhf_ray.recipe.language_modeling"),
-        policy=context.config.roles.policy.model_dump(),
     )
     if not context.skip(step):
         facts = train_language_model(
