@@ -13,7 +13,7 @@ from rlhf_ray import preflight
 from rlhf_ray.config import STAGES, parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
-from rlhf_ray.recipe.context import WHO_MAKES
+from rlhf_ray.recipe.context import WHO_MAKES, Context
 from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.run_state import write_json
 
@@ -360,6 +360,7 @@ def test_the_needs_are_the_parents_that_the_stages_name():
             config = given
             run = SimpleNamespace(path=Path("elsewhere"))
             outputs = dict.fromkeys(WHO_MAKES, Path("somewhere/model"))
+            sampling_settings = Context.sampling_settings
 
             def step(self, name, *, parents, found=parents, **more):
                 found.extend(parents)
