@@ -179,6 +179,18 @@ def data_import(
     )
 
 
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="hh-rlhf.")],
+    to: Annotated[Path, typer.Option("--to", help="A directory for its files.")],
+) -> None:
+    """Download public preference data from the hub, for `data import`."""
+    from rlhf_ray.data.fetch import fetch
+
+    for path in fetch(name, to):
+        print(path)
+
+
 @data_app.command("check")
 def data_check(
     kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
