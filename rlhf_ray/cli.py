@@ -115,6 +115,51 @@ def report(
     print_comparison(runs, against=against)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(metavar="NAME|DIR", help="A preset, such as llama2-7b, or a checkpoint.")],
+    gpus: Annotated[int, typer.Option(help="GPUs there are.")],
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each, GiB.")],
+    reward_model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="Shape of reward and value models; the model's own.")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="pretrain, sft, reward or ppo.")] = "ppo",
+    batch: Annotated[int | None, typer.Option(help="Batch size; the config's.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; what the context leaves.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Longest answer; the config's.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(help="The only ZeRO stage to try; 1, 2 and 3.")] = None,
+    overhead: Annotated[float, typer.Option(metavar="GIB", help="Allowance per process for what is not counted.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; its roles, if any, are the placement.")] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, sizes in bytes.")] = False,
+) -> int:
+    """Say which role needs how much memory, where it fits, and the settings that put it there."""
+    from rlhf_ray.plan_command import plan_json, plan_request, print_plan
+    from rlhf_ray.planning import make_plan
+
+    made = make_plan(
+        plan_request(
+            model=model,
+            reward_model=reward_model,
+            stage=stage,
+            gpus=gpus,
+            gpu_memory_gib=gpu_memory,
+            overhead_gib=overhead,
+            zero_stage=zero_stage,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            config_path=config,
+            overrides=set_ or [],
+        )
+    )
+    if as_json:
+        print(plan_json(made))
+    else:
+        print_plan(made)
+    return 0 if made.placement.fits else 1
+
+
 @data_app.command("check")
 def data_check(
     kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],

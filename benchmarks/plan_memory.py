@@ -1,0 +1,319 @@
+"""Are the planner's bytes those that training really holds?
+
+    python benchmarks/plan_memory.py [--repeats 3] [--only NAME]
+
+For each configuration a fresh process trains one worker's model for two optimizer steps of two micro-batches
+through rlhf_ray/backends/deepspeed.py, in bf16 on CPU with one rank, and counts bytes:
+
+- state: weights, gradient accumulator and optimizer state, by walking the engine's tensors after the steps;
+- activations: what autograd keeps of a forward pass, by saved-tensor hooks;
+- peak: the highest sum of the CPU allocator's live bytes in the second step, from torch's profiler;
+- resident growth: the process's highest resident memory less that before the model was built. It holds also
+  what the allocator and libraries keep, and leaves out pages never touched, such as most of DeepSpeed's bucket.
+
+Predictions are those of rlhf_ray/memory.py with the CPU's kernels. DeepSpeed's reduce bucket (1 GB at ZeRO 2 and
+3, whatever the model) is left out of both sides of the peak: beside these models everything else would vanish.
+Writes benchmarks/results/plan_memory.json and prints the table of docs/planning.md.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from model.config import PRESETS, ModelConfig  # noqa: E402
+from model.flops import activation_bytes, num_parameters  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
+MIB = 2**20
+BUCKET_BYTES = 2 * 500_000_000
+
+
+def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:
+    """A Llama with a context of 512 tokens."""
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        ffn_size=ffn,
+        max_seq_len=512,
+    )
+
+
+SHAPES = {
+    "testbed": PRESETS["testbed"],
+    "3.8m": PRESETS["3.8m"],
+    "17m": shape(4096, 384, 8, 6, 2, 1024),
+    "58m": shape(8192, 640, 10, 10, 5, 1728),
+}
+
+# name -> shape, head, ZeRO stage, activation checkpointing, rows and tokens of a row of a micro-batch
+CONFIGURATIONS: dict[str, tuple[str, str, int, bool, int, int]] = {
+    "testbed, ZeRO 1, 32 x 128": ("testbed", "lm", 1, False, 32, 128),
+    "testbed, ZeRO 1, 32 x 128, checkpointing": ("testbed", "lm", 1, True, 32, 128),
+    "3.8m, ZeRO 0, 16 x 128": ("3.8m", "lm", 0, False, 16, 128),
+    "3.8m, ZeRO 2, 4 x 128, scalar head": ("3.8m", "scalar", 2, False, 4, 128),
+    "17m, ZeRO 1, 2 x 128": ("17m", "lm", 1, False, 2, 128),
+    "17m, ZeRO 2, 8 x 256": ("17m", "lm", 2, False, 8, 256),
+    "17m, ZeRO 2, 8 x 256, checkpointing": ("17m", "lm", 2, True, 8, 256),
+    "17m, ZeRO 3, 8 x 256, checkpointing": ("17m", "lm", 3, True, 8, 256),
+    "58m, ZeRO 0, 2 x 256": ("58m", "lm", 0, False, 2, 256),
+    "58m, ZeRO 1, 2 x 256": ("58m", "lm", 1, False, 2, 256),
+    "58m, ZeRO 2, 4 x 256": ("58m", "lm", 2, False, 4, 256),
+    "58m, ZeRO 3, 4 x 256, checkpointing": ("58m", "lm", 3, True, 4, 256),
+}
+
+
+def predict(name: str) -> dict[str, int]:
+    """The planner's bytes of a configuration, the bucket left out of the peak."""
+    from rlhf_ray.memory import largest_matrix, training_memory, training_work
+
+    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    config, tokens = SHAPES[shape_name], rows * length
+    work = training_work(
+        config,
+        tokens,
+        targets=tokens - rows if head == "lm" else None,
+        activation_checkpointing=checkpointing,
+        with_entropy=head == "lm",
+        cpu_kernels=True,
+    )
+    parameters = num_parameters(config, scalar_head=head == "scalar")
+    moments = training_memory(parameters, largest_matrix(config), work, zero_stage=zero_stage, num_ranks=1)
+    moments.pop("loading")  # before the second step, in which the peak is measured
+    step = moments["head"]
+    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
+    # Of the activations with checkpointing, one block is recomputed: the forward pass does not keep it.
+    kept = work.kept
+    if checkpointing:
+        one_less = activation_bytes(config.model_copy(update={"num_layers": config.num_layers - 1}), tokens)
+        kept -= activation_bytes(config, tokens, cpu_kernels=True) - activation_bytes(
+            config.model_copy(update={"num_layers": config.num_layers - 1}), tokens, cpu_kernels=True
+        )
+        del one_less
+    return {
+        "weights": step.weights,
+        "gradients": step.gradients,
+        "optimizer": step.optimizer,
+        "activations": kept,
+        "peak": max(memory.total for memory in moments.values()) - bucket,
+    }
+
+
+def measure(name: str) -> dict[str, int]:
+    """Bytes of a configuration, counted in this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from model.heads import state_values
+    from model.llama import Llama
+    from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
+    from rlhf_ray.config import OptimSection
+
+    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    config = SHAPES[shape_name]
+    init_distributed(torch.device("cpu"))
+    torch.manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (rows, length))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    saved: dict[int, int] = {}
+
+    def loss(model: Any, _: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if head == "scalar":
+            value = (state_values(model(tokens)).float() * mask).square().sum() / mask.sum()
+        else:
+            result = model(tokens, target_mask=mask, with_entropy=True)
+            value = -(result.logprobs * mask).sum() / mask.sum()
+        return value, {}
+
+    gc.collect()
+    before = resident_bytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = Llama(config, head=head, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+        engine = TrainEngine(
+            model, optim=OptimSection(warmup_steps=0), num_steps=10, zero_stage=zero_stage, precision="bf16"
+        )
+        engine.step([0, 1], loss)
+        gc.collect()
+        with record_function("second step"):
+            engine.step([0, 1], loss)
+        gc.collect()
+    peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    state = state_bytes(engine)
+    # After the profile: hooks keep tensors alive a little longer than autograd does.
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model.model(tokens, None, None)
+    del kept
+    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
+    return {
+        **state,
+        "activations": sum(saved.values()),
+        "peak": peak_of(profiler, "second step") - bucket,
+        "resident_growth": peak_resident - before,
+    }
+
+
+def peak_of(profiler: Any, mark: str) -> int:
+    """Highest sum of live bytes within a marked stretch; the profile began before anything was allocated."""
+    events = profiler.profiler.kineto_results.events()
+    [stretch] = [e for e in events if e.name() == mark]
+    start, end = stretch.start_ns(), stretch.start_ns() + stretch.duration_ns()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for when, change in changes:
+        live += change
+        if start <= when <= end:
+            peak = max(peak, live)
+    return peak
+
+
+def state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes of the engine's tensors by kind, each storage once.
+
+    Gradients: the fp32 accumulator and bf16 gradients as they stand before an optimizer step. DeepSpeed frees some
+    of them after a step; those are counted by running one more backward pass.
+    """
+    import torch
+
+    optimizer = engine._engine.optimizer
+    inner = optimizer.optimizer
+    parameters = list(engine._engine.module.parameters())
+
+    def total(tensors: Any) -> int:
+        storages = {}
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    weights = [getattr(p, "ds_tensor", p) for p in parameters]
+    masters = [p for group in inner.param_groups for p in group["params"]]
+    moments = [value for state in inner.state.values() for value in state.values()]
+    return {"weights": total(weights), "optimizer": total([*masters, *(m for m in moments if m.dim())])}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def commit() -> str:
+    """The commit the working tree is at."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def in_fresh_process(name: str) -> dict[str, int]:
+    """`measure` in a process of its own, so that resident memory starts from the same place."""
+    command = [sys.executable, __file__, "--measure", name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr[-2000:]}")
+    counted: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
+    return counted
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown: predicted over measured, and the peaks in MiB."""
+    lines = [
+        "| configuration | weights | optimiser | activations | peak | predicted peak, MiB | measured peak, MiB "
+        "| resident growth, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        ratio, predicted, measured = row["ratio"], row["predicted"], row["measured"]
+        cells = [f"{ratio[part]:.3f}" for part in ("weights", "optimizer", "activations", "peak")]
+        cells += [f"{predicted['peak'] / MIB:.1f}", f"{measured['peak']['mean'] / MIB:.1f}"]
+        cells.append(f"{measured['resident_growth']['mean'] / MIB:.0f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=CONFIGURATIONS)
+    parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
+    rows: dict[str, Any] = {}
+    for name in [options.only] if options.only else CONFIGURATIONS:
+        start = time.monotonic()
+        runs = [in_fresh_process(name) for _ in range(options.repeats)]
+        predicted = predict(name)
+        measured = {
+            key: {
+                "mean": statistics.mean(r[key] for r in runs),
+                "spread": max(r[key] for r in runs) - min(r[key] for r in runs),
+            }
+            for key in runs[0]
+        }
+        ratio = {key: predicted[key] / measured[key]["mean"] for key in predicted if key in measured}
+        rows[name] = {"predicted": predicted, "measured": measured, "ratio": ratio}
+        print(name, {k: round(v, 3) for k, v in ratio.items()}, f"{time.monotonic() - start:.0f} s", flush=True)
+    print(table(rows))
+    if options.only:
+        return
+    result = {
+        "configurations": rows,
+        "repeats": options.repeats,
+        "unit": "bytes",
+        "spread": "largest less smallest of the repeats",
+        "config": {
+            name: dict(
+                zip(
+                    ("shape", "head", "zero_stage", "activation_checkpointing", "rows", "row_tokens"),
+                    values,
+                    strict=True,
+                )
+            )
+            for name, values in CONFIGURATIONS.items()
+        },
+        "shapes": {
+            name: {**config.model_dump(), "parameters": num_parameters(config)} for name, config in SHAPES.items()
+        },
+        "precision": "bf16",
+        "ranks": 1,
+        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
