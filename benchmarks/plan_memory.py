@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from model.config import PRESETS, ModelConfig  # noqa: E402
-from model.flops import activation_bytes, num_parameters  # noqa: E402
+from model.flops import num_parameters  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
 MIB = 2**20
@@ -89,7 +89,6 @@ def predict(name: str) -> dict[str, int]:
         tokens,
         targets=tokens - rows if head == "lm" else None,
         activation_checkpointing=checkpointing,
-        with_entropy=head == "lm",
         cpu_kernels=True,
     )
     parameters = num_parameters(config, scalar_head=head == "scalar")
@@ -97,19 +96,10 @@ def predict(name: str) -> dict[str, int]:
     moments.pop("loading")  # before the second step, in which the peak is measured
     step = moments["head"]
     bucket = BUCKET_BYTES if zero_stage >= 2 else 0
-    # Of the activations with checkpointing, one block is recomputed: the forward pass does not keep it.
-    kept = work.kept
-    if checkpointing:
-        one_less = activation_bytes(config.model_copy(update={"num_layers": config.num_layers - 1}), tokens)
-        kept -= activation_bytes(config, tokens, cpu_kernels=True) - activation_bytes(
-            config.model_copy(update={"num_layers": config.num_layers - 1}), tokens, cpu_kernels=True
-        )
-        del one_less
     return {
         "weights": step.weights,
-        "gradients": step.gradients,
         "optimizer": step.optimizer,
-        "activations": kept,
+        "activations": work.kept,
         "peak": max(memory.total for memory in moments.values()) - bucket,
     }
 
@@ -133,9 +123,7 @@ def measure(name: str) -> dict[str, int]:
     config = SHAPES[shape_name]
     init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (rows, length))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[:, 0] = False
+    tokens = mask = torch.empty(0)
     saved: dict[int, int] = {}
 
     def loss(model: Any, _: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -146,10 +134,11 @@ def measure(name: str) -> dict[str, int]:
             value = -(result.logprobs * mask).sum() / mask.sum()
         return value, {}
 
-    gc.collect()
-    before = resident_bytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = Llama(config, head=head, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+    def train(shape: ModelConfig, batch: torch.Tensor) -> tuple[Llama, TrainEngine]:
+        nonlocal tokens, mask
+        tokens, mask = batch, torch.ones_like(batch, dtype=torch.bool)
+        mask[:, 0] = False
+        model = Llama(shape, head=head, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
         engine = TrainEngine(
             model, optim=OptimSection(warmup_steps=0), num_steps=10, zero_stage=zero_stage, precision="bf16"
         )
@@ -158,7 +147,18 @@ def measure(name: str) -> dict[str, int]:
         with record_function("second step"):
             engine.step([0, 1], loss)
         gc.collect()
-    peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return model, engine
+
+    batch = torch.randint(config.vocab_size, (rows, length))
+    # What libraries allocate at their first use is theirs, not the model's.
+    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16)))[1].destroy()
+    gc.collect()
+    before = resident_bytes()
+    train(config, batch)[1].destroy()
+    resident_growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model, engine = train(config, batch)
     state = state_bytes(engine)
     # After the profile: hooks keep tensors alive a little longer than autograd does.
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -177,7 +177,7 @@ def measure(name: str) -> dict[str, int]:
         **state,
         "activations": sum(saved.values()),
         "peak": peak_of(profiler, "second step") - bucket,
-        "resident_growth": peak_resident - before,
+        "resident_growth": resident_growth,
     }
 
 
@@ -196,11 +196,7 @@ def peak_of(profiler: Any, mark: str) -> int:
 
 
 def state_bytes(engine: Any) -> dict[str, int]:
-    """Bytes of the engine's tensors by kind, each storage once.
-
-    Gradients: the fp32 accumulator and bf16 gradients as they stand before an optimizer step. DeepSpeed frees some
-    of them after a step; those are counted by running one more backward pass.
-    """
+    """Bytes of the engine's weights and optimizer state, each storage once."""
     import torch
 
     optimizer = engine._engine.optimizer
@@ -215,7 +211,9 @@ def state_bytes(engine: Any) -> dict[str, int]:
         return sum(storages.values())
 
     weights = [getattr(p, "ds_tensor", p) for p in parameters]
-    masters = [p for group in inner.param_groups for p in group["params"]]
+    # Stage 3 hands AdamW its master weights a sub-group at a time.
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    masters = masters or [p for group in inner.param_groups for p in group["params"]]
     moments = [value for state in inner.state.values() for value in state.values()]
     return {"weights": total(weights), "optimizer": total([*masters, *(m for m in moments if m.dim())])}
 
@@ -233,13 +231,20 @@ def commit() -> str:
 
 
 def in_fresh_process(name: str) -> dict[str, int]:
-    """`measure` in a process of its own, so that resident memory starts from the same place."""
+    """`measure` in a process of its own, so that memory starts from the same place."""
     command = [sys.executable, __file__, "--measure", name]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if run.returncode:
         raise SystemExit(f"{name}: {run.stderr[-2000:]}")
     counted: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
     return counted
+
+
+def compared(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Prediction, measurement and predicted over measured of a configuration."""
+    predicted = predict(name)
+    ratio = {key: round(value / measured[key]["mean"], 4) for key, value in predicted.items()}
+    return {"predicted": predicted, "measured": measured, "ratio": ratio}
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -264,26 +269,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=CONFIGURATIONS)
     parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--predict-only", action="store_true", help="predict anew beside the measurements on file")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
+    if options.predict_only:
+        result = json.loads(options.result.read_text())
+        for name, row in result["configurations"].items():
+            row |= compared(name, row["measured"])
+        options.result.write_text(json.dumps(result, indent=2) + "\n")
+        print(table(result["configurations"]))
+        return
     rows: dict[str, Any] = {}
     for name in [options.only] if options.only else CONFIGURATIONS:
         start = time.monotonic()
         runs = [in_fresh_process(name) for _ in range(options.repeats)]
-        predicted = predict(name)
         measured = {
             key: {
-                "mean": statistics.mean(r[key] for r in runs),
-                "spread": max(r[key] for r in runs) - min(r[key] for r in runs),
+                "mean": statistics.mean(run[key] for run in runs),
+                "spread": max(run[key] for run in runs) - min(run[key] for run in runs),
             }
             for key in runs[0]
         }
-        ratio = {key: predicted[key] / measured[key]["mean"] for key in predicted if key in measured}
-        rows[name] = {"predicted": predicted, "measured": measured, "ratio": ratio}
-        print(name, {k: round(v, 3) for k, v in ratio.items()}, f"{time.monotonic() - start:.0f} s", flush=True)
+        rows[name] = compared(name, measured)
+        print(name, rows[name]["ratio"], f"{time.monotonic() - start:.0f} s", flush=True)
     print(table(rows))
     if options.only:
         return

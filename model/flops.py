@@ -150,6 +150,18 @@ def activation_bytes(
     return tokens * (config.num_layers * block + outside)
 
 
+def block_activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    bytes_per_element: int = 2,
+    packed_row_length: int | None = None,
+    cpu_kernels: bool = False,
+) -> int:
+    """Bytes that one block keeps for the backward pass; arguments as of `activation_bytes`."""
+    return tokens * _block_activation_bytes(config, bytes_per_element, packed_row_length, cpu_kernels)
+
+
 def backward_working_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: int = 2) -> int:
     """Bytes of gradients in flight while the backward pass goes through a block, parameters' left out.
 

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 
 from cluster.plan import Memory
 from model.config import ModelConfig
-from model.flops import activation_bytes, backward_working_bytes, forward_working_bytes, weight_bytes
+from model.flops import (
+    activation_bytes,
+    backward_working_bytes,
+    block_activation_bytes,
+    forward_working_bytes,
+    weight_bytes,
+)
 
 # DeepSpeed's defaults, which rlhf_ray/backends/deepspeed.py leaves alone (deepspeed/runtime/zero/config.py), elements.
 REDUCE_BUCKET = 500_000_000
@@ -24,9 +30,10 @@ class Work:
     """What passes through a trained model at once, and the bytes it keeps on the way."""
 
     kept: int
-    """Activations kept for the backward pass."""
-    working: int
-    """Gradients of activations in flight in the backward pass."""
+    """Activations kept by the forward pass."""
+    block: int
+    """What a block that goes backward needs beside them: gradients in flight, and with checkpointing its own
+    activations anew."""
     head: int
     """Logits of a chunk, and the head's share of the backward pass."""
 
@@ -39,8 +46,8 @@ def training_memory(
     As `rlhf_ray.backends.deepspeed` sets DeepSpeed up and workers/trainer.py loads models:
 
     loading: every rank builds the whole model in fp32 (4 P) before anything is divided.
-    head: all activations are kept and the head's backward pass runs.
-    backward: all activations are kept and the first block's backward pass runs.
+    head: all activations are kept and the head goes backward.
+    backward: all activations are kept and the last block goes backward.
     reduction: gradients of a bucket have gathered and are reduced.
     step: the optimizer runs.
 
@@ -79,24 +86,32 @@ def training_memory(
     still_kept = work.kept * (parameters - bucket) // parameters if zero_stage > 1 else 0
     return {
         "loading": Memory(weights=4 * parameters, overhead=overhead),
-        "head": replace(held, activations=work.kept, logits=work.head),
-        "backward": replace(held, activations=work.kept + work.working),
+        # ZeRO 2 allocates its bucket at the first gradient, after the head's own work.
+        "head": replace(
+            held,
+            activations=work.kept,
+            logits=work.head,
+            buffers=standing if zero_stage == 3 else 0,
+        ),
+        "backward": replace(held, activations=work.kept + work.block),
         "reduction": replace(held, activations=still_kept, buffers=standing + reduction),
         "step": replace(held, buffers=standing + step),
     }
 
 
-def lm_head_bytes(config: ModelConfig, targets: int, *, with_entropy: bool) -> int:
+def lm_head_bytes(config: ModelConfig, targets: int) -> int:
     """Bytes of model/logprobs.py in the backward pass, by chunks of at most 64 MiB of fp32 logits.
 
-    Of a chunk: log-probs, probabilities, with entropy one product more (4 bytes each), bf16 gradient (2); the
-    output projection's gradient in fp32 and a chunk's part of it (4 V H + 2 V H); hidden states of the targets and
-    their gradient (4 H each); indices and log-probs (28 each).
+    Of a chunk: log-probs and probabilities (4 bytes each) and their bf16 gradient (2); the output projection's
+    gradient in fp32 and a chunk's part of it (4 V H + 2 V H); hidden states of the targets and their gradient (4 H
+    each); indices and log-probs (28 each). Entropies are metrics, without gradient, and cost nothing more.
     """
-    rows = min(targets, max(1, LOGITS_CHUNK_BYTES // (4 * config.vocab_size)))
-    chunk = rows * config.vocab_size * (14 if with_entropy else 10)
     projection = 6 * config.vocab_size * config.hidden_size
-    return chunk + projection + targets * (4 * config.hidden_size + 28)
+    return 10 * _chunk_rows(config, targets) * config.vocab_size + projection + targets * (4 * config.hidden_size + 28)
+
+
+def _chunk_rows(config: ModelConfig, targets: int) -> int:
+    return min(targets, max(1, LOGITS_CHUNK_BYTES // (4 * config.vocab_size)))
 
 
 def scalar_head_bytes(config: ModelConfig, tokens: int) -> int:
@@ -110,7 +125,6 @@ def training_work(
     *,
     targets: int | None,
     activation_checkpointing: bool,
-    with_entropy: bool = False,
     packed_row_length: int | None = None,
     cpu_kernels: bool = False,
 ) -> Work:
@@ -122,19 +136,24 @@ def training_work(
         packed_row_length=packed_row_length,
         cpu_kernels=cpu_kernels,
     )
+    block = backward_working_bytes(config, tokens)
+    if activation_checkpointing:
+        recomputed = block_activation_bytes(
+            config, tokens, packed_row_length=packed_row_length, cpu_kernels=cpu_kernels
+        )
+        kept, block = kept - recomputed, block + recomputed
     if targets is None:
         head = scalar_head_bytes(config, tokens)
     else:
-        head = lm_head_bytes(config, targets, with_entropy=with_entropy)
-    return Work(kept=kept, working=backward_working_bytes(config, tokens), head=head)
+        head = lm_head_bytes(config, targets)
+    return Work(kept=kept, block=block, head=head)
 
 
 def scoring_memory(config: ModelConfig, tokens: int, *, targets: int | None, overhead: int) -> Memory:
     """What a frozen role holds: the whole model, and a micro-batch on its way through."""
     head = 4 * config.hidden_size * tokens
     if targets is not None:
-        rows = min(targets, max(1, LOGITS_CHUNK_BYTES // (4 * config.vocab_size)))
-        head = rows * config.vocab_size * 8 + 2 * config.hidden_size * targets
+        head = 8 * _chunk_rows(config, targets) * config.vocab_size + 2 * config.hidden_size * targets
     return Memory(
         weights=weight_bytes(config, scalar_head=targets is None),
         activations=forward_working_bytes(config, tokens),

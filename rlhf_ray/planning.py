@@ -174,7 +174,6 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     tokens,
                     targets=targets,
                     activation_checkpointing=checkpointing,
-                    with_entropy=request.stage == "ppo",
                     packed_row_length=packed,
                 )
                 moments = training_memory(
