@@ -132,7 +132,7 @@ def activation_bytes(
     """Bytes that the forward pass of a micro-batch keeps for the backward pass, head excluded.
 
     With checkpointing only the input (H) of every block stays, and one block at a time is recomputed: its
-    bytes are counted in. Besides the blocks: the final norm, token ids and the rotary tables.
+    bytes are counted in. Besides the blocks: the final norm, token ids and packed rows' rotary tables.
 
     Args:
         tokens: Tokens of the micro-batch, padding included.
@@ -144,7 +144,8 @@ def activation_bytes(
     size = bytes_per_element
     block = _block_activation_bytes(config, size, packed_row_length, cpu_kernels)
     norm = 8 * config.hidden_size + 4 if cpu_kernels else 2 * config.hidden_size * size
-    outside = norm + 8 + 2 * config.head_dim * size
+    # Rows that each hold one example share their rotary tables, which are small beside the rest.
+    outside = norm + 8 + (2 * config.head_dim * size if packed_row_length else 0)
     if activation_checkpointing:
         return tokens * (config.num_layers * config.hidden_size * size + block + outside)
     return tokens * (config.num_layers * block + outside)
