@@ -73,7 +73,7 @@ def training_memory(
         # DeepSpeedZeroOptimizer: this rank's fp32 share, a bucket of bf16 gradients, its flattened copy, and the
         # reduced gradient of a matrix in fp32
         gradients, standing = 4 * shard, 2 * REDUCE_BUCKET
-        reduction = 2 * bucket + 4 * largest
+        reduction, step = 2 * bucket + 4 * largest, -standing  # the bucket is freed before the step
     else:
         # DeepSpeedZeroOptimizer_Stage3: likewise; reduced shares to fp32; a flattened fp32 copy of a sub-group;
         # weights that are gathered and not yet released

@@ -320,10 +320,11 @@ def _verdict(request: Request, placement: Placement) -> str:
         return f"fits: {fullest / GIB:.1f} of {total:.1f} GiB on the fullest GPU"
     if fullest > request.gpu_bytes:
         moments = {seat.role: seat.moment for seat in placement.seats}
-        role = " and ".join(names) + (f" ({moments[names[0]]})" if len(names) == 1 else " on one GPU")
-        why = f"{role} needs {fullest / GIB:.1f} of {total:.1f} GiB"
-        if len(names) > 1:
-            why = why.replace("needs", "need")
+        if len(names) == 1:
+            who = f"{names[0]} ({moments[names[0]]}) needs"
+        else:
+            who = f"{', '.join(names)} on one GPU need"
+        why = f"{who} {fullest / GIB:.1f} of {total:.1f} GiB"
     else:
         why = f"the roles need {_count(len(placement.gpus))}, there are {request.gpus}"
     return f"does not fit: {why}; nearest fit: {_nearest(request)}"
@@ -340,7 +341,7 @@ def _nearest(request: Request) -> str:
         return f"on the same GPUs with {' '.join(changed)}"
     if _fits_with(free, gpus=MAX_GPUS):
         gpus = _least(lambda n: _fits_with(free, gpus=n), request.gpus, MAX_GPUS)
-        return f"{_count(gpus)} of {memory}" + (", and no given placement" if request.given else "")
+        return f"{_count(gpus)} of {memory}" + (", with a searched placement" if request.given else "")
     # The smallest memory with which any number of GPUs is enough, then how few of those.
     gib = _least(lambda n: _fits_with(free, gpus=MAX_GPUS, gib=n), int(request.gpu_bytes / GIB), 2**20)
     gpus = _least(lambda n: _fits_with(free, gpus=n, gib=gib), 0, MAX_GPUS)
