@@ -57,8 +57,8 @@ def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, ffn: 
 SHAPES = {
     "testbed": PRESETS["testbed"],
     "3.8m": PRESETS["3.8m"],
-    "17m": shape(4096, 384, 8, 6, 2, 1024),
-    "58m": shape(8192, 640, 10, 10, 5, 1728),
+    "16m": shape(4096, 384, 8, 6, 2, 1024),
+    "56m": shape(8192, 640, 10, 10, 5, 1728),
 }
 
 # name -> shape, head, ZeRO stage, activation checkpointing, rows and tokens of a row of a micro-batch
@@ -67,11 +67,11 @@ CONFIGURATIONS: dict[str, tuple[str, str, int, bool, int, int]] = {
     "testbed, ZeRO 1, 32 x 128, checkpointing": ("testbed", "lm", 1, True, 32, 128),
     "3.8m, ZeRO 0, 16 x 128": ("3.8m", "lm", 0, False, 16, 128),
     "3.8m, ZeRO 2, 4 x 128, scalar head": ("3.8m", "scalar", 2, False, 4, 128),
-    "17m, ZeRO 1, 2 x 128": ("17m", "lm", 1, False, 2, 128),
-    "17m, ZeRO 2, 8 x 256": ("17m", "lm", 2, False, 8, 256),
-    "17m, ZeRO 3, 8 x 256, checkpointing": ("17m", "lm", 3, True, 8, 256),
-    "58m, ZeRO 1, 2 x 256": ("58m", "lm", 1, False, 2, 256),
-    "58m, ZeRO 3, 4 x 256, checkpointing": ("58m", "lm", 3, True, 4, 256),
+    "16m, ZeRO 1, 2 x 128": ("16m", "lm", 1, False, 2, 128),
+    "16m, ZeRO 2, 8 x 256": ("16m", "lm", 2, False, 8, 256),
+    "16m, ZeRO 3, 8 x 256, checkpointing": ("16m", "lm", 3, True, 8, 256),
+    "56m, ZeRO 1, 2 x 256": ("56m", "lm", 1, False, 2, 256),
+    "56m, ZeRO 3, 4 x 256, checkpointing": ("56m", "lm", 3, True, 4, 256),
 }
 
 
