@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf_ray.cli_data import data_app
 from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
-from rlhf_ray.data.import_formats import Format, Guideline, ImportKind, TooLong
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import stopping_on_signals
 
@@ -21,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Import, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one resumes.")]
@@ -137,81 +136,49 @@ def export(
     print(f"{source} -> {to}")
 
 
-@data_app.command("import")
-def data_import(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .parquet), or directories.")
-    ],
-    to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
-    kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],
-    format_: Annotated[Format, typer.Option("--format", help="How the rows are written; auto tells by columns.")] = (
-        "auto"
-    ),
-    guideline: Annotated[
-        Guideline | None, typer.Option(help="Of all rows; else the source's own column, or helpfulness.")
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(metavar="NAME|DIR", help="A preset, such as llama2-7b, or a checkpoint.")],
+    gpus: Annotated[int, typer.Option(help="GPUs there are.")],
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each, GiB.")],
+    reward_model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="Shape of reward and value models; the model's own.")
     ] = None,
-    max_chars: Annotated[
-        int | None, typer.Option(min=1, help="Most characters of a dialogue with its longer answer.")
-    ] = None,
-    too_long: Annotated[
-        TooLong, typer.Option(help="Longer rows: leave out, or cut their oldest pairs of turns.")
-    ] = "skip",
-    held_out: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of prompts that goes to OUT.held_out.parquet.")
-    ] = 0.0,
-    split: Annotated[str | None, typer.Option(help="Which split of a directory, such as train.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.parquet.")] = False,
-) -> None:
-    """Turn HH-RLHF, chosen/rejected, messages or prompt files into a table."""
-    from rlhf_ray.data.importers import import_table
+    stage: Annotated[str, typer.Option(help="pretrain, sft, reward or ppo.")] = "ppo",
+    batch: Annotated[int | None, typer.Option(help="Batch size; the config's.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; what the context leaves.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Longest answer; the config's.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(help="The only ZeRO stage to try; 1, 2 and 3.")] = None,
+    overhead: Annotated[float, typer.Option(metavar="GIB", help="Allowance per process for what is not counted.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; its roles, if any, are the placement.")] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, sizes in bytes.")] = False,
+) -> int:
+    """Say which role needs how much memory, where it fits, and the settings that put it there."""
+    from rlhf_ray.plan_command import plan_json, plan_request, print_plan
+    from rlhf_ray.planning import make_plan
 
-    import_table(
-        sources,
-        to,
-        kind=kind,
-        form=format_,
-        guideline=guideline,
-        max_chars=max_chars,
-        too_long=too_long,
-        held_out=held_out,
-        split=split,
-        overwrite=overwrite,
+    made = make_plan(
+        plan_request(
+            model=model,
+            reward_model=reward_model,
+            stage=stage,
+            gpus=gpus,
+            gpu_memory_gib=gpu_memory,
+            overhead_gib=overhead,
+            zero_stage=zero_stage,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            config_path=config,
+            overrides=set_ or [],
+        )
     )
-
-
-@data_app.command("fetch")
-def data_fetch(
-    name: Annotated[str, typer.Argument(help="hh-rlhf.")],
-    to: Annotated[Path, typer.Option("--to", help="A directory for its files.")],
-) -> None:
-    """Download public preference data from the hub, for `data import`."""
-    from rlhf_ray.data.fetch import fetch
-
-    for path in fetch(name, to):
-        print(path)
-
-
-@data_app.command("check")
-def data_check(
-    kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
-    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
-) -> None:
-    """Check a table's columns and rows; lists every broken row."""
-    from rlhf_ray.data.inspect import check_table
-
-    check_table(kind, path)
-
-
-@data_app.command("show")
-def data_show(
-    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
-    start: Annotated[int, typer.Option(min=0, help="First row.")] = 0,
-) -> None:
-    """Print some rows of a table."""
-    from rlhf_ray.data.inspect import show_table
-
-    show_table(path, rows=rows, start=start)
+    if as_json:
+        print(plan_json(made))
+    else:
+        print_plan(made)
+    return 0 if made.placement.fits else 1
 
 
 def main() -> None:

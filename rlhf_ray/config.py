@@ -402,14 +402,32 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
     Raises:
         UserError: one line naming the field, its value, the rule and the remedy.
     """
+    raw = read_toml(path)
+    set_here = apply_overrides(raw, overrides or [])
+    return parse_config(raw, source=str(path), set_here=set_here)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it cannot be read or is not TOML.
+    """
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
-    set_here = [_apply_override(raw, override) for override in overrides or []]
-    return parse_config(raw, source=str(path), set_here=set_here)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Lays `section.key=value` overrides over tables, in place; returns their keys.
+
+    Raises:
+        UserError: one does not read so.
+    """
+    return [_apply_override(raw, override) for override in overrides]
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Sequence[str] = ()) -> Config:
