@@ -63,6 +63,7 @@ def hub() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 def fetch(endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,15 +89,10 @@ def test_the_named_files_are_fetched_and_no_others(hub: str, tmp_path: Path) -> 
 
 
 def test_no_hub_and_no_such_name_are_one_line_each(tmp_path: Path) -> None:
-    nowhere = "http://127.0.0.1:9"
-    (tmp_path / "file").touch()
-    for arguments, start in (
-        (
-            ("hh-rlhf", "--to", str(tmp_path / "x")),
-            "error: hh-rlhf: Anthropic/hh-rlhf cannot be fetched from the hub (",
-        ),
-        (("hh", "--to", str(tmp_path / "x")), "error: hh: is no dataset that can be fetched; choose one of hh-rlhf"),
+    for name, start in (
+        ("hh-rlhf", "error: hh-rlhf: Anthropic/hh-rlhf cannot be fetched from the hub ("),
+        ("hh", "error: hh: is no dataset that can be fetched; choose one of hh-rlhf"),
     ):
-        result = fetch(nowhere, *arguments)
+        result = fetch("http://127.0.0.1:9", name, "--to", str(tmp_path / "x"))
         assert result.returncode == 2
         assert result.stderr.startswith(start) and result.stderr.count("\n") == 1, result.stderr
