@@ -90,7 +90,6 @@ def predict(name: str) -> dict[str, int]:
     )
     parameters = num_parameters(config, scalar_head=head == "scalar")
     moments = training_memory(parameters, largest_matrix(config), work, zero_stage=zero_stage, num_ranks=1)
-    moments.pop("loading")  # before the second step, in which the peak is measured
     step = moments["head"]
     bucket = BUCKET_BYTES if zero_stage >= 2 else 0
     return {

@@ -43,9 +43,9 @@ def training_memory(
 ) -> dict[str, Memory]:
     """What a rank of a role under DeepSpeed holds, moment by moment, in bfloat16 with fp32 master weights.
 
-    As `rlhf_ray.backends.deepspeed` sets DeepSpeed up and workers/trainer.py loads models:
+    As `rlhf_ray.backends.deepspeed` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16, at
+    stage 3 already divided, so that loading is never the largest moment:
 
-    loading: every rank builds the whole model in fp32 (4 P) before anything is divided.
     head: all activations are kept and the head goes backward.
     backward: all activations are kept and the last block goes backward.
     reduction: gradients of a bucket have gathered and are reduced.
@@ -85,7 +85,6 @@ def training_memory(
     # Buckets fill on the way, when the activations of what they hold are gone.
     still_kept = work.kept * (parameters - bucket) // parameters if zero_stage > 1 else 0
     return {
-        "loading": Memory(weights=4 * parameters, overhead=overhead),
         # ZeRO 2 allocates its bucket at the first gradient, after the head's own work.
         "head": replace(
             held,

@@ -87,6 +87,11 @@ class TrainEngine:
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": gains, "weight_decay": 0.0},
         ]
+        config = _deepspeed_config(optim, zero_stage=zero_stage, precision=precision)
+        if zero_stage == 3:
+            # Parameter by parameter from host memory to this rank's share: the device never holds the whole model.
+            model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         self._adamw = adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self._schedule = schedule = torch.optim.lr_scheduler.LambdaLR(
             adamw,
@@ -105,7 +110,7 @@ class TrainEngine:
             optimizer=adamw,
             lr_scheduler=schedule,
             dist_init_required=False,
-            config=_deepspeed_config(optim, zero_stage=zero_stage, precision=precision),
+            config=config,
         )
         if zero_stage == 0 and precision == "bf16":
             # To allocate AdamW's state DeepSpeed took a step on zero gradients. It decayed the weights, and counted

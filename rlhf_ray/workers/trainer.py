@@ -47,7 +47,7 @@ class TrainerWorker(ScorerWorker):
             model.init_weights(seed=seed)
         else:
             model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
-        self._config, self._model, self._head = model.config, model.to(runtime.device), head
+        self._config, self._model, self._head = model.config, model, head  # in host memory: DeepSpeed moves it
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
