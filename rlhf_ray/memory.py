@@ -43,8 +43,8 @@ def training_memory(
 ) -> dict[str, Memory]:
     """What a rank of a role under DeepSpeed holds, moment by moment, in bfloat16 with fp32 master weights.
 
-    As `rlhf_ray.backends.deepspeed` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16, at
-    stage 3 already divided, so that loading is never the largest moment:
+    As `rlhf_ray.backends.deepspeed` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16,
+    at stage 3 already divided, so that loading is never the largest moment:
 
     head: all activations are kept and the head goes backward.
     backward: all activations are kept and the last block goes backward.
