@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,3 +312,15 @@ def test_a_checkpoint_that_is_not_llama_is_refused(call, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     code, _, err = call("--model", tmp_path, "--gpus", 8, "--gpu-memory", 80)
     assert code == 2 and "only the Llama architecture is supported" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "gib"), [("llama2-7b", 8, 80), ("llama2-13b", 16, 80), ("llama2-70b", 64, 141)]
+)
+def test_the_configs_of_the_paper_fit_where_they_say(call, model, gpus, gib):
+    path = Path(__file__).parent.parent / "configs" / f"{model}.toml"
+    assert f"--model {model} --gpus {gpus} --gpu-memory {gib}" in path.read_text()
+    code, out, _ = call("--model", model, "--gpus", gpus, "--gpu-memory", gib, "--config", path, "--json")
+    assert code == 0, json.loads(out)["verdict"]
+    roles = json.loads(out)["roles"]
+    assert roles["policy"]["num_ranks"] == load_config(path).roles.policy.num_ranks
