@@ -4,7 +4,7 @@ comma := ,
 SEEDS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check clean
+.PHONY: help install demo smollm2 test test-fast check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,6 +21,9 @@ else
 	done
 	$(BIN)/rlhf-ray report $(foreach seed,$(subst $(comma), ,$(SEEDS)),runs/demo-seed$(seed))
 endif
+
+smollm2: install  ## a pretrained chat model on HH-RLHF in PREFERENCES=DIR; results in runs/smollm2
+	scripts/smollm2.sh $(PREFERENCES)
 
 # One compute thread per process: two that spin on two shared cores are several times slower than one.
 test test-fast: export OMP_NUM_THREADS := 1

@@ -20,11 +20,6 @@ def log_directory() -> str:
     return _logs
 
 
-def _log_directory() -> str:
-    temporary = os.environ.get("RAY_TMPDIR", "/tmp")
-    return os.path.join(temporary, "ray", ray.get_runtime_context().get_session_name(), "logs")
-
-
 def _log_report(data: dict[str, Any], ignore_prefix: bool) -> None:
     logger.debug("%s: %s", data["pid"], "\n".join(data["lines"]))
 
@@ -64,7 +59,7 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # WorkerError says the same.
     ray._private.worker.print_to_stdstream = _log_report
     global _logs
-    _logs = _log_directory()
+    _logs = ray._private.worker._global_node.get_logs_dir_path()  # below the --temp-dir of a cluster that is joined
     try:
         yield
     finally:

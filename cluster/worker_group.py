@@ -210,6 +210,20 @@ class WorkerGroup:
         """Runs `method` on one rank and waits for it."""
         return collect([self.submit_one(rank, method, *args, **kwargs)], timeout_s=self._timeout_s, step=step)[0]
 
+    def has_dead_ranks(self, *, patience_s: float = 5.0) -> bool:
+        """Whether a rank's process is gone; one that is busy counts as alive."""
+        calls = self.submit(Worker.ready)
+        # A dead rank's call fails at once, a busy one's waits in its queue.
+        answered, _ = ray.wait([call.ref for call in calls], num_returns=len(calls), timeout=patience_s)
+        for call in calls:
+            try:
+                if call.ref in set(answered):
+                    _result(call, "")
+            except WorkerError as error:
+                if isinstance(error.cause, RayActorError):
+                    return True
+        return False
+
     def stop(self) -> None:
         """Ends the ranks and frees their place."""
         for actor in self._actors:

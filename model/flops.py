@@ -121,26 +121,64 @@ def training_bytes(
 
 
 def activation_bytes(
-    config: ModelConfig, tokens: int, *, activation_checkpointing: bool = False, bytes_per_element: int = 2
+    config: ModelConfig,
+    tokens: int,
+    *,
+    activation_checkpointing: bool = False,
+    bytes_per_element: int = 2,
+    packed_row_length: int | None = None,
+    cpu_kernels: bool = False,
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass, head excluded.
 
-    Per token a block keeps the inputs and outputs of two norms (4 H), queries, attention output (2 N D),
-    keys, values (2 K D), gate, up, silu and their product (4 F), and in fp32 the softmax normaliser of each
-    head and two norm scales. With checkpointing only the input (H) of every block stays, and one block at a
-    time is recomputed. The head keeps at most model.logprobs.LOGITS_CHUNK_BYTES more. Counts what the fused
-    GPU kernels keep; CPU kernels work in fp32 and keep more.
+    With checkpointing only the input (H) of every block stays, and one block at a time is recomputed: its
+    bytes are counted in. Besides the blocks: the final norm, token ids and packed rows' rotary tables.
 
     Args:
         tokens: Tokens of the micro-batch, padding included.
+        packed_row_length: Tokens of a row that holds several examples; None where each row is one and
+            attention needs no mask.
+        cpu_kernels: Count what the kernels of torch's CPU build keep; they are less fused (see
+            `_block_activation_bytes`).
     """
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    elements = 4 * config.hidden_size + heads + 4 * config.ffn_size
-    block = bytes_per_element * elements + 4 * (config.num_heads + 2)
-    final_norm = 2 * config.hidden_size * bytes_per_element
+    size = bytes_per_element
+    block = _block_activation_bytes(config, size, packed_row_length, cpu_kernels)
+    norm = 8 * config.hidden_size + 4 if cpu_kernels else 2 * config.hidden_size * size
+    # Rows that each hold one example share their rotary tables, which are small beside the rest.
+    outside = norm + 8 + (2 * config.head_dim * size if packed_row_length else 0)
     if activation_checkpointing:
-        return tokens * (config.num_layers * config.hidden_size * bytes_per_element + block + final_norm)
-    return tokens * (config.num_layers * block + final_norm)
+        return tokens * (config.num_layers * config.hidden_size * size + block + outside)
+    return tokens * (config.num_layers * block + outside)
+
+
+def block_activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    bytes_per_element: int = 2,
+    packed_row_length: int | None = None,
+    cpu_kernels: bool = False,
+) -> int:
+    """Bytes that one block keeps for the backward pass; arguments as of `activation_bytes`."""
+    return tokens * _block_activation_bytes(config, bytes_per_element, packed_row_length, cpu_kernels)
+
+
+def backward_working_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: int = 2) -> int:
+    """Bytes of gradients in flight while the backward pass goes through a block, parameters' left out.
+
+    At the widest place, SwiGLU's product, those of the gate and of the other branch (2 F), of the residual
+    stream and of the block's output (2 H).
+    """
+    return tokens * bytes_per_element * 2 * (config.hidden_size + config.ffn_size)
+
+
+def forward_working_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: int = 2) -> int:
+    """Bytes of activations alive at once where no backward pass follows.
+
+    At the widest place, SwiGLU's product, both its inputs and itself (3 F), the residual stream and its
+    norm (2 H).
+    """
+    return tokens * bytes_per_element * (2 * config.hidden_size + 3 * config.ffn_size)
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, *, bytes_per_element: int = 2) -> int:
@@ -151,6 +189,34 @@ def kv_cache_bytes_per_token(config: ModelConfig, *, bytes_per_element: int = 2)
 def _block_matrix_parameters(config: ModelConfig) -> int:
     attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     return config.hidden_size * (attention + 3 * config.ffn_size)
+
+
+def _block_activation_bytes(config: ModelConfig, size: int, packed_row_length: int | None, cpu_kernels: bool) -> int:
+    """Bytes per token that a block keeps, by tensor.
+
+    Fused GPU kernels keep the inputs and outputs of two norms (4 H), queries and attention output (2 N D),
+    keys and values (2 K D), gate, up, silu and their product (4 F), and in fp32 the softmax normaliser of
+    each head and two norm scales. A packing mask is kept as a row of numbers per token, and keys and values
+    are repeated for each query head.
+
+    CPU kernels keep of each norm its input and its scaled input in fp32 (8 H) beside the output; attention
+    there works in fp32 and, in half precision, keeps its output twice.
+    """
+    hidden, queries, keys = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    softmax = 4 * config.num_heads
+    if cpu_kernels:
+        norms = 2 * (8 * hidden + 4 + size * hidden)
+        attention = 4 * (2 * queries + 2 * keys) + (size * queries if size < 4 else 0)
+        mask = 4 * packed_row_length if packed_row_length else 0
+    else:
+        norms = 2 * (2 * size * hidden + 4)
+        attention = size * 2 * (queries + (queries if packed_row_length else keys))
+        mask = size * packed_row_length if packed_row_length else 0
+    return norms + attention + softmax + mask + 4 * config.ffn_size * size
 
 
 def _shard(parameters: int, zero_stage: int, num_ranks: int, *, divided_from: int) -> int:

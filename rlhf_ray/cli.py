@@ -2,10 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf_ray.cli_data import data_app
+from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import stopping_on_signals
 
@@ -19,14 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at Parquet data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")]
 Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one resumes.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one config value.")
-]
 
 
 def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None) -> None:
@@ -61,6 +58,11 @@ def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> 
         ) from error
     except PlacementError as error:
         raise RunFailure(str(error)) from error
+    except OSError as error:  # the disk is full, or the run directory has gone
+        raise RunFailure(
+            f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the same "
+            "command goes on from it once the disk is in order"
+        ) from error
 
 
 @app.command()
@@ -115,27 +117,68 @@ def report(
     print_comparison(runs, against=against)
 
 
-@data_app.command("check")
-def data_check(
-    kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
-    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
+app.add_typer(jobs_app)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Path, typer.Option("--to", help="Where the checkpoint goes; must not exist.")],
+    model: Annotated[
+        Literal["policy", "chat", "base", "helpfulness", "safety"],
+        typer.Option(help="Which model, from its newest finished step."),
+    ] = "policy",
 ) -> None:
-    """Check a table's columns and rows; lists every broken row."""
-    from rlhf_ray.data.inspect import check_table
+    """Copy a model out of a run, for transformers and vLLM."""
+    from rlhf_ray.export import export_model
 
-    check_table(kind, path)
+    source = export_model(run, to, what=model)
+    print(f"{source} -> {to}")
 
 
-@data_app.command("show")
-def data_show(
-    path: Annotated[Path, typer.Argument(help="A Parquet file.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
-    start: Annotated[int, typer.Option(min=0, help="First row.")] = 0,
-) -> None:
-    """Print some rows of a table."""
-    from rlhf_ray.data.inspect import show_table
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(metavar="NAME|DIR", help="A preset, such as llama2-7b, or a checkpoint.")],
+    gpus: Annotated[int, typer.Option(help="GPUs there are.")],
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each, GiB.")],
+    reward_model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="Shape of reward and value models; the model's own.")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="pretrain, sft, reward or ppo.")] = "ppo",
+    batch: Annotated[int | None, typer.Option(help="Batch size; the config's.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; what the context leaves.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Longest answer; the config's.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(help="The only ZeRO stage to try; 1, 2 and 3.")] = None,
+    overhead: Annotated[float, typer.Option(metavar="GIB", help="Allowance per process for what is not counted.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; its roles, if any, are the placement.")] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, sizes in bytes.")] = False,
+) -> int:
+    """Say which role needs how much memory, where it fits, and the settings that put it there."""
+    from rlhf_ray.plan_command import plan_json, plan_request, print_plan
+    from rlhf_ray.planning import make_plan
 
-    show_table(path, rows=rows, start=start)
+    made = make_plan(
+        plan_request(
+            model=model,
+            reward_model=reward_model,
+            stage=stage,
+            gpus=gpus,
+            gpu_memory_gib=gpu_memory,
+            overhead_gib=overhead,
+            zero_stage=zero_stage,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            config_path=config,
+            overrides=set_ or [],
+        )
+    )
+    if as_json:
+        print(plan_json(made))
+    else:
+        print_plan(made)
+    return 0 if made.placement.fits else 1
 
 
 def main() -> None:

@@ -74,6 +74,8 @@ class ClusterSection(Section):
     """Deadline for placement and for start-up of a role, seconds."""
     call_timeout_s: Positive = 3600.0
     """Deadline of every call to a worker, seconds."""
+    max_repairs: Annotated[int, Field(ge=0)] = 3
+    """Times that a stage may lose workers, have their groups rebuilt and go on from its last checkpoint."""
 
 
 class TrainRole(Section):
@@ -131,10 +133,14 @@ class DataSection(Section):
 
     corpus: str | None = None
     """Pretraining texts (column text)."""
+    public_demonstrations: str | None = None
+    """Dialogues from elsewhere to fine-tune on first, before `demonstrations` (§3.1)."""
     demonstrations: str | None = None
     """Dialogues for SFT (column messages)."""
     comparisons: str | None = None
     """Human comparisons for the reward models, in place of what `collect` would make."""
+    comparisons_held_out: str | None = None
+    """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`collect.held_out`)."""
     prompts_train: str | None = None
     """Prompts PPO samples from."""
     prompts_early_stop: str | None = None
@@ -155,9 +161,9 @@ class InputsSection(Section):
     chat: str | None = None
     """A fine-tuned Llama checkpoint, in place of the SFT stage's."""
     helpfulness: str | None = None
-    """A reward model (LlamaForSequenceClassification, one label)."""
+    """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
     safety: str | None = None
-    """A reward model (LlamaForSequenceClassification, one label)."""
+    """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
 
 
 class TestbedSection(Section):
@@ -396,14 +402,32 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
     Raises:
         UserError: one line naming the field, its value, the rule and the remedy.
     """
+    raw = read_toml(path)
+    set_here = apply_overrides(raw, overrides or [])
+    return parse_config(raw, source=str(path), set_here=set_here)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it cannot be read or is not TOML.
+    """
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
-    set_here = [_apply_override(raw, override) for override in overrides or []]
-    return parse_config(raw, source=str(path), set_here=set_here)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Lays `section.key=value` overrides over tables, in place; returns their keys.
+
+    Raises:
+        UserError: one does not read so.
+    """
+    return [_apply_override(raw, override) for override in overrides]
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Sequence[str] = ()) -> Config:

@@ -20,6 +20,9 @@ from rich.progress import (
 
 console = Console(stderr=True)
 
+LINE_EVERY_S = 30.0
+"""Seconds between lines of progress in a log file."""
+
 
 class MetricsWriter:
     """Appends to DIR/metrics.jsonl and DIR/tensorboard."""
@@ -65,15 +68,20 @@ class Bar:
 
     def __init__(self, progress: Progress, task: Any):
         self._progress, self._task = progress, task
+        self._said = time.monotonic()
 
     def advance(self, note: str = "") -> None:
         """One step further, with a few figures behind the bar."""
         self._progress.update(self._task, advance=1, note=note)
+        if not console.is_terminal and time.monotonic() - self._said >= LINE_EVERY_S:
+            self._said = time.monotonic()
+            state = next(task for task in self._progress.tasks if task.id == self._task)
+            console.print(f"{state.description} {state.completed:.0f}/{state.total:.0f} {note}", highlight=False)
 
 
 @contextmanager
 def progress_bar(title: str, *, total: int, done: int = 0) -> Iterator[Bar]:
-    """A bar for long work on stderr; silent where stderr is no terminal, but for a line at the end."""
+    """A bar for long work on stderr; where that is no terminal, a line now and then and one at the end."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),

@@ -65,6 +65,42 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_lengths(config, running)
 
 
+def check_submission(config: Config, out: Path) -> None:
+    """Checks what can be known of a run of the config's stages that a cluster will do: not its files, not its cores.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_stages(config.run.stages)
+    running = stages_to_run(config, config.run.stages)
+    check_batches(config, running)
+    check_model(config, running)
+    if not (config.inputs.chat or config.inputs.base):  # else the context is that of a checkpoint over there
+        check_lengths(config, running)
+    check_paths(config, out)
+
+
+def check_paths(config: Config, out: Path) -> None:
+    """Every path is absolute: a job does not start in the directory that it was submitted from."""
+    paths = {"--out": str(out)}
+    for section in ("data", "inputs"):
+        for key, path in getattr(config, section).model_dump().items():
+            if path is not None:
+                paths[f"{section}.{key}"] = path
+    paths.update(
+        (f"collect.versions[{place}]", version)
+        for place, version in enumerate(config.collect.versions)
+        if version not in ("previous", "newest")
+    )
+    paths.update((f"evaluate.controls.{label}", path) for label, path in config.evaluate.controls.items())
+    for field, path in paths.items():
+        if not Path(path).is_absolute():
+            raise UserError(
+                f"{field}={path!r} must be an absolute path, which every node of the cluster sees; "
+                f"for example {Path(path).absolute()}"
+            )
+
+
 def check_stages(wanted: Sequence[str]) -> None:
     """Stages are known."""
     for stage in wanted:

@@ -3,6 +3,7 @@
 Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -56,6 +57,7 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
         }
     if "evaluate" in running:
         named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
+    functions = check_functions(config, running)
     return {
         field: Model(
             path,
@@ -64,8 +66,27 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
             ),
         )
         for field, path in named.items()
-        if path is not None
+        if path is not None and field not in functions
     }
+
+
+def check_functions(config: Config, running: Sequence[str]) -> list[str]:
+    """Rewards named as functions can be imported, and nothing takes them for models; returns their fields."""
+    from rlhf_ray.data.reward_function import find_function, is_function
+
+    fields = []
+    for name in REWARD_MODELS:
+        spec = getattr(config.inputs, name)
+        if spec is not None and is_function(spec):
+            fields.append(f"inputs.{name}")
+            with located(f"inputs.{name}"):
+                find_function(spec, root=os.getcwd())
+            if name == "helpfulness" and "ppo" in running and config.ppo.value_init == "helpfulness":
+                raise UserError(
+                    f"ppo.value_init='helpfulness': inputs.helpfulness={spec!r} is a function, which has no weights to "
+                    "start a value model from; set ppo.value_init=policy"
+                )
+    return fields
 
 
 def checkpoint_config(field: str, path: str, *, kind: Literal["language", "reward"] | None = None) -> ModelConfig:
@@ -141,15 +162,15 @@ def check_tables(
 
     for name, path in named.items():
         kind = table_kind(name)
-        if name == "comparisons":
-            check_strengths_column(config, path)
+        if kind == "comparisons":
+            check_strengths_column(config, name, path)
         with located(f"data.{name}"):
             table = read_table(path, SCHEMAS[kind])
             if problems := check_rows(kind, table):
                 more = f" (the first of {len(problems)} broken rows)" if len(problems) > 1 else ""
                 raise UserError(f"{path} {problems[0]}{more}; see `rlhf-ray data check {kind} {path}`")
-        if name == "comparisons":
-            check_strengths(config, path, table)
+        if kind == "comparisons":
+            check_strengths(config, name, path, table)
         if name == "prompts_annotation" and "collect" in running:
             check_truth(path, table)
         limit = token_limit(config, name, running, models)
@@ -160,10 +181,10 @@ def check_tables(
 
 def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
-    return "prompts" if name.startswith("prompts_") else name
+    return "prompts" if name.startswith("prompts_") else name.removeprefix("public_").removesuffix("_held_out")
 
 
-def check_strengths_column(config: Config, path: str) -> None:
+def check_strengths_column(config: Config, name: str, path: str) -> None:
     """A file without strengths is told by what asks for them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -174,17 +195,17 @@ def check_strengths_column(config: Config, path: str) -> None:
         return  # reading the table says what is wrong with the file
     if "strength" not in columns and config.reward.margin != "none":
         raise UserError(
-            f"data.comparisons: {path} has no column strength and reward.margin={config.reward.margin} needs "
+            f"data.{name}: {path} has no column strength and reward.margin={config.reward.margin} needs "
             "it; add it, or set reward.margin=none and fill it with nulls"
         )
 
 
-def check_strengths(config: Config, path: str, table: "pa.Table") -> None:
+def check_strengths(config: Config, name: str, path: str, table: "pa.Table") -> None:
     """A margin that goes by strength finds one in every row."""
     if config.reward.margin != "none" and table["strength"].null_count:
         row = table["strength"].to_pylist().index(None)
         raise UserError(
-            f"data.comparisons: {path} row {row} has no strength and reward.margin={config.reward.margin} "
+            f"data.{name}: {path} row {row} has no strength and reward.margin={config.reward.margin} "
             "needs it; fill the column in, or set reward.margin=none"
         )
 
@@ -205,7 +226,9 @@ def token_limit(
     """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
     lengths = {
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
+        "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "comparisons": ("reward", "reward.max_length", config.reward.max_length),
+        "comparisons_held_out": ("reward", "reward.max_length", config.reward.max_length),
     }
     if name in lengths:
         stage, field, value = lengths[name]

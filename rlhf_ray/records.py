@@ -25,6 +25,10 @@ class Rollouts:
     """(B,) bool, False where the answer was cut off without EOS."""
     is_safety: Tensor
     """(B,) bool, prompts tagged in advance as likely to draw unsafe answers."""
+    prompts: str
+    """Path of the table that the prompts are from."""
+    prompt_rows: Tensor
+    """(B,) int64, the prompts' rows in that table."""
     policy_version: int
     """Version of the weights that sampled."""
 

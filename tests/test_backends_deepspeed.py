@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from training_world import BATCH, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
+from training_world import BATCH, RTOL, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
 
 from cluster.session import session
 from cluster.worker_group import WorkerError, collect
@@ -76,6 +76,28 @@ def test_a_saved_state_goes_on_bit_for_bit(group, tmp_path, zero_stage, precisio
     assert steps(half, STEPS) == metrics
     resumed = weights_of(group)
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_a_state_goes_on_on_other_ranks_and_stages(group, tmp_path):
+    def some_steps(ranks, zero_stage, first, last, state):
+        begin(ranks, TIED, "lm", zero_stage=zero_stage, state=state)
+        ranks.call(TrainerWorker.open_data, lm_data, 3 * BATCH, TIED.vocab_size, "unpacked")
+        metrics = [ranks.call(PolicyWorker.train_lm, step, **LM_STEP)[0] for step in range(first, last)]
+        ranks.call(TrainerWorker.save_state, str(tmp_path / f"{ranks.num_ranks}-{last}"))
+        return metrics, weights_of(ranks)
+
+    one, four = launch("one", 1), launch("four", 4)
+    whole_metrics, whole = some_steps(one, 0, 0, 12, None)
+    metrics, _ = some_steps(group, 2, 0, 4, None)
+    more, _ = some_steps(one, 0, 4, 8, str(tmp_path / "2-4"))
+    last, weights = some_steps(four, 3, 8, 12, str(tmp_path / "1-8"))
+    one.stop()
+    four.stop()
+    for own, other in zip([*metrics, *more, *last], whole_metrics, strict=True):
+        assert own == pytest.approx(other, rel=RTOL)
+    for name, weight in whole.items():
+        torch.testing.assert_close(weights[name], weight, rtol=RTOL, atol=RTOL * float(weight.square().mean().sqrt()))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, one line for bad input with code 2, failed runs 1, signals."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,8 @@ def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
         ["run", "--help"],
         ["sft", "{config}", "--out", "{out}"],
         ["pretrain", "{config}", "--out", "/proc/x"],
+        ["submit", "{config}", "--out", "relative"],
+        ["status", "--help"],
     ],
 )
 def test_help_and_refusals_load_nothing_heavy(config, tmp_path, arguments):
@@ -323,6 +326,27 @@ def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, program, numbe
         wait_for(lambda: state() > reached or again.poll() is not None, "later checkpoint")
         again.send_signal(number)
         assert f"pretrain: going on from step {reached} " in again.communicate(timeout=PATIENCE_S)[1]
+
+
+@pytest.mark.slow
+def test_a_run_whose_directory_goes_away_ends_with_one_line(config, tmp_path, program):
+    out = tmp_path / "run"
+    process = program(PROGRAM, "run", config, "--out", out)
+    wait_for(lambda: list(out.glob("steps/pretrain-*/metrics.jsonl")) or process.poll() is not None, "first step")
+    assert process.poll() is None, process.communicate()[1]
+    out.rename(tmp_path / "moved")
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    [line] = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert str(out) in line and "No such file or directory" in line
+    # Back in its place, it goes on.
+    shutil.rmtree(out, ignore_errors=True)
+    (tmp_path / "moved").rename(out)
+    again = program(PROGRAM, "run", config, "--out", out)
+    wait_for(lambda: list(out.glob("steps/pretrain-*.partial/state/step-*[0-9]")), "checkpoint")
+    again.send_signal(signal.SIGINT)
+    assert "Traceback" not in again.communicate(timeout=PATIENCE_S)[1]
 
 
 @pytest.mark.slow

@@ -296,7 +296,7 @@ def test_a_death_is_reported_in_one_line() -> None:
 
 def test_cluster_imports_no_torch() -> None:
     code = (
-        "import sys, cluster.placement, cluster.session, cluster.worker_group\n"
+        "import sys, cluster.jobs, cluster.placement, cluster.session, cluster.worker_group\n"
         "print([m for m in ('torch', 'model', 'rlhf_ray') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -224,6 +224,13 @@ def test_an_answer_cut_off_differs_from_the_same_text_finished_and_may_be_empty_
     assert problems("comparisons", COMPARISON | {"rejected": ""}) == []
 
 
+def test_temperatures_may_be_unknown(tmp_path):
+    row = COMPARISON | {"chosen_temperature": None, "rejected_temperature": None}
+    write_table(tmp_path / "c", [row], COMPARISONS)
+    assert read_table(tmp_path / "c", COMPARISONS).to_pylist() == [row]
+    assert problems("comparisons", row) == []
+
+
 def test_repeated_identifiers_are_named():
     [found] = problems("prompts", PROMPT, PROMPT | {"prompt_id": "p1"}, PROMPT)
     assert found == "prompts row 2: prompt_id='p0' is that of row 0 too; make it unique"

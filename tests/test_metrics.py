@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rlhf_ray import metrics
 from rlhf_ray.metrics import MetricsWriter, progress_bar, read_metrics
 
 
@@ -49,3 +50,15 @@ def test_a_bar_counts_what_was_done_before(capsys):
         bar.advance("loss 1.0")
         bar.advance("loss 0.5")
     assert "5/5" in capsys.readouterr().err
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "LINE_EVERY_S", 0.0)
+    with progress_bar("sft", total=3, done=1) as bar:
+        bar.advance("loss 1.0")
+        assert capsys.readouterr().err == "sft 2/3 loss 1.0\n"
+    monkeypatch.setattr(metrics, "LINE_EVERY_S", 60.0)
+    with progress_bar("sft", total=3, done=1) as bar:
+        capsys.readouterr()  # the end of the bar before
+        bar.advance("loss 1.0")
+        assert capsys.readouterr().err == ""

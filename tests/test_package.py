@@ -52,9 +52,11 @@ def imported_packages(file: Path) -> Iterator[str]:
         ("model.config", HEAVY | {"cluster", "rlhf_ray"}),
         ("model.flops", HEAVY | {"cluster", "rlhf_ray"}),
         ("cluster", (HEAVY - {"ray", "pyarrow"}) | {"model", "rlhf_ray"}),  # Ray may load pyarrow by itself
+        ("cluster.plan", HEAVY | {"model", "rlhf_ray"}),
         ("rlhf_ray", HEAVY),
         ("rlhf_ray.config", HEAVY),
         ("rlhf_ray.cli", HEAVY),
+        ("rlhf_ray.plan_command", HEAVY),
     ],
 )
 def test_importing_a_light_module_loads_nothing_heavy(module: str, must_not_load: set[str]) -> None:

@@ -58,6 +58,8 @@ def rollouts(seed: int, *, equal_lengths: bool = False) -> Rollouts:
         rollout_logprobs=torch.full(mask.shape, -math.log(UNTIED.vocab_size)) * mask,
         finished=torch.arange(ROWS) % 3 > 0,
         is_safety=torch.arange(ROWS) % 2 > 0,
+        prompts="prompts.parquet",
+        prompt_rows=torch.arange(ROWS),
         policy_version=1,
     )
 

@@ -12,8 +12,8 @@ from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, writ
 from rlhf_ray import preflight
 from rlhf_ray.config import STAGES, parse_config
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, makes
-from rlhf_ray.recipe.context import WHO_MAKES
+from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
+from rlhf_ray.recipe.context import WHO_MAKES, Context
 from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.run_state import write_json
 
@@ -360,6 +360,7 @@ def test_the_needs_are_the_parents_that_the_stages_name():
             config = given
             run = SimpleNamespace(path=Path("elsewhere"))
             outputs = dict.fromkeys(WHO_MAKES, Path("somewhere/model"))
+            sampling_settings = Context.sampling_settings
 
             def step(self, name, *, parents, found=parents, **more):
                 found.extend(parents)
@@ -374,3 +375,23 @@ def test_the_smallest_vocabulary_is_the_one_that_can_be_learnt():
     train_tokenizer(["a b"], vocab_size=SMALLEST_VOCABULARY)
     with pytest.raises(UserError, match=f"must be at least {SMALLEST_VOCABULARY}"):
         train_tokenizer(["a b"], vocab_size=SMALLEST_VOCABULARY - 1)
+
+
+# --- submission to a cluster -----------------------------------------------------------------------------------
+
+
+def test_what_a_cluster_will_run_is_checked_without_its_files(tmp_path):
+    there = config(data={"corpus": "/nowhere/corpus.parquet"}, inputs={"chat": "/nowhere/chat"})
+    check_submission(there, Path("/nowhere/run"))
+    for wrong, out, complaint in (
+        (config(run={"stages": ["sff"]}), "/r", "run.stages='sff' is no stage"),
+        (config(ppo={"batch_size": 7}), "/r", "ppo.batch_size=7 must be divisible by"),
+        (config(model={"preset": "lama"}), "/r", "model.preset='lama' is not known"),
+        (config(), "runs/a", "--out='runs/a' must be an absolute path"),
+        (config(data={"corpus": "c.parquet"}), "/r", "data.corpus='c.parquet' must be an absolute path"),
+        (config(inputs={"chat": "chat"}), "/r", f"inputs.chat='chat' .* for example {Path.cwd()}/chat"),
+        (config(collect={"versions": ["newest", "v1"]}), "/r", r"collect.versions\[1\]='v1' must be"),
+        (config(evaluate={"controls": {"long": "m"}}), "/r", "evaluate.controls.long='m' must be"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            check_submission(wrong, Path(out))

@@ -91,3 +91,17 @@ def test_again_does_nothing_and_a_changed_value_redoes_what_depends_on_it(finish
     changed = run(finished, **{"evaluate.temperatures": [1.0]})
     assert changed.returncode == 0, changed.stderr
     assert changed.stderr.count("skipped") == 8 and "evaluate: starting" in changed.stderr
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_public_dialogues_comes_first_and_its_model_is_the_start(finished: Path) -> None:
+    demonstrations = step(finished, "testbed") / "demonstrations.parquet"
+    before = {path.name for path in (finished / "steps").iterdir()}
+    two_stages = run(finished, **{"run.stages": '["sft"]', "data.public_demonstrations": f'"{demonstrations}"'})
+    assert two_stages.returncode == 0, two_stages.stderr
+    new = [path for path in (finished / "steps").iterdir() if path.name not in before]
+    made = {path.name.rpartition("-")[0]: json.loads((path / "step.json").read_text()) for path in new}
+    assert set(made) == {"sft-public", "sft"}
+    [public] = [path for path in new if path.name.startswith("sft-public")]
+    assert made["sft"]["inputs"]["parents"]["public_chat"] == f"{public.name}/model"
+    assert made["sft-public"]["inputs"]["parents"]["base"].startswith("pretrain-")

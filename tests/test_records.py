@@ -33,6 +33,8 @@ def test_lengths_count_up_to_the_last_response_token():
         rollout_logprobs=torch.zeros(3, 5),
         finished=torch.ones(3, dtype=torch.bool),
         is_safety=torch.zeros(3, dtype=torch.bool),
+        prompts="prompts.parquet",
+        prompt_rows=torch.arange(3),
         policy_version=1,
     )
     assert rollouts.lengths.tolist() == [4, 5, 2]

@@ -62,20 +62,36 @@ def test_pretraining_whose_driver_is_killed_ends_with_the_same_bits(whole: Path,
     assert differences(whole, out) == []
 
 
-def test_ppo_whose_worker_and_then_driver_are_killed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+def kill_worker(driver: subprocess.Popen[bytes], name: str) -> None:
+    """SIGKILLs the driver's one worker of a class."""
+    children = psutil.Process(driver.pid).children(recursive=True)
+    [worker] = [child for child in children if f"ray::{name}" in " ".join(child.cmdline())]
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_ppo_whose_workers_and_then_driver_are_killed_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out = without(whole, tmp_path / "out", "ppo")
     arguments, before = command(out, TINY, stage="ppo"), rows_written(out)
     log = out / "driver.log"
     log.unlink()
     driver = start(arguments, log)
+    for rows, worker in ((1, "RolloutWorker"), (3, "PolicyWorker")):
+        wait_for_rows(out, before + rows, driver)
+        kill_worker(driver, worker)
+    finish(driver, log)
+    lines = " ".join(log.read_text().split())  # the console breaks lines
+    assert "rollout rank 0 failed in " in lines and "ppo: rebuilding rollout, repair 1 of 3" in lines
+    assert "ppo: rebuilding policy, repair 2 of 3" in lines and "Traceback" not in lines
+    assert differences(whole, out) == []
+
+    shutil.rmtree(next(out.glob("steps/ppo-*")))
+    driver = start([*arguments, "--set", "cluster.max_repairs=0"], log)
     wait_for_rows(out, before + 1, driver)
     children = psutil.Process(driver.pid).children(recursive=True)
-    [engine] = [child for child in children if "ray::RolloutWorker" in " ".join(child.cmdline())]
-    os.kill(engine.pid, signal.SIGKILL)
+    kill_worker(driver, "RolloutWorker")
     assert driver.wait(60) == 1
     [failure] = [line for line in log.read_text().splitlines() if line.startswith("failed: ")]
     assert "rollout rank 0 failed in " in failure and " at ppo step " in failure and "died" in failure
-    assert "Traceback" not in log.read_text()
     assert psutil.wait_procs(children, timeout=30)[1] == []
 
     rows = random.Random(2).randrange(3, 5)  # past the first checkpoint

@@ -128,3 +128,11 @@ def test_tensors_are_of_the_stated_types(tokenizer):
     batch = pairs([comparison(0)], tokenizer).select([0], "cpu")
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
     assert batch.margin.dtype == torch.float32 and batch.chosen_safe.dtype == torch.bool
+
+
+def test_a_table_of_its_own_is_held_out_whole(tokenizer_directory, tmp_path):
+    path = write_rows(tmp_path / "c.parquet", "comparisons", mixed_rows(20, 5))
+    rest = write_rows(tmp_path / "h.parquet", "comparisons", mixed_rows(3, 4))
+    shares = {"helpfulness": 1.0, "safety": 0.0}
+    data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "held_out": rest})
+    assert (len(data.train), len(data.held_out), sorted(data.order)) == (25, 7, list(range(20)))

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.llama import Llama
+from rlhf_ray.backends.train_state import PARTS, read_state, read_steps, write_state
+
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
 
@@ -59,15 +62,24 @@ def learning_rate_scale(
 class TrainEngine:
     """A model under DeepSpeed with AdamW and a learning-rate schedule."""
 
-    def __init__(self, model: nn.Module, *, optim: Any, num_steps: int, zero_stage: int, precision: str):
+    def __init__(
+        self, model: Llama, *, optim: Any, num_steps: int, zero_stage: int, precision: str, state: Path | None = None
+    ):
         """Wraps `model`.
 
         Args:
             optim: an `OptimSection`.
             num_steps: length of the schedule, optimizer steps.
             precision: "bf16" (fp32 master weights) or "fp32".
+            state: a directory of `save_state` to go on from, whatever ranks and stage wrote it.
         """
         import deepspeed
+
+        if state is not None:  # before DeepSpeed takes copies of the weights
+            parameters = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, parts in read_state(state):
+                    parameters[name].copy_(parts["weight"])
 
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         gains = [p for p in model.parameters() if p.dim() < 2]
@@ -75,8 +87,13 @@ class TrainEngine:
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": gains, "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        config = _deepspeed_config(optim, zero_stage=zero_stage, precision=precision)
+        if zero_stage == 3:
+            # Parameter by parameter from host memory to this rank's share: the device never holds the whole model.
+            model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        self._adamw = adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self._schedule = schedule = torch.optim.lr_scheduler.LambdaLR(
             adamw,
             lambda step: learning_rate_scale(
                 step,
@@ -93,7 +110,7 @@ class TrainEngine:
             optimizer=adamw,
             lr_scheduler=schedule,
             dist_init_required=False,
-            config=_deepspeed_config(optim, zero_stage=zero_stage, precision=precision),
+            config=config,
         )
         if zero_stage == 0 and precision == "bf16":
             # To allocate AdamW's state DeepSpeed took a step on zero gradients. It decayed the weights, and counted
@@ -101,6 +118,8 @@ class TrainEngine:
             adamw.state.clear()
             self._engine.optimizer.refresh_fp32_params()
         self.num_ranks: int = dist.get_world_size()
+        if state is not None:
+            self._take_state(state)
 
     @property
     def module(self) -> nn.Module:
@@ -172,13 +191,86 @@ class TrainEngine:
         return whole_weights(self._engine.module, sharded=self.zero_stage == 3)
 
     def save_state(self, directory: Path) -> None:
-        """Writes weights, optimizer, schedule and counters, one file set for all ranks."""
-        self._engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+        """Writes fp32 weights, AdamW moments and the step; rank 0 writes, all ranks go through it together."""
+        self._link_moments()
+        parameters = ((name, self._whole_state(p)) for name, p in self._engine.module.named_parameters())
+        if dist.get_rank() == 0:
+            step = next(iter(self._adamw.state.values()))["step"]
+            write_state(directory, parameters, steps=int(step))
+        else:
+            for _ in parameters:
+                pass
 
-    def load_state(self, directory: Path) -> None:
-        """Reads what `save_state` wrote on as many ranks. Pickles: only ever a directory this run made."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag="state")
-        assert path is not None, f"DeepSpeed found no state in {directory}"
+    def _whole_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if self.zero_stage == 0:
+            master = self._masters()[parameter]
+            moments = self._adamw.state[master]
+            return {"weight": master.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        moments = {part: safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]}
+        return {"weight": safe_get_full_fp32_param(parameter), **moments}
+
+    def _take_state(self, directory: Path) -> None:
+        """Takes master weights, moments and step from disk; the model has its weights already."""
+        steps = read_steps(directory)
+        if self.zero_stage > 0:
+            self._lay_out_moments()
+        parameters = dict(self._engine.module.named_parameters())
+        with torch.no_grad():
+            for name, parts in read_state(directory):
+                self._set_state(
+                    parameters[name], {part: tensor.to(self._engine.device) for part, tensor in parts.items()}
+                )
+        for moments in self._adamw.state.values():
+            moments["step"] = torch.tensor(float(steps))
+        self._schedule.last_epoch = steps
+        rates = [
+            rate * scale(steps) for rate, scale in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._schedule._last_lr = rates
+
+    def _set_state(self, parameter: nn.Parameter, parts: dict[str, Tensor]) -> None:
+        if self.zero_stage == 0:
+            master = self._masters()[parameter]
+            master.copy_(parts["weight"])
+            self._adamw.state[master] = {part: parts[part].clone() for part in PARTS[1:]}
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, parts["weight"])
+        for part in PARTS[1:]:
+            safe_set_full_optimizer_state(parameter, parts[part], part)
+
+    def _masters(self) -> dict[nn.Parameter, Tensor]:
+        """Stage 0: each parameter's fp32 weights, which in fp32 are itself."""
+        optimizer = self._engine.optimizer
+        if optimizer is self._adamw:
+            return {p: p for group in self._adamw.param_groups for p in group["params"]}
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {p: master for own, masters in pairs for p, master in zip(own, masters, strict=True)}
+
+    def _lay_out_moments(self) -> None:
+        """A step on zero gradients at a rate of zero, which moves nothing: DeepSpeed makes the moments at the first."""
+        for group in self._adamw.param_groups:
+            group["lr"] = 0.0
+        module: Llama = self._engine.module
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._engine.device)
+        options = {"target_mask": torch.tensor([[False, True]], device=tokens.device)} if module.head == "lm" else {}
+        result = self._engine(tokens, **options)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(0.0 * (result if isinstance(result, Tensor) else result.logprobs).sum())
+        self._engine.step()
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 in fp32 link parameters to moments when the first group has stepped: too soon for others."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def destroy(self) -> None:
         """Frees the optimizer and what DeepSpeed hooked into the model."""

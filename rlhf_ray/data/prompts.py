@@ -14,6 +14,8 @@ class PromptSet:
 
     tokens: list[list[int]]
     """Token ids of each prompt, up to where the answer begins."""
+    path: str
+    """Of the table."""
     is_safety: list[bool]
     """Whether the prompt is tagged as likely to draw unsafe answers."""
 
@@ -36,4 +38,4 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
                 f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit "
                 f"beside the answer in the model's context; shorten it, or lower max_new_tokens"
             )
-    return PromptSet(tokens=tokens, is_safety=table["is_safety"].to_pylist())
+    return PromptSet(path=path, tokens=tokens, is_safety=table["is_safety"].to_pylist())

@@ -136,11 +136,11 @@ def reward_pairs(
     shares: Mapping[str, float],
     margin: Literal["none", "small", "large"],
     epochs: int,
-    held_out: float,
+    held_out: float | str,
     max_length: int,
     seed: int,
 ) -> RewardData:
-    """Reads a comparisons table, holds out by prompt, and mixes guidelines by share.
+    """Reads a comparisons table, holds out by prompt (a share, or a table of its own), and mixes guidelines by share.
 
     The guideline with the largest share gives all its rows once an epoch; the other is drawn to fill its share, and
     repeated where it has too few (§3.2.2: all of one's own data, and a part of the other's).
@@ -148,16 +148,21 @@ def reward_pairs(
     Raises:
         UserError: a part is empty, a row is too long, or a margin is asked for without strengths.
     """
-    rows = read_table(path, COMPARISONS).to_pylist()
+    kept = read_table(path, COMPARISONS).to_pylist()
     tokenizer = load_tokenizer(tokenizer_directory)
-    kept = [row for row in rows if hash_share(str(row["messages"])) >= held_out]
-    rest = [row for row in rows if hash_share(str(row["messages"])) < held_out]
+    if isinstance(held_out, str):
+        rest = read_table(held_out, COMPARISONS).to_pylist()
+    else:
+        shares_of_hash = [hash_share(str(row["messages"])) for row in kept]
+        rest = [row for row, share in zip(kept, shares_of_hash, strict=True) if share < held_out]
+        kept = [row for row, share in zip(kept, shares_of_hash, strict=True) if share >= held_out]
     by_guideline = {name: [i for i, row in enumerate(kept) if row["guideline"] == name] for name in shares}
     main = max(shares, key=lambda name: shares[name])
     if not by_guideline[main] or not rest:
+        held_out_key = "data.comparisons_held_out" if isinstance(held_out, str) else "collect.held_out"
         raise UserError(
             f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; "
-            f"both must be there, give more rows or change collect.held_out={held_out:g}"
+            f"both must be there, give more rows or change {held_out_key}={held_out}"
         )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
     options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}

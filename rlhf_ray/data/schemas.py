@@ -53,13 +53,13 @@ COMPARISONS = pa.schema(
         _field("rejected_finished", pa.bool_()),
         _field("chosen_model"),
         _field("rejected_model"),
-        _field("chosen_temperature", pa.float32()),
-        _field("rejected_temperature", pa.float32()),
+        _field("chosen_temperature", pa.float32(), nullable=True),  # null: not known
+        _field("rejected_temperature", pa.float32(), nullable=True),
         _field("strength", nullable=True),
         _field("safety_bin", nullable=True),
         _field("annotator"),
         _field("batch", pa.int32()),
-        _field("time"),  # ISO 8601
+        _field("time"),  # ISO 8601, "" if not known
     ]
 )
 SCHEMAS: dict[Kind, pa.Schema] = {
@@ -137,8 +137,9 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
 
     Prompts and comparisons end in a user message, demonstrations in an assistant one; roles alternate after
     an optional system message; no message is empty. Identifiers are unique. A comparison has a chosen answer
-    that differs from the rejected one (an empty rejected answer is fine: a model may stop at once), and a
-    known guideline, strength and safety bin (the last two may be null).
+    that differs from the rejected one (an empty rejected answer is fine: a model may stop at once), a known
+    guideline, strength and safety bin, and temperatures that are finite and not negative (all but the
+    guideline may be null).
 
     Args:
         kind: which rules.
@@ -148,21 +149,30 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
     """
     problems: list[str] = []
     seen: dict[str, int] = {}
-    rules = {
-        "prompts": _prompt_problems,
-        "demonstrations": _demonstration_problems,
-        "corpus": _corpus_problems,
-        "comparisons": _comparison_problems,
-    }
     identifier = {"prompts": "prompt_id", "comparisons": "comparison_id"}.get(kind)
     for number, row in enumerate(_rows(table)):
-        found = list(rules[kind](row))
+        found = list(row_problems(kind, row))
         if identifier is not None:
             first = seen.setdefault(row[identifier], number)
             if first != number:
                 found.append(f"{identifier}={row[identifier]!r} is that of row {first} too; make it unique")
         problems.extend(f"{kind} row {number}: {problem}" for problem in found)
     return problems
+
+
+def row_problems(kind: Kind, row: Mapping[str, Any]) -> Iterator[str]:
+    """The broken rules of one row by itself, as in `check_rows` but without kind and row in front.
+
+    Args:
+        row: all columns of the kind's schema, of the schema's types.
+    """
+    rules = {
+        "prompts": _prompt_problems,
+        "demonstrations": _demonstration_problems,
+        "corpus": _corpus_problems,
+        "comparisons": _comparison_problems,
+    }
+    return rules[kind](row)
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -196,8 +206,8 @@ def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
             or_null = "" if field == "guideline" else ", or null"
             yield f"{field}={value!r} must be one of {', '.join(known)}{or_null}; correct it"
     for field in ("chosen_temperature", "rejected_temperature"):
-        if not (math.isfinite(row[field]) and row[field] >= 0):
-            yield f"{field}={row[field]} must be finite and not negative; correct it"
+        if row[field] is not None and not (math.isfinite(row[field]) and row[field] >= 0):
+            yield f"{field}={row[field]} must be finite and not negative, or null; correct it"
 
 
 def _message_problems(messages: Sequence[Mapping[str, str | None]], *, last: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from rlhf_ray.evaluate.seeds import GREEDY
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import decode, generate, open_prompts, start_engines
-from rlhf_ray.recipe.ppo import FROZEN_ROLES, score, summarize
+from rlhf_ray.recipe.ppo import FROZEN_ROLES, load_frozen, score, summarize
 from rlhf_ray.run_state import fingerprint, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
@@ -57,7 +57,7 @@ def evaluate(context: Context) -> Path:
         sections=("evaluate", "ppo"),
         parents=("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
         code=("rlhf_ray.evaluate", "rlhf_ray.testbed", "rlhf_ray.recipe.ppo"),
-        rollout=context.config.roles.rollout.model_dump(),
+        rollout=context.sampling_settings(),
         controls={label: fingerprint(path) for label, path in section.controls.items()},
     )
     if not context.skip(step):
@@ -131,19 +131,8 @@ def num_chunks(context: Context) -> int:
 
 def load_scorers(context: Context) -> None:
     """Puts the reference and both reward models in place."""
-    roles, outputs = context.roles, context.outputs
-    roles.work_together("policy", *FROZEN_ROLES)
-    sources = {
-        "reference": ("chat", "lm"),
-        "helpfulness": ("helpfulness", "scalar"),
-        "safety": ("safety", "scalar"),
-    }
-    calls = [
-        call
-        for role, (name, head) in sources.items()
-        for call in roles[role].submit(ScorerWorker.load_frozen, str(outputs[name]), head=head, runtime=roles.runtime)
-    ]
-    collect(calls, timeout_s=roles.timeout_s, step="evaluate")
+    context.roles.work_together("policy", *FROZEN_ROLES)
+    collect(load_frozen(context), timeout_s=context.roles.timeout_s, step="evaluate")
 
 
 def evaluate_model(

@@ -1,5 +1,6 @@
 """What the stages of one run share: its directory, the outputs so far, and the workers."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import Config
+from rlhf_ray.data.reward_function import function_version, is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console
 from rlhf_ray.run_state import RunDir, Step, code_version, fingerprint
@@ -62,7 +64,9 @@ class Outputs:
                 given["tokenizer"] = checkpoint  # a checkpoint's own tokenizer goes with it
         for name, path in given.items():
             if path is not None:
-                self.add(name, Path(path), key=fingerprint(path))
+                is_named = name in ("helpfulness", "safety") and is_function(path)
+                key = function_version(path, root=os.getcwd()) if is_named else fingerprint(path)
+                self.add(name, Path(path), key=key)
 
     def add(self, name: str, path: Path, *, key: str) -> None:
         """Registers an output; one that the config names stays."""
@@ -138,6 +142,13 @@ class Context:
             **more,
         }
         return self.run.step(name, inputs)
+
+    def sampling_settings(self) -> dict[str, int]:
+        """What of the engines decides their samples. Where else roles run is no part of what a step is: ranks, ZeRO
+        stage and GPUs change results by rounding alone, and a step goes on on others than it began on.
+        """
+        rollout = self.config.roles.rollout
+        return {"max_num_seqs": rollout.max_num_seqs, "tensor_parallel_size": rollout.tensor_parallel_size}
 
     def skip(self, step: Step) -> bool:
         """Whether the step's output is there already; says so.

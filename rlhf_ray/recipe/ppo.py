@@ -6,6 +6,7 @@ generate, score, build experience, update policy and value, send the weights.
 
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from cluster.worker_group import Call, collect
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
 from rlhf_ray.recipe.context import Context
@@ -47,9 +49,10 @@ def ppo(context: Context) -> Path:
     section, seed = context.config.ppo, context.config.run.seed
     step = context.step(
         "ppo",
-        sections=("ppo", "roles"),
+        sections=("ppo",),
         parents=("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
-        code=("rlhf_ray.recipe.ppo",),
+        code=("rlhf_ray.recipe.ppo", "rlhf_ray.recipe.early_stopping"),
+        rollout=context.sampling_settings(),
     )
     if context.skip(step):
         return step.path
@@ -252,12 +255,7 @@ def load_models(context: Context, state: Path | None) -> None:
             runtime=runtime,
             fresh_head=section.value_init == "policy",
         ),
-        *roles["reference"].submit(ScorerWorker.load_frozen, chat, head="lm", runtime=runtime),
-        *[
-            call
-            for name in ("helpfulness", "safety")
-            for call in roles[name].submit(ScorerWorker.load_frozen, str(outputs[name]), head="scalar", runtime=runtime)
-        ],
+        *load_frozen(context),
     ]
     collect(calls, timeout_s=roles.timeout_s, step=label)
     if section.value_head == "zero":
@@ -266,6 +264,20 @@ def load_models(context: Context, state: Path | None) -> None:
     for role, optim in (("policy", section.optim), ("value", section.value_optim)):
         begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
     collect(begun, timeout_s=roles.timeout_s, step=label)
+
+
+def load_frozen(context: Context) -> list[Call[None]]:
+    """Starts loading the reference policy and both rewards, models or functions."""
+    roles, outputs = context.roles, context.outputs
+    calls = roles["reference"].submit(ScorerWorker.load_frozen, str(outputs["chat"]), head="lm", runtime=roles.runtime)
+    for name in ("helpfulness", "safety"):
+        source = str(outputs[name])
+        if is_function(source):
+            tokenizer = str(outputs["tokenizer"])
+            calls += roles[name].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
+        else:
+            calls += roles[name].submit(ScorerWorker.load_frozen, source, head="scalar", runtime=roles.runtime)
+    return calls
 
 
 def save_state(roles: Roles, step: Step, steps_done: int, stopping: EarlyStopping) -> None:

@@ -45,7 +45,7 @@ def collect(context: Context) -> Path:
         sections=("collect",),
         parents=("tokenizer", "chat", "prompts_annotation"),
         code=("rlhf_ray.recipe.preference_collection", "rlhf_ray.testbed"),
-        rollout=context.config.roles.rollout.model_dump(),
+        rollout=context.sampling_settings(),
         versions=[name if name in ("newest", "previous") else fingerprint(name) for name in section.versions],
     )
     if context.skip(step):

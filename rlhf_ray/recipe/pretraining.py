@@ -17,7 +17,6 @@ def pretrain(context: Context) -> Path:
         sections=("pretrain", "model"),
         parents=("corpus", "tokenizer"),
         code=("rlhf_ray.recipe.pretraining", "rlhf_ray.recipe.language_modeling"),
-        policy=context.config.roles.policy.model_dump(),
     )
     if not context.skip(step):
         facts = train_language_model(

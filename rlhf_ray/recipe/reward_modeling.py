@@ -1,5 +1,6 @@
 """Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 GUIDELINES = ("helpfulness", "safety")
+HELD_OUT = "comparisons_held_out"
 
 
 def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> dict[str, Path]:
@@ -23,9 +25,8 @@ def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> 
         name: context.step(
             f"reward-{name}",
             sections=("reward",),
-            parents=("comparisons", "tokenizer", "chat"),
+            parents=("comparisons", "tokenizer", "chat", *([HELD_OUT] if HELD_OUT in context.outputs else [])),
             code=("rlhf_ray.recipe.reward_modeling",),
-            role=context.config.roles.model_dump()[name],
             held_out=context.config.collect.held_out,
         )
         for name in names
@@ -81,7 +82,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
-        console.print(f"reward-{name}: held-out accuracy {accuracy.get('accuracy/all', float('nan')):.3f}")
+        console.print(f"reward-{name}: held-out accuracy {with_interval(accuracy, 'all')}")
 
 
 def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> dict[str, dict[str, int]]:
@@ -110,7 +111,7 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             shares=mix(name, section),
             margin=section.margin,
             epochs=section.epochs,
-            held_out=config.collect.held_out,
+            held_out=held_out(context),
             max_length=section.max_length,
             seed=config.run.seed,
         )
@@ -124,6 +125,17 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
         begun += roles.begin_training(name, optim=section.optim, num_steps=total, state=step.latest_state()[1])
     collect(begun, timeout_s=timeout_s, step="reward start")
     return sizes
+
+
+def held_out(context: Context) -> str | float:
+    """What accuracy is measured on: a table of its own, or a share of the table trained on."""
+    return str(context.outputs[HELD_OUT]) if HELD_OUT in context.outputs else context.config.collect.held_out
+
+
+def with_interval(accuracy: dict[str, float], group: str) -> str:
+    """An accuracy with half its 95% interval (normal approximation), for people."""
+    share, count = accuracy[f"accuracy/{group}"], accuracy[f"count/{group}"]
+    return f"{share:.3f} ± {1.96 * math.sqrt(share * (1 - share) / count):.3f} ({count:.0f} pairs)"
 
 
 def mix(name: str, section: RewardSection) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from cluster.worker_group import WorkerError
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.evaluate.policies import evaluate
+from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
 from rlhf_ray.recipe.ppo import ppo
 from rlhf_ray.recipe.preference_collection import collect
@@ -51,6 +52,23 @@ MAKES = {
 }
 
 
+def run_stage(context: Context, stage: str) -> Outputs:
+    """Runs one stage. Where a worker dies its group is rebuilt, and the stage goes on from its last checkpoint.
+
+    Raises:
+        WorkerError: a worker failed without dying, or workers died more often than `cluster.max_repairs`.
+    """
+    repairs, limit = 0, context.config.cluster.max_repairs
+    while True:
+        try:
+            return RUNNERS[stage](context)
+        except WorkerError as error:
+            if repairs == limit or not (dead := context.roles.drop_dead()):
+                raise
+            repairs += 1
+            console.print(f"{error}\n{stage}: rebuilding {' and '.join(dead)}, repair {repairs} of {limit}")
+
+
 def dump_failure(run: RunDir, error: WorkerError) -> None:
     """Writes what a worker knew of the step that it stopped at (a NaN's surroundings) to OUT/failure.json."""
     details = getattr(error.cause, "details", None)
@@ -81,7 +99,7 @@ def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None 
                 continue  # the config names all of it
             context.may_run = stage in wanted
             try:
-                outputs = RUNNERS[stage](context)
+                outputs = run_stage(context, stage)
             except (NotDoneError, MissingOutputError):
                 if context.may_run:
                     raise

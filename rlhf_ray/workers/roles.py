@@ -72,6 +72,16 @@ class Roles:
             "memory/driver_peak_gib": peak_gib(),
         }
 
+    def drop_dead(self) -> list[str]:
+        """Ends every group that has lost a rank, so that its next use starts it anew; returns the roles.
+
+        Whole groups, because the ranks that are left may wait in a collective for the one that is gone.
+        """
+        dead = [role for role, group in self._groups.items() if group.has_dead_ranks()]
+        for role in dead:
+            self._groups.pop(role).stop()
+        return dead
+
     def stop(self) -> None:
         """Ends all roles."""
         for group in self._groups.values():

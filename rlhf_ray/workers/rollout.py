@@ -77,12 +77,7 @@ class RolloutWorker(Worker):
             max_new_tokens=max_new_tokens,
             stop_token_id=self._stop_token,
         )
-        rollouts = to_rollouts(
-            prompt_tokens,
-            completions,
-            [prompt_set.is_safety[row] for row in rows],
-            policy_version=self._version,
-        )
+        rollouts = to_rollouts(prompt_set, rows, prompt_tokens, completions, policy_version=self._version)
         return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
 
     def decode(self, rollouts: Rollouts) -> list[tuple[str, bool]]:
@@ -122,7 +117,7 @@ class RolloutWorker(Worker):
             Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows
         ]
         firsts = [prompt_set.tokens[row][:1] for row in rows]
-        return None, to_rollouts(firsts, completions, [False] * len(rows), policy_version=self._version)
+        return None, to_rollouts(prompt_set, rows, firsts, completions, policy_version=self._version)
 
     def check_weights(self, buckets: list[Any], probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
         """Scrambles the engine's weights, syncs, and compares its log-probs on the probe with the trainer's.
@@ -169,13 +164,14 @@ class RolloutWorker(Worker):
 
 
 def to_rollouts(
+    prompt_set: PromptSet,
+    prompt_rows: Sequence[int],
     prompts: Sequence[list[int]],
     completions: Sequence[Completion],
-    is_safety: Sequence[bool],
     *,
     policy_version: int,
 ) -> Rollouts:
-    """Prompts and sampled answers as one right-padded record."""
+    """Token ids that were given, and what followed them, as one right-padded record."""
     rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -190,6 +186,8 @@ def to_rollouts(
         response_mask=mask,
         rollout_logprobs=logprobs,
         finished=torch.tensor([completion.finished for completion in completions]),
-        is_safety=torch.tensor(list(is_safety)),
+        is_safety=torch.tensor([prompt_set.is_safety[row] for row in prompt_rows]),
+        prompts=prompt_set.path,
+        prompt_rows=torch.tensor(list(prompt_rows)),
         policy_version=policy_version,
     )

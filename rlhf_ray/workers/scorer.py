@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from model.heads import last_token_scores
 from model.llama import Head
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.data.batching import plan_micro_batches
+from rlhf_ray.data.chat import load_tokenizer
+from rlhf_ray.data.reward_function import find_function, score_with
 from rlhf_ray.records import Rollouts
 
 logging.getLogger("ray").setLevel(logging.ERROR)
@@ -42,6 +44,7 @@ class ScorerWorker(Worker):
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
         self._model: nn.Module | None = None
+        self._function: Callable[[Rollouts], Tensor] | None = None
         self._config: ModelConfig | None = None
         self._runtime = Runtime(precision="fp32", device="cpu")
 
@@ -56,9 +59,19 @@ class ScorerWorker(Worker):
         model = load_model(checkpoint, head=head, dtype=runtime.dtype, device=runtime.device)
         self._config, self._model = model.config, model.eval().requires_grad_(False)
 
+    def load_function(self, spec: str, *, root: str, tokenizer: str) -> None:
+        """Takes a Python function for scoring (`data/reward_function.py`), in place of whatever the rank held.
+
+        Raises:
+            UserError: there is no such function.
+        """
+        self.unload()
+        function, loaded = find_function(spec, root=root), load_tokenizer(tokenizer)
+        self._function = lambda rollouts: score_with(function, rollouts, loaded, name=spec)
+
     def unload(self) -> None:
         """Frees the model."""
-        self._model = None
+        self._model = self._function = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -79,10 +92,13 @@ class ScorerWorker(Worker):
         Raises:
             NonFiniteError: a score is NaN or infinite.
         """
-        scores = torch.zeros(rollouts.tokens.shape[0])
-        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
-            lengths = rollouts.lengths[rows].to(tokens.device)
-            scores[rows] = last_token_scores(self._forward(tokens), lengths).float().cpu()
+        if self._function is not None:
+            scores = self._function(rollouts)
+        else:
+            scores = torch.zeros(rollouts.tokens.shape[0])
+            for rows, tokens in self._batches(rollouts, micro_batch_tokens):
+                lengths = rollouts.lengths[rows].to(tokens.device)
+                scores[rows] = last_token_scores(self._forward(tokens), lengths).float().cpu()
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores

@@ -47,7 +47,7 @@ class TrainerWorker(ScorerWorker):
             model.init_weights(seed=seed)
         else:
             model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
-        self._config, self._model, self._head = model.config, model.to(runtime.device), head
+        self._config, self._model, self._head = model.config, model, head  # in host memory: DeepSpeed moves it
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
@@ -73,10 +73,9 @@ class TrainerWorker(ScorerWorker):
             num_steps=num_steps,
             zero_stage=zero_stage,
             precision=self._runtime.precision,
+            state=Path(state) if state else None,
         )
         self._model = self._engine.module
-        if state is not None:
-            self._engine.load_state(Path(state))
 
     def open_data(self, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
         """Builds this rank's copy of the training data; `builder` returns an object with `sizes()`."""

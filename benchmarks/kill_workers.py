@@ -1,0 +1,128 @@
+"""Does a run whose workers are killed, one in every role and phase, end with the same bits as one left alone?
+
+    python benchmarks/kill_workers.py [--work DIR]
+
+Runs a small full recipe once, then again elsewhere with the driver in this process. At one call of each role and
+phase the rank gets SIGKILL; the run rebuilds its group and goes on from the stage's last checkpoint. Then
+compares every checkpoint byte for byte, and every metric but those that measure time and memory. Writes
+benchmarks/results/kill_workers.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from kill_and_resume import ROOT, SMALL, command, commit, compare, differences, finish, start
+
+from cluster.worker_group import WorkerGroup
+from rlhf_ray.config import load_config
+from rlhf_ray.recipe import run as recipe
+
+RESULT = ROOT / "benchmarks" / "results" / "kill_workers.json"
+DELAY_S = 0.02  # from the call to the kill: the method is then under way
+
+# (stage, role, method, which of its calls in the stage), in the order in which they come. Where a stage goes on from a
+# checkpoint its calls are counted on.
+KILLS = [
+    ("pretrain", "policy", "train_lm", 14),
+    ("sft", "policy", "train_lm", 7),
+    ("collect", "rollout", "generate", 3),
+    ("reward", "helpfulness", "train_reward", 3),
+    ("reward", "safety", "train_reward", 6),
+    ("ppo", "rollout", "generate", 3),
+    ("ppo", "rollout", "load_weights", 5),
+    ("ppo", "reference", "logprobs", 4),
+    ("ppo", "helpfulness", "score", 6),
+    ("ppo", "safety", "score", 8),
+    ("ppo", "value", "values", 7),
+    ("ppo", "policy", "build_experience", 7),
+    ("ppo", "value", "train_value", 9),
+    ("ppo", "policy", "train_policy", 11),
+    ("ppo", "policy", "export_weights", 18),
+    ("evaluate", "policy", "summarize", 2),
+]
+
+
+class Killer:
+    """Kills ranks at the calls named in KILLS, and counts what became of it."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str, str, int]] = []
+        self._stage, self._calls = "", Counter[tuple[str, str]]()
+        self._submit_one, self._run_stage = WorkerGroup.submit_one, recipe.run_stage
+
+    def __enter__(self) -> "Killer":
+        killer = self
+
+        def submit_one(group: WorkerGroup, rank: int, method: Any, *args: Any, **kwargs: Any) -> Any:
+            call = killer._submit_one(group, rank, method, *args, **kwargs)
+            killer._calls[group.role, method.__name__] += 1
+            at = (killer._stage, group.role, method.__name__, killer._calls[group.role, method.__name__])
+            if at in KILLS:
+                killer.done.append(at)
+                print(f"kill {at}", flush=True)
+                threading.Timer(DELAY_S, os.kill, (group.pids[rank], signal.SIGKILL)).start()
+            return call
+
+        def run_stage(context: Any, stage: str) -> Any:
+            killer._stage = stage
+            killer._calls.clear()
+            return killer._run_stage(context, stage)
+
+        WorkerGroup.submit_one = submit_one  # type: ignore[method-assign]
+        recipe.run_stage = run_stage
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        WorkerGroup.submit_one = self._submit_one  # type: ignore[method-assign]
+        recipe.run_stage = self._run_stage
+
+
+def main() -> None:
+    """Runs, kills, compares, writes the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, help="where to run; a temporary directory by default")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="kill-workers-"))
+    whole, killed = work / "whole", work / "killed"
+    begin = time.monotonic()
+    finish(start(command(whole, SMALL), whole / "driver.log"), whole / "driver.log")
+    whole_s = time.monotonic() - begin
+    print(f"left alone: {whole_s:.0f} s", flush=True)
+    overrides = [f"{key}={value}" for key, value in (SMALL | {"cluster.max_repairs": len(KILLS)}).items()]
+    begin = time.monotonic()
+    with Killer() as killer:
+        recipe.run_recipe(load_config(ROOT / "configs" / "demo.toml", overrides), killed)
+    killed_s = time.monotonic() - begin
+    different = differences(whole, killed)
+    missed = [kill for kill in KILLS if kill not in killer.done]
+    result = {
+        "identical": not different and not missed,
+        "kills_stage_role_method_call": killer.done,
+        "kills_that_never_came": missed,
+        "different_files": different,
+        "steps_identical": compare(whole, killed),
+        "whole_s": round(whole_s, 1),
+        "killed_s": round(killed_s, 1),
+        "config": {"base": "configs/demo.toml", **SMALL},
+        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: result[key] for key in ("identical", "different_files", "kills_that_never_came")}, indent=2))
+    if result["identical"] and options.work is None:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Are the planner's bytes those that training really holds?
+
+    python benchmarks/plan_memory.py [--repeats 3] [--only NAME]
+
+For each configuration a fresh process trains one worker's model for two optimizer steps of two micro-batches
+through rlhf_ray/backends/deepspeed.py, in bf16 on CPU with one rank, and counts bytes:
+
+- state: weights, gradient accumulator and optimizer state, by walking the engine's tensors after the steps;
+- activations: what autograd keeps of a forward pass, by saved-tensor hooks;
+- peak: the highest sum of the CPU allocator's live bytes in the second step, from torch's profiler;
+- resident growth: the process's highest resident memory less that before the model was built. It holds also
+  what the allocator and libraries keep, and leaves out pages never touched, such as most of DeepSpeed's bucket.
+
+Predictions are those of rlhf_ray/memory.py with the CPU's kernels. DeepSpeed's reduce bucket (1 GB at ZeRO 2 and
+3, whatever the model) is left out of both sides of the peak: beside these models everything else would vanish.
+Writes benchmarks/results/plan_memory.json and prints the table of docs/planning.md.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from model.config import PRESETS, ModelConfig  # noqa: E402
+from model.flops import num_parameters  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
+MIB = 2**20
+BUCKET_BYTES = 2 * 500_000_000
+
+
+def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:
+    """A Llama with a context of 512 tokens."""
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        ffn_size=ffn,
+        max_seq_len=512,
+    )
+
+
+SHAPES = {
+    "testbed": PRESETS["testbed"],
+    "3.8m": PRESETS["3.8m"],
+    "16m": shape(4096, 384, 8, 6, 2, 1024),
+    "56m": shape(8192, 640, 10, 10, 5, 1728),
+}
+
+# name -> shape, head, ZeRO stage, activation checkpointing, rows and tokens of a row of a micro-batch
+CONFIGURATIONS: dict[str, tuple[str, str, int, bool, int, int]] = {
+    "testbed, ZeRO 1, 32 x 128": ("testbed", "lm", 1, False, 32, 128),
+    "testbed, ZeRO 1, 32 x 128, checkpointing": ("testbed", "lm", 1, True, 32, 128),
+    "3.8m, ZeRO 0, 16 x 128": ("3.8m", "lm", 0, False, 16, 128),
+    "3.8m, ZeRO 2, 4 x 128, scalar head": ("3.8m", "scalar", 2, False, 4, 128),
+    "16m, ZeRO 1, 2 x 128": ("16m", "lm", 1, False, 2, 128),
+    "16m, ZeRO 2, 8 x 256": ("16m", "lm", 2, False, 8, 256),
+    "16m, ZeRO 3, 8 x 256, checkpointing": ("16m", "lm", 3, True, 8, 256),
+    "56m, ZeRO 1, 2 x 256": ("56m", "lm", 1, False, 2, 256),
+    "56m, ZeRO 3, 4 x 256, checkpointing": ("56m", "lm", 3, True, 4, 256),
+}
+
+
+def predict(name: str) -> dict[str, int]:
+    """The planner's bytes of a configuration, the bucket left out of the peak."""
+    from rlhf_ray.memory import largest_matrix, training_memory, training_work
+
+    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    config, tokens = SHAPES[shape_name], rows * length
+    work = training_work(
+        config,
+        tokens,
+        targets=tokens - rows if head == "lm" else None,
+        activation_checkpointing=checkpointing,
+        cpu_kernels=True,
+    )
+    parameters = num_parameters(config, scalar_head=head == "scalar")
+    moments = training_memory(parameters, largest_matrix(config), work, zero_stage=zero_stage, num_ranks=1)
+    step = moments["head"]
+    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
+    return {
+        "weights": step.weights,
+        "optimizer": step.optimizer,
+        "activations": work.kept,
+        "peak": max(memory.total for memory in moments.values()) - bucket,
+    }
+
+
+def measure(name: str) -> dict[str, int]:
+    """Bytes of a configuration, counted in this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from model.heads import state_values
+    from model.llama import Llama
+    from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
+    from rlhf_ray.config import OptimSection
+
+    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    config = SHAPES[shape_name]
+    init_distributed(torch.device("cpu"))
+    torch.manual_seed(0)
+    tokens = mask = torch.empty(0)
+    saved: dict[int, int] = {}
+
+    def loss(model: Any, _: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if head == "scalar":
+            value = (state_values(model(tokens)).float() * mask).square().sum() / mask.sum()
+        else:
+            result = model(tokens, target_mask=mask, with_entropy=True)
+            value = -(result.logprobs * mask).sum() / mask.sum()
+        return value, {}
+
+    def train(shape: ModelConfig, batch: torch.Tensor) -> tuple[Llama, TrainEngine]:
+        nonlocal tokens, mask
+        tokens, mask = batch, torch.ones_like(batch, dtype=torch.bool)
+        mask[:, 0] = False
+        model = Llama(shape, head=head, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+        engine = TrainEngine(
+            model, optim=OptimSection(warmup_steps=0), num_steps=10, zero_stage=zero_stage, precision="bf16"
+        )
+        engine.step([0, 1], loss)
+        gc.collect()
+        with record_function("second step"):
+            engine.step([0, 1], loss)
+        gc.collect()
+        return model, engine
+
+    batch = torch.randint(config.vocab_size, (rows, length))
+    # What libraries allocate at their first use is theirs, not the model's.
+    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16)))[1].destroy()
+    gc.collect()
+    before = resident_bytes()
+    train(config, batch)[1].destroy()
+    resident_growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model, engine = train(config, batch)
+    state = state_bytes(engine)
+    # After the profile: hooks keep tensors alive a little longer than autograd does.
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model.model(tokens, None, None)
+    del kept
+    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
+    return {
+        **state,
+        "activations": sum(saved.values()),
+        "peak": peak_of(profiler, "second step") - bucket,
+        "resident_growth": resident_growth,
+    }
+
+
+def peak_of(profiler: Any, mark: str) -> int:
+    """Highest sum of live bytes within a marked stretch; the profile began before anything was allocated."""
+    events = profiler.profiler.kineto_results.events()
+    [stretch] = [e for e in events if e.name() == mark]
+    start, end = stretch.start_ns(), stretch.start_ns() + stretch.duration_ns()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for when, change in changes:
+        live += change
+        if start <= when <= end:
+            peak = max(peak, live)
+    return peak
+
+
+def state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes of the engine's weights and optimizer state, each storage once."""
+    import torch
+
+    optimizer = engine._engine.optimizer
+    inner = optimizer.optimizer
+    parameters = list(engine._engine.module.parameters())
+
+    def total(tensors: Any) -> int:
+        storages = {}
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    weights = [getattr(p, "ds_tensor", p) for p in parameters]
+    # Stage 3 hands AdamW its master weights a sub-group at a time.
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    masters = masters or [p for group in inner.param_groups for p in group["params"]]
+    moments = [value for state in inner.state.values() for value in state.values()]
+    return {"weights": total(weights), "optimizer": total([*masters, *(m for m in moments if m.dim())])}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def commit() -> str:
+    """The commit the working tree is at."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def in_fresh_process(name: str) -> dict[str, int]:
+    """`measure` in a process of its own, so that memory starts from the same place."""
+    command = [sys.executable, __file__, "--measure", name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr[-2000:]}")
+    counted: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
+    return counted
+
+
+def compared(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Prediction, measurement and predicted over measured of a configuration."""
+    predicted = predict(name)
+    ratio = {key: round(value / measured[key]["mean"], 4) for key, value in predicted.items()}
+    return {"predicted": predicted, "measured": measured, "ratio": ratio}
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown: predicted over measured, and the peaks in MiB."""
+    lines = [
+        "| configuration | weights | optimiser | activations | peak | predicted peak, MiB | measured peak, MiB "
+        "| resident growth, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        ratio, predicted, measured = row["ratio"], row["predicted"], row["measured"]
+        cells = [f"{ratio[part]:.3f}" for part in ("weights", "optimizer", "activations", "peak")]
+        cells += [f"{predicted['peak'] / MIB:.1f}", f"{measured['peak']['mean'] / MIB:.1f}"]
+        cells.append(f"{measured['resident_growth']['mean'] / MIB:.0f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=CONFIGURATIONS)
+    parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--predict-only", action="store_true", help="predict anew beside the measurements on file")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
+    if options.predict_only:
+        result = json.loads(options.result.read_text())
+        for name, row in result["configurations"].items():
+            row |= compared(name, row["measured"])
+        options.result.write_text(json.dumps(result, indent=2) + "\n")
+        print(table(result["configurations"]))
+        return
+    rows: dict[str, Any] = {}
+    for name in [options.only] if options.only else CONFIGURATIONS:
+        start = time.monotonic()
+        runs = [in_fresh_process(name) for _ in range(options.repeats)]
+        measured = {
+            key: {
+                "mean": statistics.mean(run[key] for run in runs),
+                "spread": max(run[key] for run in runs) - min(run[key] for run in runs),
+            }
+            for key in runs[0]
+        }
+        rows[name] = compared(name, measured)
+        print(name, rows[name]["ratio"], f"{time.monotonic() - start:.0f} s", flush=True)
+    print(table(rows))
+    if options.only:
+        return
+    result = {
+        "configurations": rows,
+        "repeats": options.repeats,
+        "unit": "bytes",
+        "spread": "largest less smallest of the repeats",
+        "config": {
+            name: dict(
+                zip(
+                    ("shape", "head", "zero_stage", "activation_checkpointing", "rows", "row_tokens"),
+                    values,
+                    strict=True,
+                )
+            )
+            for name, values in CONFIGURATIONS.items()
+        },
+        "shapes": {
+            name: {**config.model_dump(), "parameters": num_parameters(config)} for name, config in SHAPES.items()
+        },
+        "precision": "bf16",
+        "ranks": 1,
+        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

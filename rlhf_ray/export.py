@@ -1,0 +1,57 @@
+"""Copies a finished model out of a run, with its tokenizer and lineage: what transformers and vLLM serve as it is."""
+
+import os
+import shutil
+from pathlib import Path
+
+from model.checkpoint_files import check_checkpoint
+from rlhf_ray.errors import UserError
+
+STEPS = {
+    "policy": "ppo",
+    "chat": "sft",
+    "base": "pretrain",
+    "helpfulness": "reward-helpfulness",
+    "safety": "reward-safety",
+}
+"""Model -> the step that makes it."""
+
+
+def newest_model(run: Path, what: str) -> Path:
+    """The model of the newest finished step that makes it.
+
+    Raises:
+        UserError: the run has none.
+    """
+    made = [path for path in run.glob(f"steps/{STEPS[what]}-*/step.json") if path.parent.suffix != ".partial"]
+    # "sft-*" would find "sft-public-*" too: a key has no dash.
+    made = [path for path in made if path.parent.name.rpartition("-")[0] == STEPS[what]]
+    if not made:
+        raise UserError(f"{run}: holds no finished {STEPS[what]} step; run it first, or name another of --model")
+    return max(made, key=lambda path: path.stat().st_mtime).parent / "model"
+
+
+def export_model(run: Path, to: Path, *, what: str) -> Path:
+    """Copies the model to `to`, whole or not at all; returns where it came from.
+
+    Raises:
+        UserError: the run has no such model, the model is not whole, or `to` exists or cannot be written.
+    """
+    source = newest_model(run, what)
+    if to.exists():
+        raise UserError(f"--to {to}: already exists; remove it or choose another directory")
+    try:
+        check_checkpoint(source)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; run its step again") from error
+    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial)
+        shutil.copy(source.parent / "step.json", partial / "lineage.json")
+        os.rename(partial, to)
+    except OSError as error:
+        raise UserError(f"--to {to}: cannot be written ({error.strerror}); choose another directory") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return source

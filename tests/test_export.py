@@ -1,0 +1,51 @@
+"""A model copied out of a run: the newest, whole, or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny_inputs import write_checkpoint
+
+from rlhf_ray.errors import UserError
+from rlhf_ray.export import export_model
+
+
+def finish(run: Path, step: str, *, age_s: float) -> Path:
+    """A finished step of a run with its model, as old as that."""
+    directory = run / "steps" / step
+    write_checkpoint(directory / "model", reward_model=step.startswith("reward"))
+    (directory / "step.json").write_text(json.dumps({"name": step}))
+    made = 1_700_000_000 - age_s
+    os.utime(directory / "step.json", (made, made))
+    return directory / "model"
+
+
+def test_the_newest_finished_model_is_copied_with_its_lineage(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(run, "sft-aaa", age_s=20)
+    newest = finish(run, "sft-bbb", age_s=10)
+    finish(run, "sft-public-ccc", age_s=0)
+    finish(run, "sft-ddd.partial", age_s=0)
+    assert export_model(run, tmp_path / "deep" / "out", what="chat") == newest
+    out = tmp_path / "deep" / "out"
+    assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
+    assert json.loads((out / "lineage.json").read_text()) == {"name": "sft-bbb"}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="holds no finished ppo step"):
+        export_model(run, tmp_path / "out", what="policy")
+    model = finish(run, "ppo-aaa", age_s=0)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=r"--to .*there: already exists"):
+        export_model(run, tmp_path / "there", what="policy")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--to .*file/out: cannot be written"):
+        export_model(run, tmp_path / "file" / "out", what="policy")
+    os.truncate(model / "model.safetensors", 100)
+    with pytest.raises(UserError, match=r"run its step again"):
+        export_model(run, tmp_path / "out", what="policy")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,326 @@
+"""What the planner says of real shapes: hand arithmetic, the model's own bytes, settings that a run accepts."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_inputs import write_checkpoint
+
+from cluster.plan import GIB
+from model import logprobs
+from model.config import PRESETS
+from model.llama import Llama
+from rlhf_ray import cli, memory
+from rlhf_ray.config import load_config
+from rlhf_ray.memory import Work, lm_head_bytes, training_memory, training_work
+from rlhf_ray.plan_command import plan_request
+from rlhf_ray.planning import make_plan
+from rlhf_ray.preflight import check_batches
+
+SEVEN_B = 6_738_415_616
+NOTHING = Work(kept=0, block=0, head=0)
+TABLE = 32_000 * 4096  # the largest matrix of 7B
+
+
+def request(model="llama2-7b", gpus=8, gib=80.0, **more):
+    defaults = {
+        "reward_model": None,
+        "stage": "ppo",
+        "overhead_gib": 2.0,
+        "zero_stage": None,
+        "batch": None,
+        "prompt_tokens": None,
+        "response_tokens": None,
+        "config_path": None,
+        "overrides": [],
+    }
+    return plan_request(model=model, gpus=gpus, gpu_memory_gib=gib, **defaults | more)
+
+
+def plan(*arguments, **more):
+    return make_plan(request(*arguments, **more))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`rlhf-ray plan` in this process: (code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlhf-ray", "plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "moment", "total", "fits"),
+    [
+        # bf16 weights 2, fp32 master and moments 12, bf16 gradients 2, all of them in fp32 for the step 4
+        (0, "step", 20 * SEVEN_B, False),
+        # 2, 12 / 8, bf16 gradients 2 and a whole fp32 accumulator 4, its flattened copy 4 and that in bf16 2
+        (1, "reduction", 14 * SEVEN_B + 12 * SEVEN_B // 8, False),
+        # 2, 12 / 8, 4 / 8; a bucket of 5e8 bf16 gradients and its copy; one matrix in fp32
+        (2, "reduction", 4 * SEVEN_B + 2 * 10**9 + 4 * TABLE, True),
+        # 2 / 8, 12 / 8, 4 / 8, the bucket, 1e9 gathered weights dropped for the step, gradients flattened 4 / 8
+        (3, "step", 18 * SEVEN_B // 8 + 10**9 + 4 * SEVEN_B // 8, True),
+    ],
+)
+def test_seven_billion_parameters_on_eight_ranks(zero_stage, moment, total, fits):
+    moments = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=8)
+    assert moments[moment].total == pytest.approx(total, abs=64)
+    assert max(held.total for held in moments.values()) == moments[moment].total
+    assert (moments[moment].total <= 80 * GIB) == fits
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_more_ranks_never_need_more_memory(zero_stage):
+    def most(num_ranks):
+        moments = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=num_ranks)
+        return max(held.total for held in moments.values())
+
+    totals = [most(num_ranks) for num_ranks in (1, 2, 3, 4, 8, 16, 64, 512)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def kept_by_autograd(config, tokens, *, head, checkpointing):
+    """Bytes of the storages that a forward pass saves for the backward pass, weights left out."""
+    model = Llama(config, head=head, activation_checkpointing=checkpointing).bfloat16()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, **({"target_mask": mask} if head == "lm" else {}))
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "testbed", "3.8m"])
+def test_predicted_activations_are_what_autograd_keeps(name, checkpointing):
+    config, tokens = PRESETS[name], torch.zeros(4, 64, dtype=torch.int64)
+    work = training_work(config, tokens.numel(), targets=None, activation_checkpointing=checkpointing, cpu_kernels=True)
+    kept = kept_by_autograd(config, tokens, head="none", checkpointing=checkpointing)
+    assert work.kept == pytest.approx(kept, rel=0.03)
+
+
+def test_the_head_needs_no_less_than_it_keeps():
+    config, tokens = PRESETS["3.8m"], torch.zeros(4, 64, dtype=torch.int64)
+    kept = kept_by_autograd(config, tokens, head="lm", checkpointing=True)
+    kept -= kept_by_autograd(config, tokens, head="none", checkpointing=True)
+    chunk = 4 * 252 * config.vocab_size  # fp32 log-probs of the 4 x 63 targets, one chunk
+    assert chunk < kept < lm_head_bytes(config, 252)
+    # 10 bytes a logit, 6 a weight of the projection, hidden states of the targets and their gradient, indices
+    assert lm_head_bytes(config, 252) == 10 * 252 * 2048 + 6 * 2048 * 256 + 252 * (4 * 256 + 28)
+    # Above 64 MiB of logits the chunk stays: 16.7e6 fp32 numbers are 8,192 rows of 2,048.
+    more = lm_head_bytes(config, 100_000) - lm_head_bytes(config, 50_000)
+    assert more == 50_000 * (4 * 256 + 28)
+
+
+def test_constants_are_those_of_the_code_they_stand_for():
+    assert memory.LOGITS_CHUNK_BYTES == logprobs.LOGITS_CHUNK_BYTES
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    defaults = DeepSpeedZeroConfig()
+    assert defaults.reduce_bucket_size == memory.REDUCE_BUCKET
+    assert defaults.sub_group_size == memory.SUB_GROUP
+    assert defaults.max_live_parameters == memory.MAX_LIVE_PARAMETERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["testbed, ZeRO 1, 32 x 128, checkpointing", "3.8m, ZeRO 2, 4 x 128, scalar head"])
+def test_a_training_step_holds_what_was_predicted(name):
+    from plan_memory import in_fresh_process, predict
+
+    predicted, measured = predict(name), in_fresh_process(name)
+    for part, size in predicted.items():
+        assert size == pytest.approx(measured[part], rel=0.1), part
+
+
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize(("model", "gpus", "gib"), [("llama2-7b", 8, 80), ("llama2-13b", 32, 80), ("testbed", 1, 24)])
+def test_the_settings_of_a_plan_load_keep_the_batch_rules_and_plan_the_same(tmp_path, stage, model, gpus, gib):
+    found = plan(model, gpus, gib, stage=stage)
+    assert found.placement.fits, found.verdict
+    empty = tmp_path / "run.toml"
+    empty.write_text("")
+    config = load_config(empty, found.overrides)
+    check_batches(config, [stage])
+    again = plan(model, gpus, gib, stage=stage, overrides=found.overrides)
+    assert again.placement.fits, again.verdict
+    assert len(again.placement.gpus) == len(found.placement.gpus) <= gpus
+    if stage != "ppo":  # an engine's cache is given by a share rounded to hundredths
+        assert again.placement.fullest == found.placement.fullest
+
+
+def test_seven_billion_on_eight_gpus():
+    found = plan()
+    seats = {seat.role: seat for seat in found.placement.seats}
+    # 16 bytes a parameter do not fit one GPU; ZeRO 1 holds 14 whole ones, so it is ZeRO 2 on two.
+    for name in ("policy", "value"):
+        assert seats[name].option.num_ranks == 2
+        assert found.settings[f"roles.{name}.zero_stage"] == 2
+    assert seats["policy"].memory.weights == 2 * SEVEN_B
+    assert seats["policy"].memory.optimizer == 6 * SEVEN_B
+    assert seats["policy"].memory.gradients == 2 * SEVEN_B
+    # Three frozen models of 12.6 GiB on one GPU, engines on the rest as far as 512 prompts divide.
+    assert [seats[name].gpu_share for name in ("reference", "helpfulness", "safety")] == [0.33] * 3
+    assert found.settings["roles.rollout.num_engines"] == 2
+    assert found.verdict.startswith("fits: ") and "of 80.0 GiB on the fullest GPU" in found.verdict
+    assert any("1 of 8 GPUs stay idle" in note for note in found.notes)
+    # 512 KiB a token: what 0.9 x 80 GiB leaves, in sequences of 4,096 tokens
+    cache = seats["rollout"].memory.kv_cache
+    assert any(f"holds {cache // (4096 * 524_288)} of 256 sequences" in note for note in found.notes)
+
+
+def test_an_asked_for_stage_is_kept():
+    found = plan(zero_stage=3)
+    assert {found.settings[f"roles.{name}.zero_stage"] for name in ("policy", "value")} == {3}
+    assert not plan(zero_stage=0).placement.fits
+
+
+@pytest.mark.parametrize("model", ["llama2-7b", "llama2-13b"])
+def test_what_fits_still_fits_with_more_gpus_or_memory(model):
+    fits = [plan(model, gpus).placement.fits for gpus in range(1, 20)]
+    assert fits == sorted(fits) and fits[-1]
+    fits = [plan(model, 12, gib).placement.fits for gib in (10, 30, 50, 60, 80, 100, 141)]
+    assert fits == sorted(fits) and fits[-1]
+
+
+def test_seventy_billion_does_not_fit_one_gpu_and_says_what_would():
+    found = plan("llama2-70b", 1)
+    assert not found.placement.fits
+    # Frozen models are whole on a GPU: 2 x 68,976,648,192 bytes = 128.5 GiB, 2 GiB of allowance, and a row on its way.
+    assert "no number of GPUs of 80 GiB is enough: reference needs 131.4 GiB on each (scoring)" in found.verdict
+    nearest = found.verdict.partition("nearest fit: ")[2]
+    gpus, gib = int(nearest.split()[0]), int(nearest.split()[3])
+    assert gib == 132
+    assert plan("llama2-70b", gpus, gib).placement.fits
+    assert not plan("llama2-70b", gpus - 1, gib).placement.fits
+
+
+def test_too_few_gpus_are_told_how_many_are_enough():
+    found = plan(gpus=3)
+    assert "nearest fit: 6 GPUs of 80 GiB" in found.verdict
+    assert plan(gpus=6).placement.fits and not plan(gpus=5).placement.fits
+
+
+def test_a_given_placement_is_judged_and_the_change_that_makes_it_fit_is_named():
+    found = plan(overrides=["roles.policy.num_ranks=1", "ppo.num_chunks=2"])
+    assert not found.placement.fits and found.verdict.startswith("does not fit: policy ")
+    changes = found.verdict.partition("on the same GPUs with ")[2].split()
+    assert "roles.policy.num_ranks=2" in changes and "roles.policy.zero_stage=2" in changes
+    repaired = plan(overrides=["roles.policy.num_ranks=1", "ppo.num_chunks=2", *changes])
+    assert repaired.placement.fits, repaired.verdict
+
+
+def test_micro_batches_shrink_before_a_plan_is_given_up():
+    found = plan("llama2-13b", 4, 80, stage="sft", overrides=["sft.micro_batch_size=64"])
+    assert found.placement.fits and found.settings["sft.micro_batch_size"] < 64
+
+
+def test_sizes_left_out_are_cut_to_the_models_context_and_given_ones_are_not():
+    found = plan("testbed", 1, 24)
+    assert found.settings["ppo.max_new_tokens"] == 128 and found.request.prompt_tokens == 128  # of 256
+    assert plan("testbed", 1, 24, response_tokens=24, prompt_tokens=40).request.prompt_tokens == 40
+
+
+def test_larger_reward_models_need_more():
+    small, large = plan("llama2-7b", 32), plan("llama2-7b", 32, reward_model="llama2-13b")
+    seats = [{seat.role: seat for seat in found.placement.seats} for found in (small, large)]
+    weights = [{role: seat.memory.weights for role, seat in found.items()} for found in seats]
+    assert weights[0]["reference"] == weights[1]["reference"]
+    assert all(weights[0][role] < weights[1][role] for role in ("helpfulness", "safety"))
+    assert seats[0]["value"].option.num_ranks < seats[1]["value"].option.num_ranks
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_and_ends_with_0_or_1(call):
+    code, out, err = call("--model", "llama2-7b", "--gpus", 8, "--gpu-memory", 80)
+    assert (code, err) == (0, "")
+    for word in ("policy", "rollout", "weights", "optim", "KV", "fits: ", "--set roles.policy.num_ranks=2"):
+        assert word in out
+    code, out, err = call("--model", "llama2-70b", "--gpus", 1, "--gpu-memory", 80)
+    assert (code, err) == (1, "") and "does not fit: " in out and "nearest fit: " in out and "--set" not in out
+
+
+def test_json_says_the_same(call):
+    code, out, _ = call("--model", "llama2-7b", "--gpus", 8, "--gpu-memory", 80, "--json")
+    content, same = json.loads(out), plan()
+    assert code == 0 and content["fits"] and content["verdict"] == same.verdict
+    assert content["overrides"] == same.overrides
+    policy = content["roles"]["policy"]
+    assert policy["bytes"]["weights"] == 2 * SEVEN_B
+    assert policy["bytes"]["total"] == sum(size for part, size in policy["bytes"].items() if part != "total")
+    assert set(policy["moments"]) == {"head", "backward", "reduction", "step"}
+
+
+def test_a_checkpoint_is_planned_for_by_its_shape(call, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "chat")
+    code, out, _ = call("--model", checkpoint, "--gpus", 1, "--gpu-memory", 24)
+    assert code == 0 and "fits: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"--model": "llama2-7"}, "--model llama2-7: neither a checkpoint directory nor a preset; did you mean"),
+        ({"--gpus": 0}, "--gpus 0 must be at least 1"),
+        ({"--gpu-memory": -80}, "--gpu-memory -80 must be a positive number of GiB"),
+        ({"--gpu-memory": "nan"}, "--gpu-memory nan must be a positive number of GiB"),
+        ({"--overhead": -1}, "--overhead -1 must be"),
+        ({"--reward-model": "llama2-13"}, "--reward-model llama2-13: neither"),
+        ({"--stage": "pp"}, "--stage pp is not planned for; did you mean ppo?"),
+        ({"--zero-stage": 4}, "--zero-stage 4 must be 0, 1, 2 or 3"),
+        ({"--batch": 0}, "--batch 0 must be at least 1"),
+        ({"--prompt-tokens": 4000, "--response-tokens": 100}, "exceed the model's context of 4096 tokens"),
+        ({"--response-tokens": 5000}, "--response-tokens 5000 must be at most 4095"),
+        ({"--set": "ppo.num_step=3"}, "--set: ppo.num_step is not a known key"),
+        ({"--set": "roles.policy.num_ranks=3"}, "must be divisible by roles.policy.num_ranks=3"),
+        ({"--set": "roles.policy.num_ranks=1", "--zero-stage": 2}, "--zero-stage cannot be given beside"),
+        ({"--set": "run.precision=fp32"}, "run.precision=fp32 is not planned for"),
+        ({"--config": "/nowhere.toml"}, "config /nowhere.toml: cannot be read"),
+        ({"--gpus": "many"}, "Invalid value for '--gpus'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(call, arguments, line):
+    given = {"--model": "llama2-7b", "--gpus": 8, "--gpu-memory": 80, **arguments}
+    code, out, err = call(*(part for pair in given.items() for part in pair))
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and line in err
+
+
+def test_a_checkpoint_that_is_not_llama_is_refused(call, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    code, _, err = call("--model", tmp_path, "--gpus", 8, "--gpu-memory", 80)
+    assert code == 2 and "only the Llama architecture is supported" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "gib"), [("llama2-7b", 8, 80), ("llama2-13b", 16, 80), ("llama2-70b", 64, 141)]
+)
+def test_the_configs_of_the_paper_fit_where_they_say(call, model, gpus, gib):
+    path = Path(__file__).parent.parent / "configs" / f"{model}.toml"
+    assert f"--model {model} --gpus {gpus} --gpu-memory {gib}" in path.read_text()
+    code, out, _ = call("--model", model, "--gpus", gpus, "--gpu-memory", gib, "--config", path, "--json")
+    assert code == 0, json.loads(out)["verdict"]
+    roles = json.loads(out)["roles"]
+    assert roles["policy"]["num_ranks"] == load_config(path).roles.policy.num_ranks
