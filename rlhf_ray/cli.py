@@ -11,7 +11,7 @@ import typer
 from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.data.import_formats import Format, Guideline, ImportKind, TooLong
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import stopping_on_signals
+from rlhf_ray.stopping import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
@@ -157,8 +157,16 @@ def bench(
     from rlhf_ray.bench.measure import run_bench
     from rlhf_ray.run_state import write_json
 
-    with _cluster_failures("a benchmark keeps nothing: give the same command again"):
-        found = run_bench(work)
+    with _cluster_failures("the same command starts anew"):
+        try:
+            found = run_bench(work)
+        except Stopped as stopped:
+            raise Stopped(stopped.args[0], "stopped; a benchmark keeps nothing, and starts anew") from None
+        except OSError as error:
+            raise RunFailure(
+                f"{error.filename or 'the temporary directory'}: {error.strerror or error}; set TMPDIR to a directory "
+                "with room for the models"
+            ) from error
     print_report(found)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

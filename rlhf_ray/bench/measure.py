@@ -1,6 +1,6 @@
 """Runs a benchmark on the real roles: the calls of a PPO iteration, or of a part of it, again and again.
 
-A benchmark is a stage that files nothing: it works in a temporary directory, which goes when it ends.
+A benchmark is a stage that files nothing: it works in a temporary directory, which goes before the first repeat.
 """
 
 import itertools
@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.metrics import console, progress_bar
+from rlhf_ray.preflight import SMALLEST_VOCABULARY
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
@@ -42,23 +44,26 @@ Repeat = Callable[[int], dict[str, float]]
 
 PROMPTS = "prompts_train"  # the name under which PPO's iterations ask for prompts
 INIT_STD = 0.02
-SMALLEST_VOCABULARY = 286
 
 
 def run_bench(work: Workload) -> dict[str, Any]:
-    """Measures, and returns the report (docs/performance.md)."""
-    with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:
-        context = Context(work.config, RunDir(directory))
-        try:
+    """Measures, and returns the report (docs/performance.md).
+
+    Raises:
+        WorkerError, PlacementError, RunFailure.
+    """
+    with ExitStack() as stack:
+        # The models are needed until every role has loaded them: no signal later can leave them behind.
+        with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:
+            context = Context(work.config, RunDir(directory))
+            stack.callback(context.close)
             with console.status(f"bench {work.what}: making models, starting workers"):
                 shapes = name_models(context, work)
                 context.roles.step = f"bench {work.what}"
                 context.roles.start(*ROLES[work.what])
                 repeat = PREPARE[work.what](context, work)
-            laps = measure(context.roles, work, repeat)
-            return report(work, shapes, laps, context.roles)
-        finally:
-            context.close()
+        laps = measure(context.roles, work, repeat)
+        return report(work, shapes, laps, context.roles)
 
 
 def measure(roles: Any, work: Workload, repeat: Repeat) -> list[Lap]:
@@ -185,7 +190,9 @@ PREPARE: Mapping[str, Callable[[Context, Workload], Repeat]] = {
 def name_models(context: Context, work: Workload) -> dict[str, ModelConfig]:
     """Makes a checkpoint of random weights for each model that is needed and not named; returns each role's shape."""
     sources = {role: ppo.source_of(role, work.config.ppo) for role in ROLES[work.what]}
-    for name in sorted(set(sources.values()) - {name for name in sources.values() if name in context.outputs}):
+    for name in dict.fromkeys(sources.values()):
+        if name in context.outputs:
+            continue
         is_reward = name != "chat"
         path = context.run.path / ("reward" if is_reward else "chat")  # both rewards may be one checkpoint
         if not path.exists():
