@@ -3,6 +3,8 @@
 A worker is a plain class derived from `Worker`; Ray wraps it at launch, so it also runs in-process in a test.
 """
 
+import functools
+import inspect
 import os
 import resource
 import socket
@@ -30,7 +32,16 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One rank of a role."""
+    """One rank of a role. Public methods of derived classes count the seconds that they run."""
+
+    _busy_s = 0.0
+    _depth = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, member in list(vars(cls).items()):
+            if inspect.isfunction(member) and not name.startswith("_"):
+                setattr(cls, name, _counting_seconds(member))
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         self.role, self.rank, self.num_ranks = role, rank, num_ranks
@@ -42,6 +53,10 @@ class Worker:
     def peak_memory_gib(self) -> float:
         """Highest resident memory of this process so far, GiB."""
         return peak_gib()
+
+    def busy_seconds(self) -> float:
+        """Seconds this rank has spent in calls so far; what a call waits for inside, as in a collective, counts."""
+        return self._busy_s
 
     def rendezvous_address(self) -> tuple[str, int]:
         """This node's address and a port that was free a moment ago, for rank 0 to listen on."""
@@ -58,6 +73,23 @@ class Worker:
             LOCAL_RANK="0",  # Ray shows each rank its own devices only
             WORLD_SIZE=str(self.num_ranks),
         )
+
+
+def _counting_seconds(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, whose outermost calls add to its worker's busy seconds."""
+
+    @functools.wraps(method)
+    def counted(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        self._depth += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._busy_s += time.perf_counter() - start
+
+    return counted
 
 
 def peak_gib() -> float:

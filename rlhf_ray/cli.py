@@ -1,6 +1,8 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,10 +11,12 @@ import typer
 from rlhf_ray.cli_data import data_app
 from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import stopping_on_signals
+from rlhf_ray.stopping import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
+
+Benchmark = Literal["rollout", "score", "train", "sync", "round"]
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -41,28 +45,34 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
 
 
 def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
-    """`run_recipe`, with the cluster's exceptions as those that `main` prints."""
+    """`run_recipe`, with its failures as those that `main` prints."""
+    from rlhf_ray.recipe.run import run_recipe
+
+    with _cluster_failures("the same command goes on from the last checkpoint"):
+        try:
+            return run_recipe(config, out, stages=stages)
+        except OSError as error:  # the disk is full, or the run directory has gone
+            raise RunFailure(
+                f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the "
+                "same command goes on from it once the disk is in order"
+            ) from error
+
+
+@contextmanager
+def _cluster_failures(remedy: str) -> Iterator[None]:
+    """The cluster's exceptions as those that `main` prints."""
     from cluster.placement import PlacementError
     from cluster.session import log_directory
     from cluster.worker_group import WorkerError
-    from rlhf_ray.recipe.run import run_recipe
 
     try:
-        return run_recipe(config, out, stages=stages)
+        yield
     except WorkerError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
-        raise RunFailure(
-            f"{error}; the workers' logs are in {log_directory()}, "
-            "and the same command goes on from the last checkpoint"
-        ) from error
+        raise RunFailure(f"{error}; the workers' logs are in {log_directory()}, and {remedy}") from error
     except PlacementError as error:
         raise RunFailure(str(error)) from error
-    except OSError as error:  # the disk is full, or the run directory has gone
-        raise RunFailure(
-            f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the same "
-            "command goes on from it once the disk is in order"
-        ) from error
 
 
 @app.command()
@@ -115,6 +125,51 @@ def report(
     from rlhf_ray.evaluate.seeds import print_comparison
 
     print_comparison(runs, against=against)
+
+
+@app.command()
+def bench(
+    what: Annotated[Benchmark, typer.Argument(metavar="WHAT", help="rollout, score, train, sync or round.")],
+    config: ConfigPath,
+    set_: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats that are measured.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Repeats before them.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 32,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Writes the report there.")] = None,
+) -> None:
+    """Measure rollout, scoring, training, weight sync, or whole PPO iterations (round)."""
+    from rlhf_ray.bench.workload import check_bench
+    from rlhf_ray.config import load_config
+
+    work = check_bench(
+        what,
+        load_config(config, set_),
+        repeats=repeats,
+        warmup=warmup,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        out=out,
+    )
+
+    from rlhf_ray.bench.figures import print_report
+    from rlhf_ray.bench.measure import run_bench
+    from rlhf_ray.run_state import write_json
+
+    with _cluster_failures("the same command starts anew"):
+        try:
+            found = run_bench(work)
+        except Stopped as stopped:
+            raise Stopped(stopped.args[0], "stopped; a benchmark keeps nothing, and starts anew") from None
+        except OSError as error:
+            raise RunFailure(
+                f"{error.filename or 'the temporary directory'}: {error.strerror or error}; set TMPDIR to a directory "
+                "with room for the models"
+            ) from error
+    print_report(found)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, found)
 
 
 app.add_typer(jobs_app)

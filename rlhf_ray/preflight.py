@@ -143,12 +143,16 @@ def check_cluster(config: Config) -> None:
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
     """This machine has the cores or GPUs that the roles of an embedded cluster ask for."""
+    check_roles(config, sorted({role for stage in running for role in ROLES.get(stage, ())}))
+
+
+def check_roles(config: Config, roles: Sequence[str]) -> None:
+    """As `check_ranks`, for roles that are up together."""
     if config.cluster.address is not None:
         return  # the cluster's own resources are checked when it is reached
     gpus = count_gpus()
     if config.run.device == "cuda" and not gpus:
         raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
-    roles = sorted({role for stage in running for role in ROLES.get(stage, ())})
     if config.run.device == "cpu" or not gpus:
         _check_cores(config, roles)
     else:

@@ -51,7 +51,7 @@ def stopping_on_signals() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        _leave(stopped.args[0])
+        _leave(*stopped.args)
     except SystemExit as error:
         # Ray replaces the handler of SIGTERM by one that exits with the signal's number.
         if error.code == signal.SIGTERM:
@@ -84,10 +84,10 @@ def _watch(reading: int, handled: list[signal.Signals]) -> None:
             _adopt_orphans()
 
 
-def _leave(number: int) -> None:
+def _leave(number: int, said: str = STOPPED) -> None:
     """Ends this process and its descendants; exit code as shells count."""
     end_descendants()
-    print(STOPPED, file=sys.stderr, flush=True)
+    print(said, file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

@@ -81,6 +81,8 @@ def refused(result):
         (["sft", "{config}", "--out", "{out}"], "sft needs demonstrations, tokenizer, base"),
         (["run", "{config}"], "Missing option '--out'; see rlhf-ray run --help"),
         (["chat", "{out}"], "CHECKPOINT='{out}': no such checkpoint directory"),
+        (["bench", "sync", "{config}", "--repeats", "0"], "Invalid value for '--repeats': Input should be greater"),
+        (["bench", "sync", "{config}", "--set", "model.preset=tinny"], "model.preset='tinny' is not known"),
     ],
 )
 def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
@@ -103,6 +105,7 @@ def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
         ["pretrain", "{config}", "--out", "/proc/x"],
         ["submit", "{config}", "--out", "relative"],
         ["status", "--help"],
+        ["bench", "round", "{config}", "--response-tokens", "1000"],
     ],
 )
 def test_help_and_refusals_load_nothing_heavy(config, tmp_path, arguments):

@@ -54,6 +54,26 @@ class Rank(Worker):
         raise ValueError("no batch today")
 
 
+class Thorough(Rank):
+    """A worker whose method calls another of its methods."""
+
+    def sleep_twice(self, seconds: float) -> None:
+        self.sleep(seconds)
+        super().sleep(seconds)
+
+
+def test_a_worker_counts_the_seconds_of_its_calls_once() -> None:
+    worker = Thorough("sleeper", 0, 1)
+    assert worker.busy_seconds() == 0.0
+    worker.sleep_twice(0.05)
+    once = worker.busy_seconds()
+    assert 0.1 <= once < 0.2
+    with pytest.raises(ValueError, match="no batch today"):
+        worker.fail()
+    assert worker.ready() == os.getpid()  # of the base class, which do not count
+    assert once < worker.busy_seconds() < once + 0.05
+
+
 class Stillborn(Worker):
     """A worker whose construction fails."""
 

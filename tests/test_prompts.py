@@ -4,7 +4,7 @@ import pytest
 from tiny_inputs import prompt, write_rows, write_tokenizer
 
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
-from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.prompts import load_prompts, random_prompts
 from rlhf_ray.errors import UserError
 
 
@@ -32,3 +32,12 @@ def test_a_prompt_that_fakes_a_turn_is_named(tmp_path, tokenizer):
     path = write_rows(tmp_path / "p", "prompts", [prompt(0), prompt(1, "a [/INST] b")])
     with pytest.raises(UserError, match=r"p row 1: messages\[0\]\.content holds the special token '\[/INST\]'"):
         load_prompts(path, tokenizer, max_prompt_tokens=64)
+
+
+def test_random_prompts_have_one_length_and_are_the_same_again():
+    prompts = random_prompts(50, length=7, vocab_size=300, seed=3)
+    assert {len(tokens) for tokens in prompts.tokens} == {7}
+    assert min(map(min, prompts.tokens)) >= 0 and 280 < max(map(max, prompts.tokens)) < 300
+    assert len(set(map(tuple, prompts.tokens))) == len(prompts.is_safety) == 50
+    assert prompts == random_prompts(50, length=7, vocab_size=300, seed=3)
+    assert not prompts.ends_at_eos and not any(prompts.is_safety)

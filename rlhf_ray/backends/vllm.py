@@ -67,9 +67,13 @@ class Engine:
         seeds: Sequence[int],
         temperature: float,
         max_new_tokens: int,
-        stop_token_id: int,
+        stop_token_id: int | None,
     ) -> list[Completion]:
-        """Samples one answer per prompt; temperature 0 is greedy, top-p and top-k are off."""
+        """Samples one answer per prompt; temperature 0 is greedy, top-p and top-k are off.
+
+        Args:
+            stop_token_id: ends an answer; None ends none before `max_new_tokens`, and EOS is a token like others.
+        """
         from vllm import SamplingParams
 
         params = [
@@ -78,7 +82,8 @@ class Engine:
                 max_tokens=max_new_tokens,
                 seed=seed,
                 logprobs=0,  # the sampled token's own
-                stop_token_ids=[stop_token_id],
+                stop_token_ids=None if stop_token_id is None else [stop_token_id],
+                ignore_eos=stop_token_id is None,  # the engine knows the model's EOS by itself
                 detokenize=False,
             )
             for seed in seeds

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rlhf_ray.data.chat import encode_prompt
 from rlhf_ray.data.schemas import PROMPTS, read_table
 from rlhf_ray.errors import UserError, located
@@ -18,6 +20,8 @@ class PromptSet:
     """Of the table."""
     is_safety: list[bool]
     """Whether the prompt is tagged as likely to draw unsafe answers."""
+    ends_at_eos: bool = True
+    """Whether EOS ends an answer; not so in a benchmark, whose answers all have one length."""
 
 
 def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSet:
@@ -39,3 +43,9 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
                 f"beside the answer in the model's context; shorten it, or lower max_new_tokens"
             )
     return PromptSet(path=path, tokens=tokens, is_safety=table["is_safety"].to_pylist())
+
+
+def random_prompts(num: int, *, length: int, vocab_size: int, seed: int) -> PromptSet:
+    """Prompts of `length` random token ids each, no two alike in practice, for benchmarks."""
+    tokens = np.random.default_rng(seed).integers(vocab_size, size=(num, length)).tolist()
+    return PromptSet(path="random tokens", tokens=tokens, is_safety=[False] * num, ends_at_eos=False)

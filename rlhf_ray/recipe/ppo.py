@@ -236,48 +236,54 @@ def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> di
     return {f"held_out/{name}": metrics[name] for name in kept}
 
 
-def load_models(context: Context, state: Path | None) -> None:
-    """Puts every role's model in place: from the stage's parents, or from a checkpoint of this stage."""
+def load_models(context: Context, state: Path | None, *, roles_used: Sequence[str] = SCORING_ROLES) -> None:
+    """Puts the roles' models in place: from the stage's parents, or from a checkpoint of this stage."""
     config, roles, outputs = context.config, context.roles, context.outputs
     section, runtime = config.ppo, roles.runtime
     updates = section.num_steps * section.inner_epochs * (section.batch_size // section.minibatch_size)
-    chat = str(outputs["chat"])
-    value_source = str(outputs["helpfulness"]) if section.value_init == "helpfulness" else chat
     label = "loading models"
-    roles.work_together(*SCORING_ROLES)
-    calls = [
-        *roles["policy"].submit(TrainerWorker.build, chat, head="lm", seed=config.run.seed, runtime=runtime),
-        *roles["value"].submit(
+    roles.work_together(*roles_used)
+    trained = {"policy": section.optim, "value": section.value_optim}
+    trained = {role: optim for role, optim in trained.items() if role in roles_used}
+    calls = load_frozen(context, [role for role in roles_used if role in FROZEN_ROLES])
+    for role in trained:
+        calls += roles[role].submit(
             TrainerWorker.build,
-            value_source,
-            head="scalar",
+            str(outputs[source_of(role, section)]),
+            head="lm" if role == "policy" else "scalar",
             seed=config.run.seed,
             runtime=runtime,
-            fresh_head=section.value_init == "policy",
-        ),
-        *load_frozen(context),
-    ]
+            fresh_head=role == "value" and section.value_init == "policy",
+        )
     collect(calls, timeout_s=roles.timeout_s, step=label)
-    if section.value_head == "zero":
+    if section.value_head == "zero" and "value" in trained:
         roles["value"].call(TrainerWorker.zero_head, step=label)
     begun = []
-    for role, optim in (("policy", section.optim), ("value", section.value_optim)):
+    for role, optim in trained.items():
         begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
     collect(begun, timeout_s=roles.timeout_s, step=label)
 
 
-def load_frozen(context: Context) -> list[Call[None]]:
+def load_frozen(context: Context, roles_used: Sequence[str] = FROZEN_ROLES) -> list[Call[None]]:
     """Starts loading the reference policy and both rewards, models or functions."""
     roles, outputs = context.roles, context.outputs
-    calls = roles["reference"].submit(ScorerWorker.load_frozen, str(outputs["chat"]), head="lm", runtime=roles.runtime)
-    for name in ("helpfulness", "safety"):
-        source = str(outputs[name])
-        if is_function(source):
+    calls: list[Call[None]] = []
+    for role in roles_used:
+        source = str(outputs[source_of(role, context.config.ppo)])
+        if role != "reference" and is_function(source):
             tokenizer = str(outputs["tokenizer"])
-            calls += roles[name].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
+            calls += roles[role].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
         else:
-            calls += roles[name].submit(ScorerWorker.load_frozen, source, head="scalar", runtime=roles.runtime)
+            head = "lm" if role == "reference" else "scalar"
+            calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, runtime=roles.runtime)
     return calls
+
+
+def source_of(role: str, section: PPOSection) -> str:
+    """The output whose weights a role starts from."""
+    if role == "value":
+        return "helpfulness" if section.value_init == "helpfulness" else "chat"
+    return role if role in ("helpfulness", "safety") else "chat"
 
 
 def save_state(roles: Roles, step: Step, steps_done: int, stopping: EarlyStopping) -> None:

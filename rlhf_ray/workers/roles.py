@@ -1,6 +1,7 @@
 """The run's roles: each a group of ranks, started when a stage first needs it and alive until the run ends."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,14 @@ class Roles:
 
     def memory(self) -> dict[str, float]:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
-        calls = {role: group.submit(Worker.peak_memory_gib) for role, group in self._groups.items()}
-        peaks = {role: max(collect(ranks, timeout_s=self.timeout_s, step=self.step)) for role, ranks in calls.items()}
         return {
-            **{f"memory/{role}_peak_gib": gib for role, gib in peaks.items()},
+            **{f"memory/{role}_peak_gib": max(ranks) for role, ranks in self._ask(Worker.peak_memory_gib).items()},
             "memory/driver_peak_gib": peak_gib(),
         }
+
+    def busy_seconds(self) -> dict[str, list[float]]:
+        """Seconds that each role's ranks have spent in calls so far, rank by rank."""
+        return self._ask(Worker.busy_seconds)
 
     def drop_dead(self) -> list[str]:
         """Ends every group that has lost a rank, so that its next use starts it anew; returns the roles.
@@ -87,6 +90,11 @@ class Roles:
         for group in self._groups.values():
             group.stop()
         self._groups.clear()
+
+    def _ask(self, method: Callable[[Any], float]) -> dict[str, list[float]]:
+        """What the method returns, by role and rank."""
+        calls = {role: group.submit(method) for role, group in self._groups.items()}
+        return {role: collect(ranks, timeout_s=self.timeout_s, step=self.step) for role, ranks in calls.items()}
 
     def _launch(self, role: str) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)

@@ -13,7 +13,7 @@ from model.checkpoint_files import read_config
 from rlhf_ray.backends.vllm import Completion, Engine
 from rlhf_ray.backends.weights import read_buckets
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
-from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
 from rlhf_ray.records import Rollouts, WeightBucket
 
 _SCRAMBLE_STD = 0.1
@@ -44,7 +44,8 @@ class RolloutWorker(Worker):
             self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
             return
         self._tokenizer = load_tokenizer(checkpoint)
-        self._max_seq_len = read_config(checkpoint).max_seq_len
+        config = read_config(checkpoint)
+        self._max_seq_len, self._vocab_size = config.max_seq_len, config.vocab_size
         self._engine = Engine(checkpoint, max_seq_len=self._max_seq_len, **engine_options)
         stop = self._stop_token
         self._engine.generate([[stop]], seeds=[0], temperature=1.0, max_new_tokens=2, stop_token_id=stop)
@@ -57,6 +58,10 @@ class RolloutWorker(Worker):
         """
         self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens)
         return len(self._prompts[name].tokens)
+
+    def draw_prompts(self, name: str, num: int, *, length: int, seed: int) -> None:
+        """Puts random token ids under a name, whose answers do not end at EOS: for benchmarks."""
+        self._prompts[name] = random_prompts(num, length=length, vocab_size=self._vocab_size, seed=seed)
 
     def generate(
         self,
@@ -75,7 +80,7 @@ class RolloutWorker(Worker):
             seeds=seeds,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            stop_token_id=self._stop_token,
+            stop_token_id=self._stop_token if prompt_set.ends_at_eos else None,
         )
         rollouts = to_rollouts(prompt_set, rows, prompt_tokens, completions, policy_version=self._version)
         return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts

@@ -1,0 +1,357 @@
+"""Runs a benchmark on the real roles: the calls of a PPO iteration, or of a part of it, again and again.
+
+A benchmark is a stage that files nothing: it works in a temporary directory, which goes before the first repeat.
+"""
+
+import itertools
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from cluster.worker_group import Call, collect
+from model.checkpoint import save_checkpoint
+from model.checkpoint_files import expected_shapes, read_config
+from model.config import ModelConfig
+from model.flops import num_parameters, peak_flops, weight_bytes
+from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, utilisation
+from rlhf_ray.bench.workload import ROLES, SCORING, TRAINED, Workload, model_flops
+from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.data.prompts import random_prompts
+from rlhf_ray.errors import RunFailure
+from rlhf_ray.metrics import console, progress_bar
+from rlhf_ray.preflight import SMALLEST_VOCABULARY
+from rlhf_ray.recipe import ppo
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
+from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
+from rlhf_ray.records import Rollouts
+from rlhf_ray.run_state import RunDir, package_versions
+from rlhf_ray.workers.rollout import RolloutWorker
+
+Repeat = Callable[[int], dict[str, float]]
+"""One repeat by its number; returns PPO's metrics of it, as far as it has any."""
+
+PROMPTS = "prompts_train"  # the name under which PPO's iterations ask for prompts
+INIT_STD = 0.02
+
+
+def run_bench(work: Workload) -> dict[str, Any]:
+    """Measures, and returns the report (docs/performance.md).
+
+    Raises:
+        WorkerError, PlacementError, RunFailure.
+    """
+    with ExitStack() as stack:
+        # The models are needed until every role has loaded them: no signal later can leave them behind.
+        with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:
+            context = Context(work.config, RunDir(directory))
+            stack.callback(context.close)
+            with console.status(f"bench {work.what}: making models, starting workers"):
+                shapes = name_models(context, work)
+                context.roles.step = f"bench {work.what}"
+                context.roles.start(*ROLES[work.what])
+                repeat = PREPARE[work.what](context, work)
+        laps = measure(context.roles, work, repeat)
+        return report(work, shapes, laps, context.roles)
+
+
+def measure(roles: Any, work: Workload, repeat: Repeat) -> list[Lap]:
+    """The measured laps.
+
+    Raises:
+        RunFailure: answers have not the length they should.
+    """
+    laps = []
+    with progress_bar(f"bench {work.what}", total=work.warmup + work.repeats) as bar:
+        for index in range(work.warmup + work.repeats):
+            before = roles.busy_seconds()
+            start = time.perf_counter()
+            row = repeat(index)
+            seconds = time.perf_counter() - start
+            after = roles.busy_seconds()
+            expected = work.batch_size * work.response_tokens
+            if (sampled := row.get("response/tokens_total", expected)) != expected:
+                raise RunFailure(f"bench {work.what}: {sampled:.0f} tokens were sampled in place of {expected}")
+            if index >= work.warmup:
+                busy = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
+                laps.append(Lap(seconds, phases(row, seconds), busy))
+            bar.advance(f"{seconds:.3g} s")
+    return laps
+
+
+def phases(row: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Seconds of an iteration's phases, and what is left of `seconds` as "other"; empty without phases."""
+    found = {
+        key.removeprefix("time/").removesuffix("_s"): value
+        for key, value in row.items()
+        if key.startswith("time/") and key != "time/step_s"
+    }
+    return {**found, "other": seconds - sum(found.values())} if found else {}
+
+
+# --- what a repeat is ---------------------------------------------------------------------------------------------
+
+
+def prepare_rollout(context: Context, work: Workload) -> Repeat:
+    """Engines with weights and prompts; a repeat samples answers to prompts that none before it had."""
+    roles, section, seed = context.roles, work.config.ppo, work.config.run.seed
+    start_engines(context, context.outputs["chat"])
+    num_prompts = draw_prompts(context, work)
+
+    def repeat(index: int) -> dict[str, float]:
+        rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
+        roles.work_together("rollout")
+        calls = generate(roles, PROMPTS, rows, seed=(seed, index), **ppo.sampling(section))
+        counts = collect(calls, timeout_s=roles.timeout_s, step=roles.step)
+        return {"response/tokens_total": sum(count["response_tokens"] for count in counts)}
+
+    return repeat
+
+
+def prepare_score(context: Context, work: Workload) -> Repeat:
+    """All models in place; a repeat scores one batch of random answers and builds experience from it."""
+    roles, section = context.roles, work.config.ppo
+    ppo.load_models(context, None)
+    rollouts = given_rollouts(work)
+
+    def repeat(index: int) -> dict[str, float]:
+        roles.work_together(*SCORING)
+        scores = ppo.score(roles, section, rollouts)
+        built = ppo.build_experience(roles, section, rollouts, scores)
+        collect([*itertools.chain(*scores.values()), *built], timeout_s=roles.timeout_s, step=roles.step)
+        return {}
+
+    return repeat
+
+
+def prepare_train(context: Context, work: Workload) -> Repeat:
+    """Policy and value under DeepSpeed, and experience from random scores; a repeat is one iteration's updates."""
+    roles, section, seed = context.roles, work.config.ppo, work.config.run.seed
+    ppo.load_models(context, None, roles_used=TRAINED)
+    rollouts = given_rollouts(work)
+    built = ppo.build_experience(roles, section, rollouts, given_scores(work))
+    collect(built, timeout_s=roles.timeout_s, step=roles.step)
+
+    def repeat(index: int) -> dict[str, float]:
+        ppo.update(roles, section, index, built, seed=seed)
+        return {}
+
+    return repeat
+
+
+def prepare_sync(context: Context, work: Workload) -> Repeat:
+    """A policy under DeepSpeed and engines; a repeat sends its weights."""
+    ppo.load_models(context, None, roles_used=("policy",))
+    start_engines(context, context.outputs["chat"])
+
+    def repeat(index: int) -> dict[str, float]:
+        sync_weights(context.roles, step=context.roles.step)
+        return {}
+
+    return repeat
+
+
+def prepare_round(context: Context, work: Workload) -> Repeat:
+    """Everything PPO starts; a repeat is one of its iterations."""
+    ppo.load_models(context, None)
+    start_engines(context, context.outputs["chat"])
+    num_prompts = draw_prompts(context, work)
+    sync_weights(context.roles)
+
+    def repeat(index: int) -> dict[str, float]:
+        return ppo.iteration(context.roles, work.config.ppo, index, num_prompts=num_prompts, seed=work.config.run.seed)
+
+    return repeat
+
+
+PREPARE: Mapping[str, Callable[[Context, Workload], Repeat]] = {
+    "rollout": prepare_rollout,
+    "score": prepare_score,
+    "train": prepare_train,
+    "sync": prepare_sync,
+    "round": prepare_round,
+}
+
+
+# --- what it works on ---------------------------------------------------------------------------------------------
+
+
+def name_models(context: Context, work: Workload) -> dict[str, ModelConfig]:
+    """Makes a checkpoint of random weights for each model that is needed and not named; returns each role's shape."""
+    sources = {role: ppo.source_of(role, work.config.ppo) for role in ROLES[work.what]}
+    for name in dict.fromkeys(sources.values()):
+        if name in context.outputs:
+            continue
+        is_reward = name != "chat"
+        path = context.run.path / ("reward" if is_reward else "chat")  # both rewards may be one checkpoint
+        if not path.exists():
+            weights = random_weights(work, reward_model=is_reward)
+            save_checkpoint(path, work.shape, weights, num_labels=1 if is_reward else None)
+            # Engines want one for its EOS; ids are all that passes through them.
+            save_tokenizer(train_tokenizer(["a b c"] * 9, vocab_size=SMALLEST_VOCABULARY), path)
+        context.outputs.add(name, path, key="random weights")
+    return {role: read_config(context.outputs[source]) for role, source in sources.items()}
+
+
+def random_weights(work: Workload, *, reward_model: bool) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint one at a time, in the run's precision: matrices near zero, gains of one."""
+    generator = torch.Generator().manual_seed(work.config.run.seed)
+    dtype = torch.bfloat16 if work.config.run.precision == "bf16" else torch.float32
+    for name, shape in expected_shapes(work.shape, reward_model=reward_model).items():
+        gain = len(shape) == 1
+        tensor = torch.ones(shape) if gain else INIT_STD * torch.randn(shape, generator=generator)
+        yield name, tensor.to(dtype)
+
+
+def draw_prompts(context: Context, work: Workload) -> int:
+    """Gives every engine random prompts, enough for all repeats: one seen before would come from the prefix cache."""
+    num = work.batch_size * (work.warmup + work.repeats)
+    context.roles["rollout"].call(
+        RolloutWorker.draw_prompts, PROMPTS, num, length=work.prompt_tokens, seed=work.config.run.seed
+    )
+    return num
+
+
+def given_rollouts(work: Workload) -> list[Call[Any]]:
+    """A batch of random prompts and answers in chunks, as `generate` would have made it."""
+    length, chunk = work.prompt_tokens + work.response_tokens, work.batch_size // work.config.ppo.num_chunks
+    seed, vocab_size = work.config.run.seed, work.shape.vocab_size
+    tokens = torch.tensor(random_prompts(work.batch_size, length=length, vocab_size=vocab_size, seed=seed).tokens)
+    mask = (torch.arange(length) >= work.prompt_tokens).expand(chunk, length)
+    return [
+        _given(
+            Rollouts(
+                tokens=part,
+                response_mask=mask,
+                rollout_logprobs=-math.log(vocab_size) * mask,
+                finished=torch.ones(chunk, dtype=torch.bool),
+                is_safety=torch.zeros(chunk, dtype=torch.bool),
+                prompts="random tokens",
+                prompt_rows=torch.arange(chunk),
+                policy_version=0,
+            )
+        )
+        for part in tokens.split(chunk)
+    ]
+
+
+def given_scores(work: Workload) -> dict[str, list[Call[Any]]]:
+    """Random scores for `given_rollouts`, as `score` would have made them."""
+    generator = torch.Generator().manual_seed(work.config.run.seed)
+    num_chunks = work.config.ppo.num_chunks
+    chunk, prompt = work.batch_size // num_chunks, work.prompt_tokens
+    per_token = torch.zeros(chunk, prompt + work.response_tokens)
+    likely = per_token.clone()
+    likely[:, prompt:] = -math.log(work.shape.vocab_size)
+    return {
+        "value": [_given(per_token) for _ in range(num_chunks)],
+        "reference": [_given(likely) for _ in range(num_chunks)],
+        **{
+            role: [_given(torch.randn(chunk, generator=generator)) for _ in range(num_chunks)]
+            for role in ("helpfulness", "safety")
+        },
+    }
+
+
+def _given(value: Any) -> Call[Any]:
+    """A value in the object store, in the form of a call that made it."""
+    ref = ray.put(value)
+    return Call("driver", 0, "given", ref, (ref,))
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], roles: Any) -> dict[str, Any]:
+    """Everything that is known of the laps, as JSON values."""
+    seconds, device = spread([lap.seconds for lap in laps]), device_facts(work, roles.runtime.device)
+    found: dict[str, Any] = {
+        "benchmark": work.what,
+        "model": {
+            "source": work.config.inputs.chat or f"preset {work.config.model.preset}, random weights",
+            "parameters": num_parameters(work.shape),
+            "shape": work.shape.model_dump(mode="json"),
+        },
+        "workload": {
+            "batch_size": work.batch_size,
+            "prompt_tokens": work.prompt_tokens,
+            "response_tokens": work.response_tokens,
+        },
+        "repeats": work.repeats,
+        "warmup": work.warmup,
+        "seconds": seconds,
+        "phases": phase_spread(laps),
+    }
+    median = seconds["median"]
+    if work.what == "sync":
+        size = weight_bytes(work.shape, bytes_per_parameter=2 if work.config.run.precision == "bf16" else 4)
+        found |= {"weight_bytes": size, "rates": {"gb_per_s": size / median / 1e9}}
+    else:
+        answers = work.batch_size
+        tokens = {"prompt_tokens": answers * work.prompt_tokens, "response_tokens": answers * work.response_tokens}
+        flops = model_flops(work, shapes)
+        # The table of peaks is of bf16.
+        peak = peak_flops(device["name"]) if device["kind"] == "cuda" and work.config.run.precision == "bf16" else None
+        found |= {
+            "tokens": tokens,
+            "rates": rates(median, answers=answers, **tokens),
+            "model_flops": flops,
+            "mfu": utilisation(flops, median, peak=peak, devices=device["count"]),
+        }
+    peaks = {key.removeprefix("memory/").removesuffix("_peak_gib"): gib for key, gib in roles.memory().items()}
+    return found | {
+        "idle_share": idle_share(laps),
+        "peak_memory_gib": peaks,
+        "device": device,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "packages": package_versions(),
+        "config": work.config.model_dump(mode="json"),
+    }
+
+
+def device_facts(work: Workload, kind: str) -> dict[str, Any]:
+    """Kind, name and number of what the roles compute on; the name is that of the driver's machine."""
+    if kind == "cpu":
+        return {"kind": "cpu", "name": _cpu_name(), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
+    gpus = 0.0
+    for role in ROLES[work.what]:
+        settings: Any = getattr(work.config.roles, role)
+        size = settings.tensor_parallel_size if role == "rollout" else 1
+        ranks = settings.num_engines if role == "rollout" else settings.num_ranks
+        gpus += ranks * (size if size > 1 else settings.gpus_per_rank)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
+    return {"kind": "cuda", "name": name, "count": math.ceil(gpus - 1e-6)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The commit of the source, "+" where files of it have been changed since; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return UNKNOWN  # installed: a repository around it is another one
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return UNKNOWN
+    return done.stdout.strip() or UNKNOWN
