@@ -320,6 +320,22 @@ class BareLoop:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self._llm.reset_prefix_cache()
 
+    def engine_gap(self) -> float:
+        """Mean |engine - policy| log-prob of freshly sampled tokens, nats: what the sync is checked by."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=1.0, max_tokens=self.work.response_tokens, ignore_eos=True, logprobs=0, detokenize=False
+        )
+        prompts = self.work.prompts[:4]
+        assert self._llm is not None
+        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        sampled = [output.outputs[0] for output in outputs]
+        batch = Batch.of(prompts, [list(answer.token_ids) for answer in sampled])
+        engine = [[step[token].logprob for step, token in zip(a.logprobs, a.token_ids, strict=True)] for a in sampled]
+        with torch.no_grad():
+            return (logprobs_of(self.policy.model, batch, 1.0) - torch.tensor(engine)).abs().mean().item()
+
     def tune(self, *, iterations: int = TUNING) -> dict[int, list[dict[str, float]]]:
         """Gives each phase the thread count under which it was fastest; returns what was measured."""
         found: dict[int, list[dict[str, float]]] = {}
@@ -393,6 +409,7 @@ def main() -> None:
         "threads": loop.threads,
         "tuning_s": {count: per_phase(found) for count, found in tuning.items()},
         "warmup": WARMUP,
+        "engine_gap_nats": loop.engine_gap(),
     }
     print({name: measured["seconds"][name]["median"] for name in (*PHASES, "step")}, loop.threads, flush=True)
     write_result(
