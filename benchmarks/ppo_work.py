@@ -94,7 +94,7 @@ def make_work(shape: str, directory: Path, *, smollm2: Path | None = None, preci
         chat, prompt_tokens, num_prompts = _random_chat(PRESETS[shape], directory / shape / "chat"), 32, 32
     elif shape == "tiny":
         chat, prompt_tokens, num_prompts = _random_chat(PRESETS[shape], directory / shape / "chat"), 8, 8
-        small = {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 8, "micro_batch_tokens": 64}
+        small = {"batch_size": 8, "minibatch_size": 8, "max_new_tokens": 8, "micro_batch_tokens": 64}
         section = section.model_copy(update=small)
     else:
         raise SystemExit(f"error: shape {shape!r} must be one of {', '.join(SHAPES)}")
