@@ -60,9 +60,14 @@ def run_variant(python: Path, job: dict[str, Any], *, threads: int) -> list[floa
     with tempfile.TemporaryDirectory(prefix="trl-ppo-") as scratch:
         out, description = Path(scratch) / "seconds.json", Path(scratch) / "job.json"
         description.write_text(json.dumps({**job, "threads": threads, "out": str(out), "scratch": scratch}))
-        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-        # Not of this project's environment: TRL's own packages alone.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | offline
+        # TRL's own packages alone, none of this project's.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(threads),
+            # PPOTrainer makes its Accelerator without PPOConfig's bf16, which by itself changes nothing.
+            "ACCELERATE_MIXED_PRECISION": "bf16" if job["variant"] == "autocast" else "no",
+        }
         command = [str(python), str(Path(__file__).resolve()), "--job", str(description)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
