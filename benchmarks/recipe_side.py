@@ -1,0 +1,165 @@
+"""This project's PPO on the work of `ppo_work`: real Ray, vLLM and DeepSpeed, set up as the PPO stage does."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ppo_work import Work
+
+import rlhf_ray.workers.roles as roles_module
+from cluster.worker_group import collect
+from rlhf_ray.config import Config, parse_config
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.schemas import PROMPTS, write_table
+from rlhf_ray.recipe import ppo
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.engines import open_prompts, start_engines, sync_weights
+from rlhf_ray.records import WeightBucket
+from rlhf_ray.run_state import RunDir
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.trainer import TrainerWorker
+
+PROMPTS_NAME = "prompts_train"
+
+
+class MeasuredRollout(RolloutWorker):
+    """Prompts are given as token ids, answers go on to the length limit, and the parts of a sync are timed."""
+
+    def give_prompts(self, name: str, path: str, tokens: list[list[int]], is_safety: list[bool]) -> None:
+        """Puts token ids in the place of the named table's own."""
+        self._prompts[name] = PromptSet(tokens=tokens, path=path, is_safety=is_safety)
+
+    def start(self, checkpoint: str, **engine_options: Any) -> None:
+        super().start(checkpoint, **engine_options)
+        generate = self.engine._llm.generate
+
+        def to_the_limit(inputs: Any, params: Any, **options: Any) -> Any:
+            for each in params if isinstance(params, Sequence) else [params]:
+                each.ignore_eos, each.stop_token_ids = True, []
+            return generate(inputs, params, **options)
+
+        self.engine._llm.generate = to_the_limit
+
+    def load_weights(self, buckets: list[Any]) -> int:
+        self._fetch_s = 0.0
+        start = time.perf_counter()
+        version = super().load_weights(buckets)
+        self._load_s = time.perf_counter() - start - self._fetch_s
+        return version
+
+    def _fetch(self, buckets: list[Any]) -> Iterator[WeightBucket]:
+        fetched = super()._fetch(buckets)
+        while True:
+            start = time.perf_counter()
+            bucket = next(fetched, None)
+            self._fetch_s += time.perf_counter() - start
+            if bucket is None:
+                return
+            yield bucket
+
+    def sync_seconds(self) -> dict[str, float]:
+        """Of the latest sync: out of the object store, and into the engine."""
+        return {"transfer": self._fetch_s, "load": self._load_s}
+
+
+class MeasuredPolicy(PolicyWorker):
+    """The export of weights is timed."""
+
+    def export_weights(self) -> list[Any]:
+        start = time.perf_counter()
+        buckets = super().export_weights()
+        self._export_s = time.perf_counter() - start
+        return buckets
+
+    def sync_seconds(self) -> dict[str, float]:
+        """Of the latest sync: out of the trainer, into the object store."""
+        return {"export": self._export_s}
+
+
+class RecipeSide:
+    """The roles of a run whose PPO is ready for its first iteration."""
+
+    def __init__(self, work: Work, context: Context):
+        self.work, self.context, self.roles = work, context, context.roles
+        self._index = 0
+
+    def iteration(self) -> dict[str, float]:
+        """One PPO iteration; returns seconds per phase, and of the whole call."""
+        start = time.perf_counter()
+        row = ppo.iteration(self.roles, self.work.section, self._index, num_prompts=len(self.work.prompts), seed=0)
+        call = time.perf_counter() - start
+        answers = row["response/tokens"]
+        assert answers == self.work.response_tokens, f"answers have {answers} tokens, not {self.work.response_tokens}"
+        self._index += 1
+        phases = {name: row[f"time/{name}_s"] for name in ("rollout", "score", "update", "sync", "step")}
+        return {**phases, "call": call}
+
+    def sync(self) -> dict[str, float]:
+        """One weight sync; returns its seconds and those of its parts."""
+        start = time.perf_counter()
+        sync_weights(self.roles)
+        seconds = time.perf_counter() - start
+        parts: dict[str, float] = self.roles["policy"].call(MeasuredPolicy.sync_seconds)[0]
+        parts |= self.roles["rollout"].call(MeasuredRollout.sync_seconds)[0]
+        return {"sync": seconds, **parts}
+
+
+@contextmanager
+def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iterator[RecipeSide]:
+    """Starts Ray, roles, models and engine; ends them with the block.
+
+    Args:
+        only_sync: start the policy and the engine alone.
+    """
+    classes = dict(roles_module.WORKER_CLASSES)
+    roles_module.WORKER_CLASSES.update(rollout=MeasuredRollout, policy=MeasuredPolicy)
+    context = Context(_config(work, directory), RunDir(directory / "run"))
+    try:
+        roles = context.roles
+        if only_sync:
+            roles.start("rollout", "policy")
+            roles.work_together("policy")
+            build = {"head": "lm", "seed": 0, "runtime": roles.runtime}
+            roles["policy"].call(TrainerWorker.build, str(work.chat), **build)
+            begun = roles.begin_training("policy", optim=work.section.optim, num_steps=1, state=None)
+            collect(begun, timeout_s=roles.timeout_s)
+        else:
+            roles.start("rollout", *ppo.SCORING_ROLES)
+            ppo.load_models(context, None)
+        start_engines(context, work.chat)
+        open_prompts(context, PROMPTS_NAME, max_new_tokens=1)
+        path = str(context.outputs[PROMPTS_NAME])
+        roles["rollout"].call(MeasuredRollout.give_prompts, PROMPTS_NAME, path, work.prompts, work.is_safety)
+        sync_weights(roles)
+        yield RecipeSide(work, context)
+    finally:
+        context.close()
+        roles_module.WORKER_CLASSES.update(classes)
+
+
+def _config(work: Work, directory: Path) -> Config:
+    # The stage wants a table; its one prompt is replaced by the work's token ids.
+    directory.mkdir(parents=True, exist_ok=True)
+    table = directory / "prompts.parquet"
+    row = {
+        "prompt_id": "0",
+        "messages": [{"role": "user", "content": "a"}],
+        "is_safety": False,
+        "kind": "",
+        "truth": "",
+    }
+    write_table(table, [row], PROMPTS)
+    chat = str(work.chat)
+    rewards = {"helpfulness": str(work.helpfulness), "safety": str(work.safety)}
+    return parse_config(
+        {
+            "run": {"precision": work.precision, "device": "cuda" if torch.cuda.is_available() else "cpu"},
+            "inputs": {"tokenizer": chat, "chat": chat, **rewards},
+            "data": {"prompts_train": str(table), "prompts_early_stop": str(table)},
+            "ppo": work.section.model_dump(),
+        }
+    )
