@@ -152,8 +152,8 @@ def bench(
         out=out,
     )
 
-    from rlhf_ray.bench.figures import print_report
     from rlhf_ray.bench.measure import run_bench
+    from rlhf_ray.bench.report import print_report
     from rlhf_ray.run_state import write_json
 
     with _cluster_failures("the same command starts anew"):

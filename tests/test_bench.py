@@ -12,7 +12,8 @@ from tiny_inputs import write_checkpoint, write_tokenizer
 
 from model.config import ModelConfig
 from model.flops import peak_flops
-from rlhf_ray.bench.figures import Lap, idle_share, phase_spread, print_report, rates, spread, utilisation
+from rlhf_ray.bench.figures import Lap, idle_share, phase_spread, rates, spread, utilisation
+from rlhf_ray.bench.report import print_report
 from rlhf_ray.bench.workload import ROLES, Workload, check_bench, model_flops
 from rlhf_ray.config import load_config, parse_config
 from rlhf_ray.errors import UserError

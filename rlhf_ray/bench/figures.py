@@ -1,12 +1,9 @@
-"""From laps to figures: rates, utilisation, idle share, spread. Pure arithmetic, and the table for people."""
+"""From laps to figures: rates, utilisation, idle share, spread. Pure arithmetic."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 UNKNOWN = "unknown"
 
@@ -58,32 +55,3 @@ def rates(seconds: float, *, answers: int, prompt_tokens: int, response_tokens: 
         "tokens_per_s": (prompt_tokens + response_tokens) / seconds,
         "samples_per_s": answers / seconds,
     }
-
-
-def print_report(report: Mapping[str, Any]) -> None:
-    """The figures as a table on stdout."""
-    device, work = report["device"], report["workload"]
-    table = Table("figure", "median", "quartiles", title=f"rlhf-ray bench {report['benchmark']}", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, values in {"a repeat": report["seconds"], **report["phases"]}.items():
-        table.add_row(f"{name}, s", f"{values['median']:.4g}", f"{values['q1']:.4g} to {values['q3']:.4g}")
-    for name, value in report["rates"].items():
-        text = f"{value:,.0f}" if value >= 1e4 else f"{value:,.4g}"
-        table.add_row(name.replace("gb", "GB").replace("_per_s", "/s").replace("_", " "), text)
-    if "mfu" in report:
-        table.add_row("model FLOPs utilisation", report["mfu"] if report["mfu"] == UNKNOWN else f"{report['mfu']:.1%}")
-    for role, share in report["idle_share"].items():
-        table.add_row(f"idle, {role}" if role != "all" else "idle, all roles", f"{share:.1%}")
-    for role, gib in report["peak_memory_gib"].items():
-        table.add_row(f"peak memory of {role}, GiB", f"{gib:.2f}")
-    batch = f"{work['batch_size']} answers of {work['prompt_tokens']} + {work['response_tokens']} tokens"
-    console = Console()
-    console.print(table)
-    for line in (
-        f"{report['model']['source']}, {report['model']['parameters']:,} parameters",
-        f"{device['count']} x {device['name']}, commit {report['commit']}",
-        f"{report['repeats']} repeats after {report['warmup']} to warm up"
-        + ("" if report["benchmark"] == "sync" else f", each of {batch}"),
-    ):
-        console.print(line, highlight=False, markup=False)

@@ -5,14 +5,10 @@ A benchmark is a stage that files nothing: it works in a temporary directory, wh
 
 import itertools
 import math
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,9 +19,9 @@ from cluster.worker_group import Call, collect
 from model.checkpoint import save_checkpoint
 from model.checkpoint_files import expected_shapes, read_config
 from model.config import ModelConfig
-from model.flops import num_parameters, peak_flops, weight_bytes
-from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, utilisation
-from rlhf_ray.bench.workload import ROLES, SCORING, TRAINED, Workload, model_flops
+from rlhf_ray.bench.figures import Lap
+from rlhf_ray.bench.report import report
+from rlhf_ray.bench.workload import ROLES, SCORING, TRAINED, Workload
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
@@ -36,7 +32,7 @@ from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
 from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
 from rlhf_ray.records import Rollouts
-from rlhf_ray.run_state import RunDir, package_versions
+from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Repeat = Callable[[int], dict[str, float]]
@@ -268,90 +264,3 @@ def _given(value: Any) -> Call[Any]:
     """A value in the object store, in the form of a call that made it."""
     ref = ray.put(value)
     return Call("driver", 0, "given", ref, (ref,))
-
-
-# --- the report ---------------------------------------------------------------------------------------------------
-
-
-def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], roles: Any) -> dict[str, Any]:
-    """Everything that is known of the laps, as JSON values."""
-    seconds, device = spread([lap.seconds for lap in laps]), device_facts(work, roles.runtime.device)
-    found: dict[str, Any] = {
-        "benchmark": work.what,
-        "model": {
-            "source": work.config.inputs.chat or f"preset {work.config.model.preset}, random weights",
-            "parameters": num_parameters(work.shape),
-            "shape": work.shape.model_dump(mode="json"),
-        },
-        "workload": {
-            "batch_size": work.batch_size,
-            "prompt_tokens": work.prompt_tokens,
-            "response_tokens": work.response_tokens,
-        },
-        "repeats": work.repeats,
-        "warmup": work.warmup,
-        "seconds": seconds,
-        "phases": phase_spread(laps),
-    }
-    median = seconds["median"]
-    if work.what == "sync":
-        size = weight_bytes(work.shape, bytes_per_parameter=2 if work.config.run.precision == "bf16" else 4)
-        found |= {"weight_bytes": size, "rates": {"gb_per_s": size / median / 1e9}}
-    else:
-        answers = work.batch_size
-        tokens = {"prompt_tokens": answers * work.prompt_tokens, "response_tokens": answers * work.response_tokens}
-        flops = model_flops(work, shapes)
-        # The table of peaks is of bf16.
-        peak = peak_flops(device["name"]) if device["kind"] == "cuda" and work.config.run.precision == "bf16" else None
-        found |= {
-            "tokens": tokens,
-            "rates": rates(median, answers=answers, **tokens),
-            "model_flops": flops,
-            "mfu": utilisation(flops, median, peak=peak, devices=device["count"]),
-        }
-    peaks = {key.removeprefix("memory/").removesuffix("_peak_gib"): gib for key, gib in roles.memory().items()}
-    return found | {
-        "idle_share": idle_share(laps),
-        "peak_memory_gib": peaks,
-        "device": device,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "packages": package_versions(),
-        "config": work.config.model_dump(mode="json"),
-    }
-
-
-def device_facts(work: Workload, kind: str) -> dict[str, Any]:
-    """Kind, name and number of what the roles compute on; the name is that of the driver's machine."""
-    if kind == "cpu":
-        return {"kind": "cpu", "name": _cpu_name(), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
-    gpus = 0.0
-    for role in ROLES[work.what]:
-        settings: Any = getattr(work.config.roles, role)
-        size = settings.tensor_parallel_size if role == "rollout" else 1
-        ranks = settings.num_engines if role == "rollout" else settings.num_ranks
-        gpus += ranks * (size if size > 1 else settings.gpus_per_rank)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
-    return {"kind": "cuda", "name": name, "count": math.ceil(gpus - 1e-6)}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str:
-    """The commit of the source, "+" where files of it have been changed since; "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return UNKNOWN  # installed: a repository around it is another one
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return UNKNOWN
-    return done.stdout.strip() or UNKNOWN
