@@ -1,7 +1,7 @@
 """This project's PPO on the work of `ppo_work`: real Ray, vLLM and DeepSpeed, set up as the PPO stage does."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,7 @@ class MeasuredRollout(RolloutWorker):
 
     def give_prompts(self, name: str, path: str, tokens: list[list[int]], is_safety: list[bool]) -> None:
         """Puts token ids in the place of the named table's own."""
-        self._prompts[name] = PromptSet(tokens=tokens, path=path, is_safety=is_safety)
-
-    def start(self, checkpoint: str, **engine_options: Any) -> None:
-        super().start(checkpoint, **engine_options)
-        generate = self.engine._llm.generate
-
-        def to_the_limit(inputs: Any, params: Any, **options: Any) -> Any:
-            for each in params if isinstance(params, Sequence) else [params]:
-                each.ignore_eos, each.stop_token_ids = True, []
-            return generate(inputs, params, **options)
-
-        self.engine._llm.generate = to_the_limit
+        self._prompts[name] = PromptSet(tokens=tokens, path=path, is_safety=is_safety, ends_at_eos=False)
 
     def load_weights(self, buckets: list[Any]) -> int:
         self._fetch_s = 0.0
