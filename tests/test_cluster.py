@@ -14,6 +14,8 @@ from cluster.placement import PlacementError, reserve
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerError, WorkerGroup, collect
 
+pytestmark = pytest.mark.slow  # real Ray sessions, a minute and a half
+
 CPUS = 4
 ENV = {"PYTHONPATH": os.path.dirname(__file__)}  # ranks import their class from this file
 
