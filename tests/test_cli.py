@@ -269,6 +269,7 @@ def wait_for(condition, what):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_program_that_unwinds_too_slowly_and_its_orphans(program, number):
     # The shell ends a second after the signal, and its child would then be nobody's but init's.

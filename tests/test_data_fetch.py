@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # processes that import the hub's client, seconds each
+
 FILES = {
     "helpful-base/train.jsonl.gz": b"helpful",
     "harmless-base/train.jsonl.gz": b"harmless",
