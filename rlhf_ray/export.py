@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.checkpoint_files import check_checkpoint
 from rlhf_ray.errors import UserError
+from rlhf_ray.run_state import finished_files
 
 STEPS = {
     "policy": "ppo",
@@ -23,12 +24,10 @@ def newest_model(run: Path, what: str) -> Path:
     Raises:
         UserError: the run has none.
     """
-    made = [path for path in run.glob(f"steps/{STEPS[what]}-*/step.json") if path.parent.suffix != ".partial"]
-    # "sft-*" would find "sft-public-*" too: a key has no dash.
-    made = [path for path in made if path.parent.name.rpartition("-")[0] == STEPS[what]]
+    made = finished_files(run, STEPS[what], "step.json")
     if not made:
         raise UserError(f"{run}: holds no finished {STEPS[what]} step; run it first, or name another of --model")
-    return max(made, key=lambda path: path.stat().st_mtime).parent / "model"
+    return made[-1].parent / "model"
 
 
 def export_model(run: Path, to: Path, *, what: str) -> Path:

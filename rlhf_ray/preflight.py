@@ -17,6 +17,7 @@ from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight_inputs import check_inputs, checkpoint_config
 from rlhf_ray.recipe.context import WHO_MAKES
+from rlhf_ray.run_state import finished_files
 
 NEEDS: Mapping[str, Sequence[str]] = {
     "testbed": (),
@@ -320,14 +321,11 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
     """
     names = [f"reward-{model}" for model in ("helpfulness", "safety")] if stage == "reward" else [stage]
     return all(
-        any(_same_settings(config, stage, path) for path in (out / "steps").glob(f"{name}-*/step.json"))
-        for name in names
+        any(_same_settings(config, stage, path) for path in finished_files(out, name, "step.json")) for name in names
     )
 
 
 def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
-    if step_file.parent.name.endswith(".partial"):
-        return False  # filed only by rename
     inputs, now = json.loads(step_file.read_text())["inputs"], json.loads(config.model_dump_json())
     if stage == "testbed":  # seeds and precision of a run do not change its data
         return bool(inputs["config"] == now["testbed"])

@@ -122,6 +122,14 @@ class StateWriter:
                 shutil.rmtree(old)
 
 
+def finished_files(run: Path, name: str, file: str) -> list[Path]:
+    """A file of each finished step of that name, oldest first."""
+    found = [path for path in run.glob(f"steps/{name}-*/{file}") if path.parent.suffix != ".partial"]
+    # A key has no dash: "sft-*" finds "sft-public-*" too.
+    found = [path for path in found if path.parent.name.rpartition("-")[0] == name]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
 def digest(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.run_state import finished_files
 
 MIN_PROMPTS = 500
 MIN_SEEDS = 3
@@ -60,8 +61,7 @@ def find_answers(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = sorted((run / "steps").glob("evaluate-*[!l]/answers.parquet"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in found if not path.parent.name.endswith(".partial")]
+    found = finished_files(run, "evaluate", "answers.parquet")
     if not found:
         raise UserError(f"{run}: holds no finished evaluation; run `rlhf-ray run CONFIG --out {run}` to its end")
     return found[-1]
