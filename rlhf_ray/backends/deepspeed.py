@@ -78,7 +78,7 @@ class TrainEngine:
         if state is not None:  # before DeepSpeed takes copies of the weights
             parameters = dict(model.named_parameters())
             with torch.no_grad():
-                for name, parts in read_state(state):
+                for name, parts in read_state(state, ("weight",)):
                     parameters[name].copy_(parts["weight"])
 
         decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -186,6 +186,14 @@ class TrainEngine:
         dist.all_reduce(table)
         return [float(x) for x in table.tolist()]
 
+    def forward_nothing(self) -> Tensor:
+        """A scalar made by all parameters from two tokens: takes part in what other ranks gather, and means nothing."""
+        module: Llama = self._engine.module
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._engine.device)
+        options = {"target_mask": torch.tensor([[False, True]], device=tokens.device)} if module.head == "lm" else {}
+        result = self._engine(tokens, **options)
+        return (result if isinstance(result, Tensor) else result.logprobs).sum()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters in the model's dtype; all ranks must go through it together (ZeRO-3 gathers)."""
         return whole_weights(self._engine.module, sharded=self.zero_stage == 3)
@@ -256,12 +264,8 @@ class TrainEngine:
         """A step on zero gradients at a rate of zero, which moves nothing: DeepSpeed makes the moments at the first."""
         for group in self._adamw.param_groups:
             group["lr"] = 0.0
-        module: Llama = self._engine.module
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._engine.device)
-        options = {"target_mask": torch.tensor([[False, True]], device=tokens.device)} if module.head == "lm" else {}
-        result = self._engine(tokens, **options)
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(0.0 * (result if isinstance(result, Tensor) else result.logprobs).sum())
+        self._engine.backward(0.0 * self.forward_nothing())
         self._engine.step()
         self._link_moments()
 

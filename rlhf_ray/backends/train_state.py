@@ -4,7 +4,7 @@ Only safetensors and JSON: nothing is unpickled.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -40,10 +40,10 @@ def read_steps(directory: Path) -> int:
     return int(json.loads((directory / _STEPS_FILE).read_text())["steps"])
 
 
-def read_state(directory: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What `write_state` was given, a parameter at a time."""
+def read_state(directory: Path, parts: Sequence[str] = PARTS) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What `write_state` was given, or some parts of it, a parameter at a time."""
     for file in sorted(directory.glob("state-*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors.offset_keys())
             for name in names:
-                yield name, {part: tensors.get_tensor(f"{name}/{part}") for part in PARTS}
+                yield name, {part: tensors.get_tensor(f"{name}/{part}") for part in parts}

@@ -22,7 +22,6 @@ class TrainerWorker(ScorerWorker):
         super().__init__(role, rank, num_ranks)
         self._engine: TrainEngine | None = None
         self._data: Any = None
-        self._head: Head = "lm"
 
     def unload(self) -> None:
         """Frees model, optimizer and data."""
@@ -47,7 +46,7 @@ class TrainerWorker(ScorerWorker):
             model.init_weights(seed=seed)
         else:
             model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
-        self._config, self._model, self._head = model.config, model, head  # in host memory: DeepSpeed moves it
+        self._config, self._model = model.config, model  # in host memory: DeepSpeed moves it
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
@@ -109,11 +108,9 @@ class TrainerWorker(ScorerWorker):
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         return plan + [[]] * (int(longest) - len(plan))
 
+    @torch.no_grad()
     def _forward_nothing(self) -> None:
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._runtime.device)
-        self._forward(
-            tokens, **({"target_mask": torch.zeros_like(tokens, dtype=torch.bool)} if self._head == "lm" else {})
-        )
+        self.engine.forward_nothing()
 
     def _all_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
