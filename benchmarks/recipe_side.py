@@ -10,18 +10,15 @@ import torch
 from ppo_work import Work
 
 import rlhf_ray.workers.roles as roles_module
-from cluster.worker_group import collect
 from rlhf_ray.config import Config, parse_config
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.data.schemas import PROMPTS, write_table
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import open_prompts, start_engines, sync_weights
+from rlhf_ray.recipe.engines import start_engines, sync_weights
 from rlhf_ray.records import WeightBucket
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.rollout import RolloutWorker
-from rlhf_ray.workers.trainer import TrainerWorker
 
 PROMPTS_NAME = "prompts_train"
 
@@ -29,9 +26,9 @@ PROMPTS_NAME = "prompts_train"
 class MeasuredRollout(RolloutWorker):
     """Prompts are given as token ids, answers go on to the length limit, and the parts of a sync are timed."""
 
-    def give_prompts(self, name: str, path: str, tokens: list[list[int]], is_safety: list[bool]) -> None:
-        """Puts token ids in the place of the named table's own."""
-        self._prompts[name] = PromptSet(tokens=tokens, path=path, is_safety=is_safety, ends_at_eos=False)
+    def give_prompts(self, name: str, tokens: list[list[int]], is_safety: list[bool]) -> None:
+        """Opens token ids as the prompts of that name."""
+        self._prompts[name] = PromptSet(tokens=tokens, path="", is_safety=is_safety, ends_at_eos=False)
 
     def load_weights(self, buckets: list[Any]) -> int:
         self._fetch_s = 0.0
@@ -106,23 +103,13 @@ def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iter
     """
     classes = dict(roles_module.WORKER_CLASSES)
     roles_module.WORKER_CLASSES.update(rollout=MeasuredRollout, policy=MeasuredPolicy)
-    context = Context(_config(work, directory), RunDir(directory / "run"))
+    context = Context(_config(work), RunDir(directory / "run"))
     try:
-        roles = context.roles
-        if only_sync:
-            roles.start("rollout", "policy")
-            roles.work_together("policy")
-            build = {"head": "lm", "seed": 0, "runtime": roles.runtime}
-            roles["policy"].call(TrainerWorker.build, str(work.chat), **build)
-            begun = roles.begin_training("policy", optim=work.section.optim, num_steps=1, state=None)
-            collect(begun, timeout_s=roles.timeout_s)
-        else:
-            roles.start("rollout", *ppo.SCORING_ROLES)
-            ppo.load_models(context, None)
+        roles, roles_used = context.roles, ("policy",) if only_sync else ppo.SCORING_ROLES
+        roles.start("rollout", *roles_used)
+        ppo.load_models(context, None, roles_used=roles_used)
         start_engines(context, work.chat)
-        open_prompts(context, PROMPTS_NAME, max_new_tokens=1)
-        path = str(context.outputs[PROMPTS_NAME])
-        roles["rollout"].call(MeasuredRollout.give_prompts, PROMPTS_NAME, path, work.prompts, work.is_safety)
+        roles["rollout"].call(MeasuredRollout.give_prompts, PROMPTS_NAME, work.prompts, work.is_safety)
         sync_weights(roles)
         yield RecipeSide(work, context)
     finally:
@@ -130,25 +117,13 @@ def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iter
         roles_module.WORKER_CLASSES.update(classes)
 
 
-def _config(work: Work, directory: Path) -> Config:
-    # The stage wants a table; its one prompt is replaced by the work's token ids.
-    directory.mkdir(parents=True, exist_ok=True)
-    table = directory / "prompts.parquet"
-    row = {
-        "prompt_id": "0",
-        "messages": [{"role": "user", "content": "a"}],
-        "is_safety": False,
-        "kind": "",
-        "truth": "",
-    }
-    write_table(table, [row], PROMPTS)
+def _config(work: Work) -> Config:
     chat = str(work.chat)
     rewards = {"helpfulness": str(work.helpfulness), "safety": str(work.safety)}
     return parse_config(
         {
             "run": {"precision": work.precision, "device": "cuda" if torch.cuda.is_available() else "cpu"},
             "inputs": {"tokenizer": chat, "chat": chat, **rewards},
-            "data": {"prompts_train": str(table), "prompts_early_stop": str(table)},
             "ppo": work.section.model_dump(),
         }
     )
