@@ -11,21 +11,18 @@ What it leaves out that the project does: sampling seeds of each request and the
 losses, entropy. Prints seconds per phase and writes benchmarks/results/bare_ppo_SHAPE.json. Run it on an idle machine.
 """
 
-import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RESULTS, per_phase, write_result
-from ppo_work import SHAPES, Work, make_work, work_of
+from measuring import RESULTS, per_phase, work_directory, write_result
+from ppo_work import Work, make_work, work_parser
 from torch import Tensor, nn
 
 from model.checkpoint import load_model
@@ -347,24 +344,6 @@ class BareLoop:
         return found
 
 
-def run(
-    model_shape_or_checkpoint: str | Path, *, prompts: list[list[int]], response_tokens: int, iterations: int
-) -> list[dict[str, float]]:
-    """Seconds per phase of each iteration after warm-up, with the thread counts that suit it.
-
-    Args:
-        model_shape_or_checkpoint: a preset of model.config.PRESETS, with random weights, or a checkpoint's directory.
-        prompts: token ids; all are answered in every iteration.
-    """
-    with tempfile.TemporaryDirectory(prefix="bare-ppo-") as directory:
-        work = work_of(model_shape_or_checkpoint, Path(directory), prompts=prompts, response_tokens=response_tokens)
-        loop = BareLoop(work)
-        for _ in range(WARMUP):
-            loop.iteration()
-        loop.tune()
-        return [loop.iteration() for _ in range(iterations)]
-
-
 def serve(connection: Connection, work: Work, iterations: int) -> None:
     """Runs a loop in a process of its own, which sleeps between iterations: one for each message, until None.
 
@@ -383,18 +362,14 @@ def serve(connection: Connection, work: Work, iterations: int) -> None:
 
 def main() -> None:
     """Measures one shape and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser = work_parser(__doc__)
     parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--work", type=Path, help="where models are made; a temporary directory by default")
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     load = os.getloadavg()
-    directory = options.work or Path(tempfile.mkdtemp(prefix="bare-ppo-"))
-    work = make_work(options.shape, directory, smollm2=options.smollm2, precision=options.precision)
-    loop = BareLoop(work)
+    with work_directory(options.work, prefix="bare-ppo-") as directory:
+        work = make_work(options.shape, directory, smollm2=options.smollm2, precision=options.precision)
+        loop = BareLoop(work)
+        config = work.described()
     for _ in range(WARMUP):
         loop.iteration()
     tuning = loop.tune()
@@ -412,9 +387,7 @@ def main() -> None:
         "engine_gap_nats": loop.engine_gap(),
     }
     print({name: measured["seconds"][name]["median"] for name in (*PHASES, "step")}, loop.threads, flush=True)
-    write_result(
-        options.result or RESULTS / f"bare_ppo_{options.shape}.json", measured, config=work.described(), load=load
-    )
+    write_result(options.result or RESULTS / f"bare_ppo_{options.shape}.json", measured, config=config, load=load)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ and the number and pickled size of all results that came back to the driver. The
 times the batch. Writes benchmarks/results/driver_memory.json and docs/driver_memory.png.
 """
 
-import argparse
 import json
-import os
 import pickle
-import platform
 import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-from kill_and_resume import ROOT, SMALL, commit
+from kill_and_resume import SMALL
+from measuring import RESULTS, ROOT, parser_of, work_directory, write_result
 
 import cluster.worker_group as worker_group
 from rlhf_ray.config import load_config
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.run import run_recipe
 
-RESULT = ROOT / "benchmarks" / "results" / "driver_memory.json"
+RESULT = RESULTS / "driver_memory.json"
 PICTURE = ROOT / "docs" / "driver_memory.png"
 CONFIG = SMALL | {
     "pretrain.num_steps": 10,
@@ -128,28 +124,22 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     """Measures, writes, draws."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="driver-memory-"))
     batch = CONFIG["ppo.batch_size"]
-    runs = {f"batch of {batch}": measure(work, num_steps=options.steps)}
-    runs[f"batch of {4 * batch}"] = measure(work, num_steps=max(4, options.steps // 4), batch_size=4 * batch)
-    result = {
+    with work_directory(options.work, prefix="driver-memory-") as work:
+        runs = {f"batch of {batch}": measure(work, num_steps=options.steps)}
+        runs[f"batch of {4 * batch}"] = measure(work, num_steps=max(4, options.steps // 4), batch_size=4 * batch)
+    measured = {
         **{name: summary(samples) for name, samples in runs.items()},
         "rss_mib": {name: [round(sample["rss_mib"], 2) for sample in runs[name]] for name in runs},
-        "config": {"base": "configs/demo.toml", **CONFIG, "ppo.num_steps": options.steps},
-        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    config = {"base": "configs/demo.toml", **CONFIG, "ppo.num_steps": options.steps}
+    write_result(options.result or RESULT, measured, config=config)
     draw(runs, options.picture)
-    print(json.dumps({name: result[name] for name in runs}, indent=2))
+    print(json.dumps({name: measured[name] for name in runs}, indent=2))
 
 
 if __name__ == "__main__":

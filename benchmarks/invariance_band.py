@@ -9,20 +9,13 @@ there are repeats. Differences of a parameter are relative to its root mean squa
 benchmarks/results/invariance_band.json.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import RESULTS, ROOT, parser_of, write_result
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from training_world import BATCH, LONGEST, OPTIM, STEPS, UNTIED, Trained, launch, lm_data, train_lm  # noqa: E402
@@ -31,7 +24,7 @@ from cluster.session import session  # noqa: E402
 from cluster.worker_group import WorkerGroup  # noqa: E402
 from model.llama import Llama  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "invariance_band.json"
+RESULT = RESULTS / "invariance_band.json"
 NUM_EXAMPLES = 16
 # The epsilon of the recipe, not that of the fp32 tests, which must keep rounding out of the comparison.
 OPTIMIZER = OPTIM.model_copy(update={"eps": 1e-5})
@@ -112,39 +105,24 @@ def measure(groups: dict[int, WorkerGroup], precision: str, repeats: int) -> dic
     }
 
 
-def commit() -> str:
-    """The commit the working tree is at."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=("bf16", "fp32"), nargs="+", default=["bf16"])
-    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     with session(num_cpus=2):
         groups = {ranks: launch(f"trainer-{ranks}", ranks) for ranks in (1, 2)}
         bands = {precision: measure(groups, precision, options.repeats) for precision in options.precision}
-    result = {
-        "bands": bands,
-        "repeats": options.repeats,
-        "config": {
-            "model": UNTIED.model_dump(),
-            "optim": OPTIMIZER.model_dump(),
-            "steps": STEPS,
-            "batch_size": BATCH,
-            "longest_example_tokens": LONGEST,
-            "full_batch_examples": NUM_EXAMPLES,
-        },
-        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+    config = {
+        "model": UNTIED.model_dump(),
+        "optim": OPTIMIZER.model_dump(),
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "longest_example_tokens": LONGEST,
+        "full_batch_examples": NUM_EXAMPLES,
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.result or RESULT, {"bands": bands, "repeats": options.repeats}, config=config)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ moments, one in each part of the run, and the same command goes on. Then compare
 byte, and every metric but those that measure time and memory. Writes benchmarks/results/kill_and_resume.json.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import platform
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from measuring import RESULTS, ROOT, parser_of, work_directory, write_result
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "kill_and_resume.json"
+RESULT = RESULTS / "kill_and_resume.json"
 MEASURED = ("time/", "throughput/", "memory/")
 """Prefixes of metrics that no two runs share."""
 IDLE_AGENTS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
@@ -181,20 +177,24 @@ def moments(rows: int, *, kills: int, seed: int) -> list[tuple[int, float]]:
 
 def main() -> None:
     """Runs, kills, compares, writes the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="where to run; a temporary directory by default")
-    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    with work_directory(options.work, prefix="kill-and-resume-") as work:
+        measured = kill_and_compare(work, kills=options.kills, seed=options.seed)
+    write_result(options.result or RESULT, measured, config={"base": "configs/demo.toml", **SMALL})
+
+
+def kill_and_compare(work: Path, *, kills: int, seed: int) -> dict[str, Any]:
+    """Runs, kills, compares; raises SystemExit, the runs kept, where they differ."""
     whole, killed = work / "whole", work / "killed"
     begin = time.monotonic()
     finish(start(command(whole, SMALL), whole / "driver.log"), whole / "driver.log")
     duration_s = time.monotonic() - begin
     print(f"left alone: {duration_s:.0f} s, {rows_written(whole)} metric rows", flush=True)
     deaths = []
-    for rows, delay_s in moments(rows_written(whole), kills=options.kills, seed=options.seed):
+    for rows, delay_s in moments(rows_written(whole), kills=kills, seed=seed):
         death = run_and_kill(command(killed, SMALL), killed, rows=rows, delay_s=delay_s)
         deaths.append(death)
         print(f"killed: {death}", flush=True)
@@ -205,36 +205,16 @@ def main() -> None:
         str(path.relative_to(killed / "steps")): _hash(path)[:16]
         for path in sorted(killed.glob("steps/*/*/model.safetensors"))
     }
-    result = {
-        "identical": not different and all(death is not None for death in deaths),
+    if different or None in deaths:
+        raise SystemExit(f"not identical: {different or 'a kill never came'}; the runs are in {work}")
+    return {
+        "identical": True,
         "steps_identical": steps,
-        "different_files": different,
         "kills": deaths,
         "weights_sha256": weights,
         "uninterrupted_s": round(duration_s, 1),
-        "seed": options.seed,
-        "config": {"base": "configs/demo.toml", **SMALL},
-        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        "seed": seed,
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("identical", "different_files")}, indent=2))
-    if result["identical"] and options.work is None:
-        shutil.rmtree(work)
-
-
-def commit() -> str:
-    """The commit of the source, "+" where files of it have been changed since."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -8,26 +8,22 @@ compares every checkpoint byte for byte, and every metric but those that measure
 benchmarks/results/kill_workers.json.
 """
 
-import argparse
-import json
 import os
-import platform
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kill_and_resume import ROOT, SMALL, command, commit, compare, differences, finish, start
+from kill_and_resume import SMALL, command, compare, differences, finish, start
+from measuring import RESULTS, ROOT, parser_of, work_directory, write_result
 
 from cluster.worker_group import WorkerGroup
 from rlhf_ray.config import load_config
 from rlhf_ray.recipe import run as recipe
 
-RESULT = ROOT / "benchmarks" / "results" / "kill_workers.json"
+RESULT = RESULTS / "kill_workers.json"
 DELAY_S = 0.02  # from the call to the kill: the method is then under way
 
 # (stage, role, method, which of its calls in the stage), in the order in which they come. Where a stage goes on from a
@@ -89,11 +85,14 @@ class Killer:
 
 def main() -> None:
     """Runs, kills, compares, writes the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--work", type=Path, help="where to run; a temporary directory by default")
-    options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="kill-workers-"))
-    whole, killed = work / "whole", work / "killed"
+    options = parser_of(__doc__).parse_args()
+    with work_directory(options.work, prefix="kill-workers-") as work:
+        measured = kill_and_compare(work / "whole", work / "killed")
+    write_result(options.result or RESULT, measured, config={"base": "configs/demo.toml", **SMALL})
+
+
+def kill_and_compare(whole: Path, killed: Path) -> dict[str, Any]:
+    """Runs, kills, compares; raises SystemExit, the runs kept, where they differ."""
     begin = time.monotonic()
     finish(start(command(whole, SMALL), whole / "driver.log"), whole / "driver.log")
     whole_s = time.monotonic() - begin
@@ -105,23 +104,17 @@ def main() -> None:
     killed_s = time.monotonic() - begin
     different = differences(whole, killed)
     missed = [kill for kill in KILLS if kill not in killer.done]
-    result = {
-        "identical": not different and not missed,
+    if different or missed:
+        raise SystemExit(
+            f"files that differ: {different}; kills that never came: {missed}; the runs are in {killed.parent}"
+        )
+    return {
+        "identical": True,
         "kills_stage_role_method_call": killer.done,
-        "kills_that_never_came": missed,
-        "different_files": different,
         "steps_identical": compare(whole, killed),
         "whole_s": round(whole_s, 1),
         "killed_s": round(killed_s, 1),
-        "config": {"base": "configs/demo.toml", **SMALL},
-        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("identical", "different_files", "kills_that_never_came")}, indent=2))
-    if result["identical"] and options.work is None:
-        shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,43 @@
-"""What the scripts that measure speed have in common: medians with intervals, and the file of results."""
+"""What the scripts have in common: options, a directory to work in, medians with intervals, the file of results."""
 
+import argparse
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kill_and_resume import ROOT, commit
+from rlhf_ray.bench.report import commit
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every script: a directory to work in, and the file of results."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where models and runs are made and kept; by default nothing is kept")
+    parser.add_argument("--result", type=Path, help="by default in benchmarks/results")
+    return parser
+
+
+@contextmanager
+def work_directory(given: Path | None, *, prefix: str) -> Iterator[Path]:
+    """The directory given, or one that goes with the block unless the block fails."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    directory = Path(tempfile.mkdtemp(prefix=prefix))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float] | None:
@@ -62,17 +87,19 @@ def device() -> str:
     return f"cpu, {len(os.sched_getaffinity(0))} cores ({platform.machine()}{model})"
 
 
-def write_result(path: Path, measured: dict[str, Any], *, config: dict[str, Any], load: tuple[float, ...]) -> None:
+def write_result(
+    path: Path, measured: dict[str, Any], *, config: dict[str, Any], load: Sequence[float] | None = None
+) -> None:
     """Writes what was measured with what it depends on.
 
     Args:
-        load: `os.getloadavg()` before the measurement: figures of a machine with other work on it are no figures.
+        load: `os.getloadavg()` before a measurement of speed, which is none with other work on the machine.
     """
     result = {
         **measured,
         "config": config,
         "device": device(),
-        "load_before": [round(value, 2) for value in load],
+        **({} if load is None else {"load_before": [round(value, 2) for value in load]}),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

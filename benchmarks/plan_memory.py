@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -30,13 +29,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from measuring import RESULTS, parser_of, write_result
 
-from model.config import PRESETS, ModelConfig  # noqa: E402
-from model.flops import num_parameters  # noqa: E402
+from model.config import PRESETS, ModelConfig
+from model.flops import num_parameters
 
-RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
 MIB = 2**20
 BUCKET_BYTES = 2 * 500_000_000
 
@@ -220,12 +217,6 @@ def resident_bytes() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def commit() -> str:
-    """The commit the working tree is at."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def in_fresh_process(name: str) -> dict[str, int]:
     """`measure` in a process of its own, so that memory starts from the same place."""
     command = [sys.executable, __file__, "--measure", name]
@@ -261,22 +252,22 @@ def table(rows: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=CONFIGURATIONS)
     parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--predict-only", action="store_true", help="predict anew beside the measurements on file")
-    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    result = options.result or RESULTS / "plan_memory.json"
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
     if options.predict_only:
-        result = json.loads(options.result.read_text())
-        for name, row in result["configurations"].items():
+        on_file = json.loads(result.read_text())
+        for name, row in on_file["configurations"].items():
             row |= compared(name, row["measured"])
-        options.result.write_text(json.dumps(result, indent=2) + "\n")
-        print(table(result["configurations"]))
+        result.write_text(json.dumps(on_file, indent=2) + "\n")
+        print(table(on_file["configurations"]))
         return
     rows: dict[str, Any] = {}
     for name in [options.only] if options.only else CONFIGURATIONS:
@@ -294,32 +285,20 @@ def main() -> None:
     print(table(rows))
     if options.only:
         return
-    result = {
+    measured_all = {
         "configurations": rows,
         "repeats": options.repeats,
         "unit": "bytes",
         "spread": "largest less smallest of the repeats",
-        "config": {
-            name: dict(
-                zip(
-                    ("shape", "head", "zero_stage", "activation_checkpointing", "rows", "row_tokens"),
-                    values,
-                    strict=True,
-                )
-            )
-            for name, values in CONFIGURATIONS.items()
-        },
-        "shapes": {
-            name: {**config.model_dump(), "parameters": num_parameters(config)} for name, config in SHAPES.items()
-        },
+    }
+    fields = ("shape", "head", "zero_stage", "activation_checkpointing", "rows", "row_tokens")
+    config = {
+        "configurations": {name: dict(zip(fields, values, strict=True)) for name, values in CONFIGURATIONS.items()},
+        "shapes": {name: {**shape.model_dump(), "parameters": num_parameters(shape)} for name, shape in SHAPES.items()},
         "precision": "bf16",
         "ranks": 1,
-        "device": f"cpu, {os.cpu_count()} cores ({platform.machine()})",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, measured_all, config=config)
 
 
 if __name__ == "__main__":

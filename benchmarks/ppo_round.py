@@ -14,21 +14,17 @@ median has an interval of order statistics. `step` is the sum of the phases, `ca
 Writes benchmarks/results/ppo_round_SHAPE.json.
 """
 
-import argparse
 import multiprocessing
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from bare_ppo import PHASES, TUNING, WARMUP, serve
-from measuring import RESULTS, per_phase, spread, write_result
-from ppo_work import SHAPES, Work, make_work
+from measuring import RESULTS, per_phase, spread, work_directory, write_result
+from ppo_work import Work, make_work, work_parser
 from recipe_side import recipe_side
 
 REST_S = 0.5  # between turns: threads of the side that worked stop spinning
@@ -119,18 +115,12 @@ def compared(own: list[dict[str, float]], bare: list[dict[str, float]], work: Wo
 
 def main() -> None:
     """Measures one shape and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser = work_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tuning", type=int, default=TUNING, help="iterations by which the bare loop picks threads")
-    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--work", type=Path, help="where models are made and kept; a temporary directory by default")
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     load = os.getloadavg()
-    directory = options.work or Path(tempfile.mkdtemp(prefix="ppo-round-"))
-    try:
+    with work_directory(options.work, prefix="ppo-round-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2, precision=options.precision)
         with bare_side(work, tuning=options.tuning) as bare, recipe_side(work, directory / options.shape) as own:
             bare.warm_up()
@@ -139,9 +129,6 @@ def main() -> None:
             rows = interleave(own.iteration, bare.iteration, pairs=options.pairs)
             measured = {**compared(*rows, work), "bare_threads": bare.threads, "warmup": WARMUP}
             config = {**work.described(), "roles": own.context.config.roles.model_dump(mode="json")}
-    finally:
-        if options.work is None:
-            shutil.rmtree(directory, ignore_errors=True)
     print({name: value["median"] for name, value in measured["ratio"].items()}, flush=True)
     write_result(options.result or RESULTS / f"ppo_round_{options.shape}.json", measured, config=config, load=load)
 

@@ -10,13 +10,14 @@ Weights are random but for SmolLM2's; every answer has exactly the given number 
 depend on what is sampled.
 """
 
+import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from kill_and_resume import ROOT
+from measuring import ROOT, parser_of
 
 from model.checkpoint import iterate_tensors, load_model, read_config, save_checkpoint
 from model.config import PRESETS, ModelConfig
@@ -73,6 +74,15 @@ class Work:
         }
 
 
+def work_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every script on this work has."""
+    parser = parser_of(doc)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    return parser
+
+
 def make_work(shape: str, directory: Path, *, smollm2: Path | None = None, precision: str = "bf16") -> Work:
     """The work of a shape, its files below `directory`; files that are there already are used again."""
     if shape == "testbed":
@@ -103,18 +113,6 @@ def make_work(shape: str, directory: Path, *, smollm2: Path | None = None, preci
     prompts = [[rng.randrange(FIRST_WORD, vocabulary) for _ in range(prompt_tokens)] for _ in range(num_prompts)]
     return _with_rewards(shape, directory / shape, chat, prompts, [i % 4 == 0 for i in range(num_prompts)], section,
                          precision)  # fmt: skip
-
-
-def work_of(
-    model: str | Path, directory: Path, *, prompts: list[list[int]], response_tokens: int, **section: Any
-) -> Work:
-    """Work of one's own: a preset's name or a checkpoint, prompts as token ids, one optimizer step unless told else."""
-    preset = PRESETS.get(str(model))
-    chat = Path(model).resolve() if preset is None else _random_chat(preset, directory / "chat")
-    size = len(prompts)
-    settings = {"batch_size": size, "minibatch_size": size, "micro_batch_tokens": 4096, **section}
-    own = PPOSection(**settings, max_new_tokens=response_tokens)
-    return _with_rewards(str(model), directory, chat, prompts, [False] * size, own, "bf16")
 
 
 def _testbed(directory: Path, precision: str) -> Work:

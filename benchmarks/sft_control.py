@@ -14,14 +14,13 @@ three. Collecting comparisons and training reward models is not counted: it woul
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kill_and_resume import ROOT, commit
+from measuring import RESULTS, write_result
 
 from rlhf_ray.config import Config, parse_config
 from rlhf_ray.data.chat import load_tokenizer
@@ -30,7 +29,7 @@ from rlhf_ray.evaluate.seeds import GREEDY, MEASURES, compare, print_comparison
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.recipe.run import run_recipe
 
-RESULT = ROOT / "benchmarks" / "results" / "sft_control.json"
+RESULT = RESULTS / "sft_control.json"
 LABEL = "SFT long"
 PPO_PASSES, SFT_PASSES = 12, 3
 
@@ -79,14 +78,8 @@ def main() -> None:
         for against in ("SFT", LABEL)
         for suffix in ("", GREEDY)
     }
-    report = {
-        "commit": commit(),
-        "device": f"{platform.machine()}, CPU",
-        "seconds": time.perf_counter() - start,
-        "gains": gains,
-        "seeds": seeds,
-    }
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    measured = {"seconds": time.perf_counter() - start, "gains": gains, "seeds": seeds}
+    write_result(RESULT, measured, config={"runs": [str(run) for run in runs]})
     for against in ("SFT", LABEL):
         print_comparison(runs, against=against)
 

@@ -19,12 +19,9 @@ number of threads; the fastest counts:
 Writes benchmarks/results/trl_ppo_SHAPE.json.
 """
 
-import argparse
-import contextlib
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -170,27 +167,22 @@ def train(job: dict[str, Any]) -> None:
 def main() -> None:
     """Measures every variant and writes the result."""
     sys.path.insert(0, str(ROOT))
-    from measuring import RESULTS, spread, write_result
+    from measuring import RESULTS, parser_of, spread, work_directory, write_result
     from ppo_work import make_work
 
     from model.checkpoint import read_config
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("shape", choices=("3.8m", "smollm2", "tiny"))
     parser.add_argument("--steps", type=int, default=12, help="measured, after warm-up")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-trl")
     parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
-    parser.add_argument("--work", type=Path, help="where models are made and kept; a temporary directory by default")
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     python = make_environment(options.env.absolute())
-    directory = options.work or Path(tempfile.mkdtemp(prefix="trl-ppo-"))
     load = os.getloadavg()
-    with contextlib.ExitStack() as stack:
-        if options.work is None:
-            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    with work_directory(options.work, prefix="trl-ppo-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2)
         assert work.section.minibatch_size == work.section.batch_size, "one optimizer step is what TRL is told to do"
         job = {

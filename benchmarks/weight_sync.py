@@ -13,15 +13,11 @@ own layout); the rest is calls between processes. GB/s are bytes of the policy's
 Writes benchmarks/results/weight_sync_SHAPE.json.
 """
 
-import argparse
 import os
-import shutil
 import statistics
-import tempfile
-from pathlib import Path
 
-from measuring import RESULTS, per_phase, spread, write_result
-from ppo_work import SHAPES, make_work, num_bytes
+from measuring import RESULTS, per_phase, spread, work_directory, write_result
+from ppo_work import make_work, num_bytes, work_parser
 from recipe_side import recipe_side
 
 PARTS = ("export", "transfer", "load")
@@ -30,17 +26,11 @@ WARMUP = 3
 
 def main() -> None:
     """Measures one shape and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser = work_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--work", type=Path, help="where models are made and kept; a temporary directory by default")
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     load = os.getloadavg()
-    directory = options.work or Path(tempfile.mkdtemp(prefix="weight-sync-"))
-    try:
+    with work_directory(options.work, prefix="weight-sync-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2, precision=options.precision)
         with recipe_side(work, directory / options.shape, only_sync=True) as own:
             for _ in range(WARMUP):
@@ -50,9 +40,6 @@ def main() -> None:
         # Checkpoints are stored in bfloat16.
         size = num_bytes(work.chat) * (1 if work.precision == "bf16" else 2)
         config = {**work.described(), "bytes": size}
-    finally:
-        if options.work is None:
-            shutil.rmtree(directory, ignore_errors=True)
     whole = statistics.median(row["sync"] for row in rows)
     measured = {
         "seconds": per_phase(rows),
