@@ -26,6 +26,12 @@ def data_import(
     max_chars: Annotated[
         int | None, typer.Option(min=1, help="Most characters of a dialogue with its longer answer.")
     ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of it, as training counts them; needs --tokenizer.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A Hugging Face tokenizer, for --max-tokens.")
+    ] = None,
     too_long: Annotated[
         TooLong, typer.Option(help="Longer rows: leave out, or cut their oldest pairs of turns.")
     ] = "skip",
@@ -45,6 +51,8 @@ def data_import(
         form=format_,
         guideline=guideline,
         max_chars=max_chars,
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
         too_long=too_long,
         held_out=held_out,
         split=split,

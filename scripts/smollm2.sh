@@ -17,22 +17,21 @@ rlhf_ray=.venv/bin/rlhf-ray
 .venv/bin/python scripts/fetch_smollm2.py "$model" ${HUB:+--hub}
 
 # A quarter of the prompts is held out from all training, by a hash of a dialogue's first message: half of it, hashes below
-# 0.125, for the evaluation, those up to 0.15 for early stopping. Dialogues of more than 800 characters lose their oldest turns.
-split=(--held-out 0.25 --max-chars 800 --too-long drop-turns)
+# 0.125, for the evaluation, those up to 0.15 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
+split=(--held-out 0.25 --max-tokens 384 --tokenizer "$model" --too-long drop-turns)
 if [[ ! -e $data/done ]]; then
-    again=--overwrite
     $rlhf_ray data import "$preferences"/helpful-base* --to "$data/helpful.parquet" --kind comparisons \
-        --guideline helpfulness "${split[@]}" $again
+        --guideline helpfulness "${split[@]}" --overwrite
     $rlhf_ray data import "$preferences"/harmless-base* --to "$data/harmless.parquet" --kind comparisons \
-        --guideline safety "${split[@]}" $again
+        --guideline safety "${split[@]}" --overwrite
     both=("$data/helpful.parquet" "$data/harmless.parquet")
-    $rlhf_ray data import "${both[@]}" --to "$data/comparisons.parquet" --kind comparisons $again
-    $rlhf_ray data import "${both[@]}" --to "$data/prompts_train.parquet" --kind prompts $again
+    $rlhf_ray data import "${both[@]}" --to "$data/comparisons.parquet" --kind comparisons --overwrite
+    $rlhf_ray data import "${both[@]}" --to "$data/prompts_train.parquet" --kind prompts --overwrite
     held_out=("$data/helpful.held_out.parquet" "$data/harmless.held_out.parquet")
-    $rlhf_ray data import "${held_out[@]}" --to "$data/comparisons_held_out.parquet" --kind comparisons $again
-    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out 0.125 $again
+    $rlhf_ray data import "${held_out[@]}" --to "$data/comparisons_held_out.parquet" --kind comparisons --overwrite
+    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out 0.125 --overwrite
     mv "$data/rest.held_out.parquet" "$data/prompts_test.parquet"
-    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out 0.15 $again
+    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out 0.15 --overwrite
     mv "$data/unused.held_out.parquet" "$data/prompts_early_stop.parquet"
     touch "$data/done"
 fi

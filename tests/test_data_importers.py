@@ -9,8 +9,10 @@ from typing import get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_inputs import write_tokenizer
 
 from rlhf_ray import cli
+from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.import_formats import BrokenRow, Guideline, read_dialogue
 from rlhf_ray.data.importers import SHOWN_PROBLEMS, import_table
 from rlhf_ray.data.lm_rows import hash_share
@@ -377,6 +379,34 @@ def test_shortened_rows_keep_their_system_message_and_are_counted(imported, caps
     assert found["messages"] == [SYSTEM, *LONG[2:], answer("response 3")]
     assert (counts.shortened, counts.left_out) == (1, {"duplicate": 1})
     assert capsys.readouterr().out.splitlines()[-1] == "shortened 1 row by their oldest turns"
+
+
+# Tokens of a dialogue are those that training sees: rendered, the longer answer's EOS included.
+@pytest.mark.parametrize(("spare", "kept"), [(0, LONG), (-1, LONG[2:])])
+def test_lengths_in_tokens_are_those_of_training(imported, tmp_path, spare, kept):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(directory)
+    whole = max(len(encode_dialogue(tokenizer, [*LONG, answer(LONG_PAIR[side])])[0]) for side in ("chosen", "rejected"))
+    [row], counts = imported(LONG_PAIR, max_tokens=whole + spare, tokenizer=directory, too_long="drop-turns")
+    assert (row["messages"], counts.shortened) == (kept, kept != LONG)
+
+
+def test_rows_that_cannot_be_rendered_are_told(imported, tmp_path, capsys):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    [row], counts = imported(pair(0), pair(1, chosen="A </s> B"), max_tokens=100, tokenizer=directory)
+    assert (row["chosen"], counts.left_out) == ("Duck 0.", {"no tokens": 1})
+    assert (
+        "source.jsonl line 2: no tokens: messages[1].content holds the special token '</s>'" in capsys.readouterr().err
+    )
+
+
+def test_a_limit_in_tokens_and_its_tokenizer_need_each_other(imported, tmp_path):
+    with pytest.raises(UserError, match=r"--max-tokens 9: needs a tokenizer to count with; give --tokenizer DIR"):
+        imported(pair(0), max_tokens=9)
+    with pytest.raises(UserError, match=r"--tokenizer .*: has no limit to count for; give --max-tokens, or leave it"):
+        imported(pair(0), tokenizer=tmp_path)
+    with pytest.raises(UserError, match="no tokenizer can be read there"):
+        imported(pair(0), max_tokens=9, tokenizer=tmp_path)
 
 
 def test_long_prompts(imported):

@@ -23,6 +23,7 @@ from rlhf_ray.data.import_formats import (
     read_dialogue,
     short,
 )
+from rlhf_ray.data.import_lengths import fit, length_limits
 from rlhf_ray.data.import_sources import read_rows, source_files
 from rlhf_ray.data.schemas import COMPARISONS, SCHEMAS, row_problems, write_table
 from rlhf_ray.errors import UserError
@@ -69,6 +70,8 @@ def import_table(
     form: Format = "auto",
     guideline: Guideline | None = None,
     max_chars: int | None = None,
+    max_tokens: int | None = None,
+    tokenizer: Path | None = None,
     too_long: TooLong = "skip",
     held_out: float = 0.0,
     split: str | None = None,
@@ -83,6 +86,8 @@ def import_table(
         form: of the rows, see `import_formats`.
         guideline: overrides the source's guideline and is_safety; helpfulness where neither says anything.
         max_chars: most characters of a dialogue with its longest answer.
+        max_tokens: most tokens of it, rendered, the answer's EOS included.
+        tokenizer: directory of the one by which they are counted.
         too_long: of longer rows, "skip" leaves them out, "drop-turns" cuts the oldest pairs of turns until
             they fit, and leaves out those whose last user message and answer do not fit by themselves.
         held_out: share that goes to TARGET.held_out.parquet, by a hash of the first user message: dialogues
@@ -99,6 +104,7 @@ def import_table(
         raise UserError(f"--guideline {guideline}: demonstrations have no guideline; leave it out")
     if not 0 <= held_out < 1:
         raise UserError(f"--held-out {held_out:g}: must be at least 0 and less than 1; choose a share such as 0.05")
+    limits = length_limits(max_chars, max_tokens, tokenizer)
     files = source_files(sources, split)
     rest = _check_targets(target, files, held_out=held_out > 0, overwrite=overwrite)
 
@@ -111,7 +117,7 @@ def import_table(
             if isinstance(found, BrokenRow):
                 raise found
             dialogue = read_dialogue(kind, found, form)
-            fitting = _fit(dialogue, max_chars, drop_turns=too_long == "drop-turns")
+            fitting = fit(dialogue, limits, drop_turns=too_long == "drop-turns")
             if fitting is None:
                 counts.left_out[LONG] += 1
                 continue
@@ -154,14 +160,6 @@ def _check_targets(target: Path, files: Sequence[Path], *, held_out: bool, overw
         if path.is_dir() or (path.exists() and not overwrite):
             raise UserError(f"--to {target}: {path} exists; choose another target, or replace it with --overwrite")
     return rest
-
-
-def _fit(dialogue: Dialogue, max_chars: int | None, *, drop_turns: bool) -> Dialogue | None:
-    """The dialogue, shortened by whole pairs of turns if it must be and may be; None if it does not fit."""
-    shorter: Dialogue | None = dialogue
-    while shorter is not None and max_chars is not None and shorter.num_chars() > max_chars:
-        shorter = shorter.without_oldest_pair() if drop_turns else None
-    return shorter
 
 
 def _table_row(
