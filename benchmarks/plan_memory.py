@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,6 @@ def measure(name: str) -> dict[str, int]:
     init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
     tokens = mask = torch.empty(0)
-    saved: dict[int, int] = {}
 
     def loss(model: Any, _: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if head == "scalar":
@@ -154,24 +154,33 @@ def measure(name: str) -> dict[str, int]:
         model, engine = train(config, batch)
     state = state_bytes(engine)
     # After the profile: hooks keep tensors alive a little longer than autograd does.
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations = kept_by_autograd(model, lambda: model.model(tokens, None, None))
+    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
+    return {
+        **state,
+        "activations": activations,
+        "peak": peak_of(profiler, "second step") - bucket,
+        "resident_growth": resident_growth,
+    }
+
+
+def kept_by_autograd(model: Any, forward: Callable[[], Any]) -> int:
+    """Bytes of the storages that a forward pass saves for the backward pass, the model's weights left out."""
+    import torch
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model.model(tokens, None, None)
-    del kept
-    bucket = BUCKET_BYTES if zero_stage >= 2 else 0
-    return {
-        **state,
-        "activations": sum(saved.values()),
-        "peak": peak_of(profiler, "second step") - bucket,
-        "resident_growth": resident_growth,
-    }
+        result = forward()  # kept while the hooks run: what it frees would be counted once more where it lay
+    del result
+    return sum(saved.values())
 
 
 def peak_of(profiler: Any, mark: str) -> int:

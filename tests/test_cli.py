@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_inputs import prompt, write_checkpoint, write_rows, write_tokenizer
+from tiny_inputs import PRETRAINING_RUN, prompt, write_checkpoint, write_rows, write_tokenizer
 
 from rlhf_ray import chat, cli
 from rlhf_ray.errors import RunFailure, UserError
@@ -18,34 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(sys.executable).with_name("rlhf-ray")
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "pyarrow"}
 PATIENCE_S = 300.0
-TINY_RUN = """
-[run]
-stages = ["testbed", "tokenizer", "pretrain"]
-device = "cpu"
-[testbed]
-num_corpus = 400
-num_demonstrations = 20
-num_prompts_train = 20
-num_prompts_early_stop = 20
-num_prompts_annotation = 20
-num_prompts_test = 20
-[tokenizer]
-vocab_size = 400
-[model]
-preset = "tiny"
-[pretrain]
-seq_len = 64
-batch_size = 2
-micro_batch_size = 2
-num_steps = 100_000
-save_every = 5
-"""
 
 
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text(TINY_RUN)
+    path.write_text(PRETRAINING_RUN.format(num_steps=100_000, save_every=5))
     return path
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny_inputs import PRETRAINING_RUN
 
 from cluster.jobs import Job
 from rlhf_ray import cli, cli_jobs
@@ -26,34 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PATIENCE_S = 300.0
 TOKEN = secrets.token_hex(32)
-TINY_RUN = """
-[run]
-stages = ["testbed", "tokenizer", "pretrain"]
-device = "cpu"
-[testbed]
-num_corpus = 400
-num_demonstrations = 20
-num_prompts_train = 20
-num_prompts_early_stop = 20
-num_prompts_annotation = 20
-num_prompts_test = 20
-[tokenizer]
-vocab_size = 400
-[model]
-preset = "tiny"
-[pretrain]
-seq_len = 64
-batch_size = 2
-micro_batch_size = 2
-num_steps = 400
-save_every = 10
-"""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(TINY_RUN)
+    path.write_text(PRETRAINING_RUN.format(num_steps=400, save_every=10))
     return path
 
 

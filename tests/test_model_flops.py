@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plan_memory import kept_by_autograd
 
 from model.config import PRESETS
 from model.flops import (
@@ -97,18 +98,7 @@ def test_activation_bytes_bound_what_autograd_keeps():
 
     def kept(checkpointing):
         model = Llama(config, head="none", activation_checkpointing=checkpointing)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        storages = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(tokens)
-        return sum(storages.values())
+        return kept_by_autograd(model, lambda: model(tokens))
 
     predicted = activation_bytes(config, tokens.numel(), bytes_per_element=4)
     # CPU: the norms are not fused and keep two copies more.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan_memory import kept_by_autograd
 from tiny_inputs import write_checkpoint
 
 from cluster.plan import GIB
@@ -89,23 +90,12 @@ def test_more_ranks_never_need_more_memory(zero_stage):
     assert totals == sorted(totals, reverse=True)
 
 
-def kept_by_autograd(config, tokens, *, head, checkpointing):
-    """Bytes of the storages that a forward pass saves for the backward pass, weights left out."""
+def kept_in_bf16(config, tokens, *, head, checkpointing):
+    """Bytes that a forward pass of a model saves for the backward pass."""
     model = Llama(config, head=head, activation_checkpointing=checkpointing).bfloat16()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, **({"target_mask": mask} if head == "lm" else {}))
-    return sum(storages.values())
+    return kept_by_autograd(model, lambda: model(tokens, **({"target_mask": mask} if head == "lm" else {})))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -113,14 +103,14 @@ def kept_by_autograd(config, tokens, *, head, checkpointing):
 def test_predicted_activations_are_what_autograd_keeps(name, checkpointing):
     config, tokens = PRESETS[name], torch.zeros(4, 64, dtype=torch.int64)
     work = training_work(config, tokens.numel(), targets=None, activation_checkpointing=checkpointing, cpu_kernels=True)
-    kept = kept_by_autograd(config, tokens, head="none", checkpointing=checkpointing)
+    kept = kept_in_bf16(config, tokens, head="none", checkpointing=checkpointing)
     assert work.kept == pytest.approx(kept, rel=0.03)
 
 
 def test_the_head_needs_no_less_than_it_keeps():
     config, tokens = PRESETS["3.8m"], torch.zeros(4, 64, dtype=torch.int64)
-    kept = kept_by_autograd(config, tokens, head="lm", checkpointing=True)
-    kept -= kept_by_autograd(config, tokens, head="none", checkpointing=True)
+    kept = kept_in_bf16(config, tokens, head="lm", checkpointing=True)
+    kept -= kept_in_bf16(config, tokens, head="none", checkpointing=True)
     chunk = 4 * 252 * config.vocab_size  # fp32 log-probs of the 4 x 63 targets, one chunk
     assert chunk < kept < lm_head_bytes(config, 252)
     # 10 bytes a logit, 6 a weight of the projection, hidden states of the targets and their gradient, indices

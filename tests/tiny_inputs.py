@@ -15,6 +15,29 @@ from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
 
 TEXTS = ["the cat sat on the mat.", "which is a fish: carp or hen?", "sure: carp is a fish."] * 9
 VOCABULARY = 300
+PRETRAINING_RUN = """
+[run]
+stages = ["testbed", "tokenizer", "pretrain"]
+device = "cpu"
+[testbed]
+num_corpus = 400
+num_demonstrations = 20
+num_prompts_train = 20
+num_prompts_early_stop = 20
+num_prompts_annotation = 20
+num_prompts_test = 20
+[tokenizer]
+vocab_size = 400
+[model]
+preset = "tiny"
+[pretrain]
+seq_len = 64
+batch_size = 2
+micro_batch_size = 2
+num_steps = {num_steps}
+save_every = {save_every}
+"""
+"""A config that pretrains a tiny model for `num_steps`."""
 USER, ANSWER = {"role": "user", "content": "which is a fish?"}, {"role": "assistant", "content": "carp."}
 
 

@@ -38,7 +38,7 @@ def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> 
 
 
 def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
-    roles = context.roles
+    roles, timeout_s = context.roles, context.roles.timeout_s
     with console.status("reward: starting workers, reading comparisons"):
         # Both, even where one model is done already: the number of threads is a part of what makes bits equal.
         roles.work_together(*GUIDELINES)
@@ -61,7 +61,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
                 for name in active
             }
             for name, call in calls.items():
-                row = collect(call, timeout_s=roles.timeout_s, step=f"reward step {index}")[0]
+                row = collect(call, timeout_s=timeout_s, step=f"reward step {index}")[0]
                 writers[name].write(index, row)
                 bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
                 if (index + 1) % section.save_every == 0 and index + 1 < totals[name]:
@@ -69,13 +69,13 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
                         roles[name].call(
                             TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}"
                         )
+    tested = {
+        name: roles[name].submit(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
+        for name in steps
+    }
     for name, step in steps.items():
         writers[name].close()
-        accuracy = roles[name].call(
-            RewardWorker.evaluate_reward,
-            micro_batch_tokens=section.micro_batch_tokens,
-            step="reward accuracy",
-        )[0]
+        accuracy = collect(tested[name], timeout_s=timeout_s, step="reward accuracy")[0]
         work = step.begin()
         write_json(work / "accuracy.json", accuracy)
         if not (work / "model").exists():  # one from before an interruption is the same and stays
