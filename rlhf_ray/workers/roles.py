@@ -130,12 +130,8 @@ class Roles:
 
 
 def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:
-    """Environment of a rank, set before its process starts."""
-    # torch on CPU takes every large tensor from malloc. As glibc is set up, each is mapped anew and its pages are
-    # faulted in one by one, a fifth of a training step; so memory is kept, in huge pages where the kernel lets us.
-    malloc = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
+    """Environment of a rank, set before its process imports torch."""
     return {
-        **({} if on_gpu else {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", malloc)}),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep: roles on one machine take turns on its cores
         "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",

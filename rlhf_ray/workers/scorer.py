@@ -1,6 +1,5 @@
 """A frozen model: the reference policy's log-probs, or a reward model's score of each answer."""
 
-import ctypes
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -74,9 +73,6 @@ class ScorerWorker(Worker):
         """Frees the model."""
         self._model = self._function = None
         gc.collect()
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc; it keeps what it is given back (roles.worker_environment)
-            libc.malloc_trim(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
