@@ -115,6 +115,7 @@ class StateWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # a full disk needs the room
             return
         os.rename(self._temporary, self._final)
         for old in self._final.parent.iterdir():

@@ -16,9 +16,9 @@ rlhf_ray=.venv/bin/rlhf-ray
 
 .venv/bin/python scripts/fetch_smollm2.py "$model" ${HUB:+--hub}
 
-# A quarter of the prompts is held out from all training, by a hash of a dialogue's first message: hashes below 0.06 are for
-# the evaluation, those up to 0.08 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
-split=(--held-out 0.25 --max-tokens 128 --tokenizer "$model" --too-long drop-turns)
+# A quarter of the prompts is held out from all training, by a hash of a dialogue's first message: hashes below 0.05 are for
+# the evaluation, those up to 0.065 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
+split=(--held-out 0.25 --max-tokens 112 --tokenizer "$model" --too-long drop-turns)
 if [[ ! -e $data/done ]]; then
     $rlhf_ray data import "$preferences"/helpful-base* --to "$data/helpful.parquet" --kind comparisons \
         --guideline helpfulness "${split[@]}" --overwrite
@@ -29,9 +29,9 @@ if [[ ! -e $data/done ]]; then
     $rlhf_ray data import "${both[@]}" --to "$data/prompts_train.parquet" --kind prompts --overwrite
     held_out=("$data/helpful.held_out.parquet" "$data/harmless.held_out.parquet")
     $rlhf_ray data import "${held_out[@]}" --to "$data/comparisons_held_out.parquet" --kind comparisons --overwrite
-    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out 0.06 --overwrite
+    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out 0.05 --overwrite
     mv "$data/rest.held_out.parquet" "$data/prompts_test.parquet"
-    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out 0.08 --overwrite
+    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out 0.065 --overwrite
     mv "$data/unused.held_out.parquet" "$data/prompts_early_stop.parquet"
     touch "$data/done"
 fi

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, one line for bad input with code 2, failed runs 1, signals."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -329,6 +330,44 @@ def test_a_run_whose_directory_goes_away_ends_with_one_line(config, tmp_path, pr
     wait_for(lambda: list(out.glob("steps/pretrain-*.partial/state/step-*[0-9]")), "checkpoint")
     again.send_signal(signal.SIGINT)
     assert "Traceback" not in again.communicate(timeout=PATIENCE_S)[1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"only who may mount can fill a disk of its own: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_one_line_and_spoils_no_checkpoint(config, small_disk, program):
+    out, ballast = small_disk / "run", small_disk / "ballast"
+    command = (PROGRAM, "run", config, "--out", out, "--set", "pretrain.save_every=40")
+    checkpoints = "steps/pretrain-*.partial/state/step-*[0-9]"
+    process = program(*command)
+    wait_for(lambda: list(out.glob(checkpoints)) or process.poll() is not None, "first checkpoint")
+    assert process.poll() is None, process.communicate()[1]
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while shutil.disk_usage(small_disk).free > 2**18:  # less than a checkpoint, more than lines of metrics
+            file.write(bytes(2**16))
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    [line] = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert "pretrain checkpoint" in line and "No space left on device" in line
+    assert "the same command goes on from the last checkpoint" in line
+    [state] = out.glob("steps/pretrain-*.partial/state/*")  # the last good one, and nothing half-written
+    ballast.unlink()
+    again = program(*command)
+    wait_for(lambda: list(out.glob(checkpoints)) != [state] or again.poll() is not None, "later checkpoint")
+    again.send_signal(signal.SIGINT)
+    err = again.communicate(timeout=PATIENCE_S)[1]
+    assert f"pretrain: going on from step {int(state.name.removeprefix('step-'))} " in err
 
 
 @pytest.mark.slow

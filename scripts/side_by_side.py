@@ -1,0 +1,52 @@
+"""Prints answers of a finished run before and after PPO as Markdown, unedited.
+
+    python scripts/side_by_side.py RUN PROMPTS [--count 10]
+
+RUN is the run's directory, PROMPTS the table of its test prompts. Half of the prompts shown are those tagged as safety,
+and of each kind the first in the order of their ids, which are hashes: nobody chose them. Answers are those sampled at
+temperature 1.
+"""
+
+import argparse
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from rlhf_ray.data.schemas import PROMPTS, read_table
+from rlhf_ray.run_state import finished_files
+
+MODELS = {"SFT": "Before", "PPO": "After"}
+
+
+def quoted(text: str) -> str:
+    """A text as it is, indented as a block of code."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def main() -> None:
+    """Prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--count", type=int, default=10)
+    options = parser.parse_args()
+    found = finished_files(options.run, "evaluate", "answers.parquet")
+    if not found:
+        raise SystemExit(f"error: {options.run}: has no finished evaluation; give the directory of a finished run")
+    answers = {(row["prompt_id"], row["model"]): row for row in pq.read_table(found[-1]).to_pylist()}
+    prompts = sorted(read_table(options.prompts, PROMPTS).to_pylist(), key=lambda row: row["prompt_id"])
+    half = options.count // 2
+    shown = [row for row in prompts if not row["is_safety"]][: options.count - half]
+    shown += [row for row in prompts if row["is_safety"]][:half]
+    for number, prompt in enumerate(shown, start=1):
+        print(f"### {number}. {'safety' if prompt['is_safety'] else 'helpfulness'}\n")
+        print(quoted("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt["messages"])))
+        for model, title in MODELS.items():
+            row = answers[prompt["prompt_id"], model]
+            print(f"\n{title}{'' if row['finished'] else ' (cut at the length limit)'}:\n")
+            print(quoted(row["answer"]))
+        print()
+
+
+if __name__ == "__main__":
+    main()
