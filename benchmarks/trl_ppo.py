@@ -9,12 +9,9 @@ Options: [--steps 12] [--threads 1 2] [--variants fp32 autocast bf16] [--env .ve
 TRL 1.12.0, the last with PPO (`trl.experimental.ppo`), with pins of its own in benchmarks/requirements-trl.txt.
 The same work: the same prompts, answers of exactly the same length, one epoch, one optimizer step, on the same
 checkpoints. It differs where TRL does: it generates with transformers, has one reward model where the project has two,
-one optimizer for policy and value model, and no weights to sync. Each variant runs in a process of its own, with each
-number of threads; the fastest counts:
-
-    fp32       everything in fp32
-    autocast   fp32 weights, matrix products in bf16
-    bf16       everything in bf16, without fp32 master weights (less work than the project does)
+one optimizer for policy and value model, and no weights to sync. Each of `trl_environment.VARIANTS` (bf16 has no fp32
+master weights, less work than the project does) runs in a process of its own, with each number of threads; the fastest
+counts.
 
 Writes benchmarks/results/trl_ppo_SHAPE.json.
 """
@@ -23,69 +20,30 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PINS = ROOT / "benchmarks" / "requirements-trl.txt"
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own, asked for torch alone
-VARIANTS = ("fp32", "autocast", "bf16")
-WARMUP = 3
+from trl_environment import (
+    PINS,
+    ROOT,
+    VARIANTS,
+    WARMUP,
+    label,
+    make_environment,
+    run_variant,
+    step_clock,
+    wordless_tokenizer,
+)
 
-
-def make_environment(directory: Path) -> Path:
-    """Creates the virtual environment unless it is there with these pins; returns its interpreter."""
-    python, stamp = directory / "bin" / "python", directory / ".pins"
-    if stamp.exists() and stamp.read_text() == PINS.read_text():
-        return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    [torch] = [line for line in PINS.read_text().splitlines() if line.startswith("torch==")]
-    if subprocess.run([*pip, torch], stderr=subprocess.DEVNULL, check=False).returncode != 0:
-        subprocess.run([*pip, "--index-url", TORCH_INDEX, torch], check=True)
-    subprocess.run([*pip, "-r", str(PINS)], check=True)
-    stamp.write_text(PINS.read_text())
-    return python
-
-
-def run_variant(python: Path, job: dict[str, Any], *, threads: int) -> list[float]:
-    """Seconds of each step after warm-up, measured in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="trl-ppo-") as scratch:
-        out, description = Path(scratch) / "seconds.json", Path(scratch) / "job.json"
-        description.write_text(json.dumps({**job, "threads": threads, "out": str(out), "scratch": scratch}))
-        # TRL's own packages alone, none of this project's.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(threads),
-            # PPOTrainer makes its Accelerator without PPOConfig's bf16, which by itself changes nothing.
-            "ACCELERATE_MIXED_PRECISION": "bf16" if job["variant"] == "autocast" else "no",
-        }
-        command = [str(python), str(Path(__file__).resolve()), "--job", str(description)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(
-                f"error: TRL, {job['variant']}, ended with exit code {done.returncode}:\n{done.stderr[-3000:]}"
-            )
-        return [float(value) for value in json.loads(out.read_text())]
+TRL = "1.12.0"
 
 
 def train(job: dict[str, Any]) -> None:
     """Runs TRL's PPO and writes the seconds of its steps. In TRL's environment, which has none of this project."""
     import datasets
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        PreTrainedTokenizerFast,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     torch.set_num_threads(job["threads"])
@@ -98,23 +56,8 @@ def train(job: dict[str, Any]) -> None:
     def scorer() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(job["reward"], num_labels=1, dtype=dtype)
 
-    # Padding is an id beyond the vocabulary, and EOS another: neither is ever sampled, so no answer ends early.
-    words = {str(number): number for number in range(job["vocabulary"] + 2)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")),
-        pad_token=str(job["vocabulary"]),
-        eos_token=str(job["vocabulary"] + 1),
-    )
     steps = WARMUP + job["steps"]
     ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
     arguments = PPOConfig(
         output_dir=str(Path(job["scratch"]) / "trl"),
         use_cpu=True,
@@ -150,14 +93,14 @@ def train(job: dict[str, Any]) -> None:
     )
     trainer = PPOTrainer(
         args=arguments,
-        processing_class=tokenizer,
+        processing_class=wordless_tokenizer(job["vocabulary"]),  # EOS is never sampled: no answer ends early
         model=policy(),
         ref_model=policy(),
         reward_model=scorer(),
         value_model=scorer(),
         train_dataset=datasets.Dataset.from_dict({"input_ids": job["prompts"]}),
         data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-        callbacks=[Clock()],
+        callbacks=[step_clock(ends)],
     )
     trainer.train()
     seconds = [after - before for before, after in itertools.pairwise(ends)]
@@ -180,7 +123,7 @@ def main() -> None:
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-trl")
     parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
     options = parser.parse_args()
-    python = make_environment(options.env.absolute())
+    python = make_environment(options.env.absolute(), trl=TRL)
     load = os.getloadavg()
     with work_directory(options.work, prefix="trl-ppo-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2)
@@ -195,10 +138,10 @@ def main() -> None:
         }
         found: dict[str, list[float]] = {}
         for variant, threads in itertools.product(options.variants, options.threads):
-            name = f"{variant}, {threads} threads" if threads > 1 else f"{variant}, 1 thread"
-            found[name] = run_variant(python, {**job, "variant": variant}, threads=threads)
+            name = label(variant, threads)
+            found[name] = run_variant(python, __file__, {**job, "variant": variant}, threads=threads)
             print(name, f"{statistics.median(found[name]):.3f} s a step", flush=True)
-        config = {**work.described(), "trl": "1.12.0", "pins": PINS.name}
+        config = {**work.described(), "trl": TRL, "pins": PINS.name}
     best = min(found, key=lambda name: statistics.median(found[name]))
     batch = work.section.batch_size
     measured = {

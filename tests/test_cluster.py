@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -13,6 +14,7 @@ import ray
 from cluster.placement import PlacementError, reserve
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerError, WorkerGroup, collect
+from rlhf_ray.workers.roles import worker_environment
 
 pytestmark = pytest.mark.slow  # real Ray sessions, a minute and a half
 
@@ -25,6 +27,9 @@ class Rank(Worker):
 
     def environment(self, *names: str) -> list[str | None]:
         return [os.environ.get(name) for name in names]
+
+    def maps(self, library: str) -> bool:
+        return library in Path("/proc/self/maps").read_text()
 
     def add(self, a: int, *, b: int = 0) -> int:
         return a + b + self.rank
@@ -134,6 +139,16 @@ def test_ranks_are_processes_of_their_own_with_a_common_rendezvous(group: Worker
     assert second[:3] == ["1", "2", "0"]
     assert first[3:] == second[3:]
     assert first[3] and int(first[4] or 0) > 0 and first[5] == "teal"
+
+
+def test_ranks_on_cpu_take_memory_from_rays_jemalloc(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = worker_environment(threads=1, on_gpu=False)
+    group = WorkerGroup.launch(Rank, role="policy", resources={"CPU": 0.1}, env=environment | ENV)
+    assert group.call(Rank.maps, environment["LD_PRELOAD"]) == [True]
+    group.stop()
+    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=True)
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libmine.so")  # inherited by the ranks
+    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=False)
 
 
 def test_calls_go_by_method_reference_and_answer_in_rank_order(group: WorkerGroup) -> None:
