@@ -9,8 +9,8 @@ Options: [--steps 10] [--threads 1 2] [--variants fp32 autocast bf16] [--env .ve
 TRL 1.16.0 in an environment of its own. A step is 32 rows of 96 random tokens: 32 examples of which every token is
 learnt, or 16 pairs of answers; AdamW, gradients clipped at 1, in micro-batches of at most MICRO rows. The project's
 side is one rank of the policy, or of the helpfulness model, under DeepSpeed on real Ray, called as the recipe calls it;
-its bf16 keeps fp32 master weights, which TRL's `bf16` does not. Both sides are measured with each number of threads, and
-of each the fastest counts. Writes benchmarks/results/trl_SFT-OR-REWARD_SHAPE.json.
+its bf16 keeps fp32 master weights, which TRL's `bf16` does not. Both sides are measured with each number of threads,
+and of each the fastest counts. Writes benchmarks/results/trl_SFT-OR-REWARD_SHAPE.json.
 """
 
 import itertools
