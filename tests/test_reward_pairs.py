@@ -9,6 +9,7 @@ from tiny_inputs import comparison, write_rows, write_tokenizer
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.reward_pairs import Pairs, reward_pairs
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe.reward_modeling import told
 
 OPTIONS = {"margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
 
@@ -136,3 +137,13 @@ def test_a_table_of_its_own_is_held_out_whole(tokenizer_directory, tmp_path):
     shares = {"helpfulness": 1.0, "safety": 0.0}
     data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "held_out": rest})
     assert (len(data.train), len(data.held_out), sorted(data.order)) == (25, 7, list(range(20)))
+
+
+def test_accuracies_are_told_by_guideline_the_models_own_first():
+    shares = {"all": (0.5, 112), "helpfulness": (0.25, 12), "safety": (0.5, 100), "safety/better": (0.5, 4)}
+    accuracy = {f"accuracy/{group}": share for group, (share, _) in shares.items()}
+    accuracy |= {f"count/{group}": float(count) for group, (_, count) in shares.items()}
+    # 1.96 sqrt(0.25 / 100) and 1.96 sqrt(0.1875 / 12)
+    assert told(accuracy, "safety") == "0.500 ± 0.098 (100 pairs) on safety, 0.250 ± 0.245 (12 pairs) on helpfulness"
+    del accuracy["accuracy/safety"]
+    assert told(accuracy, "safety") == "0.250 ± 0.245 (12 pairs) on helpfulness"

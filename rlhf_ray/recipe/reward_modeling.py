@@ -82,7 +82,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
-        console.print(f"reward-{name}: held-out accuracy {with_interval(accuracy, 'all')}")
+        console.print(f"reward-{name}: held-out accuracy {told(accuracy, name)}")
 
 
 def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> dict[str, dict[str, int]]:
@@ -130,6 +130,12 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
 def held_out(context: Context) -> str | float:
     """What accuracy is measured on: a table of its own, or a share of the table trained on."""
     return str(context.outputs[HELD_OUT]) if HELD_OUT in context.outputs else context.config.collect.held_out
+
+
+def told(accuracy: dict[str, float], name: str) -> str:
+    """Accuracies for people: by guideline, the model's own first, for the two pull in different directions (§3.2.2)."""
+    groups = [group for group in (name, *(g for g in GUIDELINES if g != name)) if f"accuracy/{group}" in accuracy]
+    return ", ".join(f"{with_interval(accuracy, group)} on {group}" for group in groups)
 
 
 def with_interval(accuracy: dict[str, float], group: str) -> str:
