@@ -40,7 +40,9 @@ def main() -> None:
     shown += [row for row in prompts if row["is_safety"]][:half]
     for number, prompt in enumerate(shown, start=1):
         print(f"### {number}. {'safety' if prompt['is_safety'] else 'helpfulness'}\n")
-        print(quoted("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt["messages"])))
+        earlier = len(prompt["messages"]) - 1
+        print(f"Prompt{f' (after {earlier} earlier messages)' if earlier else ''}:\n")
+        print(quoted(prompt["messages"][-1]["content"]))
         for model, title in MODELS.items():
             row = answers[prompt["prompt_id"], model]
             print(f"\n{title}{'' if row['finished'] else ' (cut at the length limit)'}:\n")
