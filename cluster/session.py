@@ -40,6 +40,8 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # Ray gives its node 30 s to come up; a machine busy with other work can take longer.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # After a repair nobody reads the results of calls that waited for the dead rank. Ray would print a page for each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_terminate = signal.getsignal(signal.SIGTERM)
     if address is None:
         cpus = num_cpus or len(os.sched_getaffinity(0))
