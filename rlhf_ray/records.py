@@ -4,10 +4,13 @@ B rows, T tokens of the longest row; rows are right-padded and start at index 0.
 token's own index: `logprobs[:, t]` is the log-prob of token t given those before it.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -73,8 +76,17 @@ class WeightBucket:
     """Hugging Face parameter names, in the order of the buffer."""
     shapes: tuple[tuple[int, ...], ...]
     """Their shapes."""
-    buffer: Tensor
-    """(N,) in the model's dtype, the parameters flattened one after another."""
+    dtype: torch.dtype
+    """Of the parameters."""
+    data: NDArray[np.uint8]
+    """(bytes,) uint8, the parameters flattened one after another. An array, since Ray hands those on without a copy."""
+
+    @property
+    def buffer(self) -> Tensor:
+        """(N,) in the model's dtype, a view of `data`; not to be written to where it lies in the object store."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.data).view(self.dtype)
 
 
 def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Experience:

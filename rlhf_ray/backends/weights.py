@@ -31,19 +31,21 @@ def fill_buckets(
 
 
 def _bucket(batch: list[tuple[str, Tensor]], version: int) -> WeightBucket:
+    flat = torch.cat([tensor.detach().reshape(-1).cpu() for _, tensor in batch])
     return WeightBucket(
         version=version,
         names=tuple(name for name, _ in batch),
         shapes=tuple(tuple(tensor.shape) for _, tensor in batch),
-        buffer=torch.cat([tensor.detach().reshape(-1).cpu() for _, tensor in batch]),
+        dtype=flat.dtype,
+        data=flat.view(torch.uint8).numpy(),
     )
 
 
 def read_buckets(buckets: Iterable[WeightBucket]) -> Iterator[tuple[str, Tensor]]:
     """The named parameters of some buckets, as views of their buffers."""
     for bucket in buckets:
-        start = 0
+        start, buffer = 0, bucket.buffer
         for name, shape in zip(bucket.names, bucket.shapes, strict=True):
             size = torch.Size(shape).numel()
-            yield name, bucket.buffer[start : start + size].view(shape)
+            yield name, buffer[start : start + size].view(shape)
             start += size
