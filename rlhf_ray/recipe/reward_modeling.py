@@ -134,8 +134,8 @@ def held_out(context: Context) -> str | float:
 
 def told(accuracy: dict[str, float], name: str) -> str:
     """Accuracies for people: by guideline, the model's own first, for the two pull in different directions (§3.2.2)."""
-    groups = [group for group in (name, *(g for g in GUIDELINES if g != name)) if f"accuracy/{group}" in accuracy]
-    return ", ".join(f"{with_interval(accuracy, group)} on {group}" for group in groups)
+    groups = sorted(GUIDELINES, key=lambda group: group != name)
+    return ", ".join(f"{with_interval(accuracy, g)} on {g}" for g in groups if f"accuracy/{g}" in accuracy)
 
 
 def with_interval(accuracy: dict[str, float], group: str) -> str:
