@@ -10,7 +10,7 @@ from rlhf_ray.data.reward_pairs import PairBatch
 
 
 class PreferenceRows:
-    """Pairs of equally long answers: the first half of the rows chosen, the others rejected."""
+    """What `train_reward` reads: pairs of equally long answers, the first half of the rows chosen, the others rejected."""
 
     def __init__(self, rows: Sequence[Sequence[int]]):
         self.train = self
@@ -36,11 +36,6 @@ class PreferenceRows:
         lengths = torch.full((2 * count,), self._rows.shape[1], device=device)
         no, yes = (torch.full((count,), value, device=device) for value in (False, True))
         return PairBatch(tokens, lengths, torch.zeros(count, device=device), no, no, no, yes)
-
-
-def preference_rows(rows: Sequence[Sequence[int]]) -> PreferenceRows:
-    """What `train_reward` reads."""
-    return PreferenceRows(rows)
 
 
 def sft_rows(rows: Sequence[Sequence[int]]) -> LMData:

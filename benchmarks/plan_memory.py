@@ -178,8 +178,7 @@ def kept_by_autograd(model: Any, forward: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # kept while the hooks run: what it frees would be counted once more where it lay
-    del result
+        forward()
     return sum(saved.values())
 
 

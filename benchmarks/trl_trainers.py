@@ -90,7 +90,7 @@ def train(job: dict[str, Any]) -> None:
 
 def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads: int) -> list[float]:
     """Seconds of each step of the project's worker after warm-up."""
-    from own_trainers import preference_rows, sft_rows
+    from own_trainers import PreferenceRows, sft_rows
 
     from cluster.worker_group import collect
     from rlhf_ray.config import OptimSection, parse_config
@@ -107,7 +107,7 @@ def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads
     try:
         roles = context.roles
         roles.work_together(role)
-        group, builder = roles[role], sft_rows if is_sft else preference_rows
+        group, builder = roles[role], sft_rows if is_sft else PreferenceRows
         group.call(TrainerWorker.build, source, head=head, seed=0, runtime=roles.runtime)
         group.call(TrainerWorker.open_data, builder, job["rows"])
         optim = OptimSection(lr=LEARNING_RATE, schedule="constant", warmup_steps=0)

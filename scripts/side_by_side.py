@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from rlhf_ray.data.schemas import PROMPTS, read_table
-from rlhf_ray.run_state import finished_files
+from rlhf_ray.evaluate.seeds import find_answers
 
 MODELS = {"SFT": "Before", "PPO": "After"}
 
@@ -30,10 +30,8 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
-    found = finished_files(options.run, "evaluate", "answers.parquet")
-    if not found:
-        raise SystemExit(f"error: {options.run}: has no finished evaluation; give the directory of a finished run")
-    answers = {(row["prompt_id"], row["model"]): row for row in pq.read_table(found[-1]).to_pylist()}
+    rows = pq.read_table(find_answers(options.run)).to_pylist()
+    answers = {(row["prompt_id"], row["model"]): row for row in rows}
     prompts = sorted(read_table(options.prompts, PROMPTS).to_pylist(), key=lambda row: row["prompt_id"])
     half = options.count // 2
     shown = [row for row in prompts if not row["is_safety"]][: options.count - half]
