@@ -10,7 +10,7 @@ from rlhf_ray.data.reward_pairs import PairBatch
 
 
 class PreferenceRows:
-    """What `train_reward` reads: pairs of equally long answers, the first half of the rows chosen, the others rejected."""
+    """What `train_reward` reads: answers of one length, the first half of the rows chosen, the others rejected."""
 
     def __init__(self, rows: Sequence[Sequence[int]]):
         self.train = self

@@ -1,7 +1,10 @@
 """TRL in environments of its own, pinned whole: made at the first call, one for each version of TRL."""
 
+import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,6 +86,35 @@ def wordless_tokenizer(vocabulary: int) -> Any:
         pad_token=str(vocabulary),
         eos_token=str(vocabulary + 1),
     )
+
+
+def write_seconds(job: dict[str, Any], ends: list[float]) -> None:
+    """Writes the seconds of each step after warm-up, from when training began and each step ended."""
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
+    Path(job["out"]).write_text(json.dumps(seconds[WARMUP:]))
+
+
+def trl_parser(doc: str | None, *, environment: str, steps: int) -> argparse.ArgumentParser:
+    """A parser with the options that both scripts have, and two of their defaults."""
+    from measuring import parser_of
+
+    parser = parser_of(doc)
+    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
+    parser.add_argument("--steps", type=int, default=steps, help="measured, after warm-up")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--env", type=Path, default=ROOT / environment)
+    return parser
+
+
+def run_variants(python: Path, script: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each step, by variant and number of threads."""
+    found: dict[str, list[float]] = {}
+    for variant, threads in itertools.product(options.variants, options.threads):
+        name = label(variant, threads)
+        found[name] = run_variant(python, script, {**job, "variant": variant}, threads=threads)
+        print(name, f"{statistics.median(found[name]):.3f} s a step", flush=True)
+    return found
 
 
 def label(variant: str, threads: int) -> str:

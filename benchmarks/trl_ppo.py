@@ -16,7 +16,6 @@ counts.
 Writes benchmarks/results/trl_ppo_SHAPE.json.
 """
 
-import itertools
 import json
 import os
 import statistics
@@ -24,17 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trl_environment import (
-    PINS,
-    ROOT,
-    VARIANTS,
-    WARMUP,
-    label,
-    make_environment,
-    run_variant,
-    step_clock,
-    wordless_tokenizer,
-)
+import trl_environment as trl_env
 
 TRL = "1.12.0"
 
@@ -56,7 +45,7 @@ def train(job: dict[str, Any]) -> None:
     def scorer() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(job["reward"], num_labels=1, dtype=dtype)
 
-    steps = WARMUP + job["steps"]
+    steps = trl_env.WARMUP + job["steps"]
     ends: list[float] = []
     arguments = PPOConfig(
         output_dir=str(Path(job["scratch"]) / "trl"),
@@ -93,37 +82,31 @@ def train(job: dict[str, Any]) -> None:
     )
     trainer = PPOTrainer(
         args=arguments,
-        processing_class=wordless_tokenizer(job["vocabulary"]),  # EOS is never sampled: no answer ends early
+        processing_class=trl_env.wordless_tokenizer(job["vocabulary"]),  # EOS is never sampled: no answer ends early
         model=policy(),
         ref_model=policy(),
         reward_model=scorer(),
         value_model=scorer(),
         train_dataset=datasets.Dataset.from_dict({"input_ids": job["prompts"]}),
         data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
-        callbacks=[step_clock(ends)],
+        callbacks=[trl_env.step_clock(ends)],
     )
     trainer.train()
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    Path(job["out"]).write_text(json.dumps(seconds[WARMUP:]))
+    trl_env.write_seconds(job, ends)
 
 
 def main() -> None:
     """Measures every variant and writes the result."""
-    sys.path.insert(0, str(ROOT))
-    from measuring import RESULTS, parser_of, spread, work_directory, write_result
+    sys.path.insert(0, str(trl_env.ROOT))
+    from measuring import RESULTS, spread, work_directory, write_result
     from ppo_work import make_work
 
     from model.checkpoint import read_config
 
-    parser = parser_of(__doc__)
+    parser = trl_env.trl_parser(__doc__, environment=".venv-trl", steps=12)
     parser.add_argument("shape", choices=("3.8m", "smollm2", "tiny"))
-    parser.add_argument("--steps", type=int, default=12, help="measured, after warm-up")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--env", type=Path, default=ROOT / ".venv-trl")
-    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
     options = parser.parse_args()
-    python = make_environment(options.env.absolute(), trl=TRL)
+    python = trl_env.make_environment(options.env.absolute(), trl=TRL)
     load = os.getloadavg()
     with work_directory(options.work, prefix="trl-ppo-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2)
@@ -136,19 +119,15 @@ def main() -> None:
             "ppo": work.section.model_dump(mode="json"),
             "steps": options.steps,
         }
-        found: dict[str, list[float]] = {}
-        for variant, threads in itertools.product(options.variants, options.threads):
-            name = label(variant, threads)
-            found[name] = run_variant(python, __file__, {**job, "variant": variant}, threads=threads)
-            print(name, f"{statistics.median(found[name]):.3f} s a step", flush=True)
-        config = {**work.described(), "trl": TRL, "pins": PINS.name}
+        found = trl_env.run_variants(python, __file__, job, options)
+        config = {**work.described(), "trl": TRL, "pins": trl_env.PINS.name}
     best = min(found, key=lambda name: statistics.median(found[name]))
     batch = work.section.batch_size
     measured = {
         "best": best,
         "samples_per_s": spread([batch / seconds for seconds in found[best]]),
         "step_s": {name: spread(seconds) for name, seconds in found.items()},
-        "warmup": WARMUP,
+        "warmup": trl_env.WARMUP,
     }
     config.pop("precision")
     write_result(options.result or RESULTS / f"trl_ppo_{options.shape}.json", measured, config=config, load=load)

@@ -23,17 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trl_environment import (
-    PINS,
-    ROOT,
-    VARIANTS,
-    WARMUP,
-    label,
-    make_environment,
-    run_variant,
-    step_clock,
-    wordless_tokenizer,
-)
+import trl_environment as trl_env
 
 TRL = "1.16.0"
 ROWS, LENGTH = 32, 96
@@ -63,7 +53,7 @@ def train(job: dict[str, Any]) -> None:
         "gradient_checkpointing": False,
         "per_device_train_batch_size": min(micro, examples),
         "gradient_accumulation_steps": max(1, examples // micro),
-        "max_steps": WARMUP + job["steps"],
+        "max_steps": trl_env.WARMUP + job["steps"],
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
@@ -73,7 +63,10 @@ def train(job: dict[str, Any]) -> None:
         "disable_tqdm": True,
         "logging_steps": 10**9,
     }
-    shared = {"processing_class": wordless_tokenizer(job["vocabulary"]), "callbacks": [step_clock(ends)]}
+    shared = {
+        "processing_class": trl_env.wordless_tokenizer(job["vocabulary"]),
+        "callbacks": [trl_env.step_clock(ends)],
+    }
     trainer: Any
     if is_sft:
         model = AutoModelForCausalLM.from_pretrained(job["chat"], dtype=dtype)
@@ -84,8 +77,7 @@ def train(job: dict[str, Any]) -> None:
         data = datasets.Dataset.from_dict({"chosen_ids": rows[:examples], "rejected_ids": rows[examples:]})
         trainer = RewardTrainer(model=model, args=RewardConfig(**options), train_dataset=data, **shared)
     trainer.train()
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    Path(job["out"]).write_text(json.dumps(seconds[WARMUP:]))
+    trl_env.write_seconds(job, ends)
 
 
 def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads: int) -> list[float]:
@@ -113,7 +105,7 @@ def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads
         optim = OptimSection(lr=LEARNING_RATE, schedule="constant", warmup_steps=0)
         collect(roles.begin_training(role, optim=optim, num_steps=10**6, state=None), timeout_s=roles.timeout_s)
         seconds = []
-        for step in range(WARMUP + job["steps"]):
+        for step in range(trl_env.WARMUP + job["steps"]):
             start = time.perf_counter()
             if is_sft:
                 group.call(PolicyWorker.train_lm, step, batch_size=ROWS, micro_batch_size=job["micro"], seed=0)
@@ -126,29 +118,24 @@ def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads
                     safety_loss_coef=0.0,
                 )
             seconds.append(time.perf_counter() - start)
-        return seconds[WARMUP:]
+        return seconds[trl_env.WARMUP :]
     finally:
         context.close()
 
 
 def main() -> None:
     """Measures both sides and writes the result."""
-    sys.path.insert(0, str(ROOT))
-    from measuring import RESULTS, parser_of, spread, work_directory, write_result
+    sys.path.insert(0, str(trl_env.ROOT))
+    from measuring import RESULTS, spread, work_directory, write_result
     from ppo_work import make_work
 
     from model.checkpoint import read_config
 
-    parser = parser_of(__doc__)
+    parser = trl_env.trl_parser(__doc__, environment=".venv-trl-trainers", steps=10)
     parser.add_argument("kind", choices=("sft", "reward"))
     parser.add_argument("shape", choices=tuple(MICRO))
-    parser.add_argument("--smollm2", type=Path, help="SmolLM2's checkpoint, for the shape smollm2")
-    parser.add_argument("--steps", type=int, default=10, help="measured, after warm-up")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--env", type=Path, default=ROOT / ".venv-trl-trainers")
     options = parser.parse_args()
-    python = make_environment(options.env.absolute(), trl=TRL)
+    python = trl_env.make_environment(options.env.absolute(), trl=TRL)
     load = os.getloadavg()
     with work_directory(options.work, prefix="trl-trainers-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2)
@@ -162,17 +149,17 @@ def main() -> None:
             "micro": MICRO[options.shape],
             "steps": options.steps,
         }
-        found: dict[str, dict[str, list[float]]] = {"project": {}, "trl": {}}
-        for precision, threads in itertools.product(("bf16", "fp32"), options.threads):
-            own = own_seconds(job, directory / f"{precision}-{threads}", precision=precision, threads=threads)
-            found["project"][label(precision, threads)] = own
-        for variant, threads in itertools.product(options.variants, options.threads):
-            other = run_variant(python, __file__, {**job, "variant": variant}, threads=threads)
-            found["trl"][label(variant, threads)] = other
+        own = {
+            trl_env.label(precision, threads): own_seconds(
+                job, directory / f"{precision}-{threads}", precision=precision, threads=threads
+            )
+            for precision, threads in itertools.product(("bf16", "fp32"), options.threads)
+        }
+        found = {"project": own, "trl": trl_env.run_variants(python, __file__, job, options)}
         config = {
             **work.described(),
             "trl": TRL,
-            "pins": PINS.name,
+            "pins": trl_env.PINS.name,
             "rows": ROWS,
             "length": LENGTH,
             "micro": job["micro"],
@@ -186,7 +173,7 @@ def main() -> None:
         "tokens_per_s": {side: spread(values) for side, values in tokens.items()},
         "ratio": statistics.median(tokens["project"]) / statistics.median(tokens["trl"]),
         "step_s": {side: {name: spread(values) for name, values in rows.items()} for side, rows in found.items()},
-        "warmup": WARMUP,
+        "warmup": trl_env.WARMUP,
     }
     print(best, {side: round(statistics.median(values), 1) for side, values in tokens.items()}, measured["ratio"])
     result = options.result or RESULTS / f"trl_{options.kind}_{options.shape}.json"
