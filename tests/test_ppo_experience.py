@@ -77,10 +77,16 @@ def scores(chunk: Rollouts, seed: int) -> list[Tensor]:
 
 def build(group, chunks, chunk_scores, section: PPOSection = SECTION):
     """Calls of build_experience, chunk c on rank c % ranks, as the driver makes them."""
+    budget = {"temperature": section.temperature, "micro_batch_tokens": section.micro_batch_tokens}
+    logprobs = [
+        group.submit_one(c % group.num_ranks, ScorerWorker.logprobs, chunk, **budget, num_data=1)
+        for c, chunk in enumerate(chunks)
+    ]
     calls = []
     for rank in range(group.num_ranks):
         own = range(rank, len(chunks), group.num_ranks)
-        inputs = [chunks[c] for c in own] + [chunk_scores[c][kind] for kind in range(4) for c in own]
+        inputs = [chunks[c] for c in own] + [logprobs[c].data[0] for c in own]
+        inputs += [chunk_scores[c][kind] for kind in range(4) for c in own]
         calls.append(
             group.submit_one(
                 rank,

@@ -136,7 +136,8 @@ def prepare_train(context: Context, work: Workload) -> Repeat:
     roles, section, seed = context.roles, work.config.ppo, work.config.run.seed
     ppo.load_models(context, None, roles_used=TRAINED)
     rollouts = given_rollouts(work)
-    built = ppo.build_experience(roles, section, rollouts, given_scores(work))
+    scores = given_scores(work) | ppo.score(roles, section, rollouts, roles_used=("policy",))
+    built = ppo.build_experience(roles, section, rollouts, scores)
     collect(built, timeout_s=roles.timeout_s, step=roles.step)
 
     def repeat(index: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from rlhf_ray.evaluate.seeds import GREEDY
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import decode, generate, open_prompts, start_engines
-from rlhf_ray.recipe.ppo import FROZEN_ROLES, load_frozen, score, summarize
+from rlhf_ray.recipe.ppo import LOOKING_ROLES, load_frozen, score, summarize
 from rlhf_ray.run_state import fingerprint, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
@@ -131,7 +131,7 @@ def num_chunks(context: Context) -> int:
 
 def load_scorers(context: Context) -> None:
     """Puts the reference and both reward models in place."""
-    context.roles.work_together("policy", *FROZEN_ROLES)
+    context.roles.work_together(*LOOKING_ROLES)
     collect(load_frozen(context), timeout_s=context.roles.timeout_s, step="evaluate")
 
 
@@ -153,9 +153,9 @@ def evaluate_model(
         max_new_tokens=section.max_new_tokens,
     )
     answers = decode(roles, rollouts, step="evaluate")
-    roles.work_together("policy", *FROZEN_ROLES)
+    roles.work_together(*LOOKING_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
-    metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=FROZEN_ROLES))
+    metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=LOOKING_ROLES))
     if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
     if all(prompt["truth"] for prompt in prompts):

@@ -37,6 +37,8 @@ from rlhf_ray.workers.value import ValueWorker
 
 FROZEN_ROLES = ("reference", "helpfulness", "safety")
 SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
+LOOKING_ROLES = ("policy", *FROZEN_ROLES)
+"""Those that score answers nobody learns from."""
 HELD_OUT_SEED = 1_000_003  # the held-out answers of every look share their sampling seeds
 
 
@@ -150,11 +152,12 @@ def score(
     section: PPOSection,
     rollouts: Sequence[Call[Any]],
     *,
-    roles_used: Sequence[str] = ("value", *FROZEN_ROLES),
+    roles_used: Sequence[str] = SCORING_ROLES,
 ) -> dict[str, list[Call[Any]]]:
-    """Starts reference log-probs, values and both rewards of every chunk, by reference."""
+    """Starts the log-probs of policy and reference, values and both rewards of every chunk, by reference."""
     budget = {"micro_batch_tokens": section.micro_batch_tokens}
     methods: dict[str, tuple[Any, dict[str, Any]]] = {
+        "policy": (ScorerWorker.logprobs, {"temperature": section.temperature, **budget}),
         "reference": (ScorerWorker.logprobs, {"temperature": section.temperature, **budget}),
         "value": (ValueWorker.values, budget),
         "helpfulness": (ScorerWorker.score, budget),
@@ -178,7 +181,7 @@ def build_experience(
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, len(rollouts), policy.num_ranks)
-        inputs = inputs_of(own, rollouts, scores, ("value", *FROZEN_ROLES))
+        inputs = inputs_of(own, rollouts, scores, SCORING_ROLES)
         calls.append(
             policy.submit_one(
                 rank, PolicyWorker.build_experience, len(own), experience_rule(section), *inputs, num_data=len(own)
@@ -195,7 +198,7 @@ def summarize(
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, len(rollouts), policy.num_ranks)
-        inputs = inputs_of(own, rollouts, scores, FROZEN_ROLES)
+        inputs = inputs_of(own, rollouts, scores, LOOKING_ROLES)
         calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
     made = [*rollouts, *itertools.chain(*scores.values()), *calls]
     return collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls)]
@@ -230,8 +233,8 @@ def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> di
     roles.work_together("rollout")
     rollouts = generate(roles, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0), **sampling(section))
     collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
-    roles.work_together("policy", *FROZEN_ROLES)
-    metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=FROZEN_ROLES))
+    roles.work_together(*LOOKING_ROLES)
+    metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=LOOKING_ROLES))
     kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")
     return {f"held_out/{name}": metrics[name] for name in kept}
 

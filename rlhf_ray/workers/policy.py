@@ -25,8 +25,6 @@ from rlhf_ray.workers.trainer import TrainerWorker
 class ExperienceRule:
     """How scores become advantages; the fields of `PPOSection` of the same names."""
 
-    temperature: float
-    micro_batch_tokens: int
     kl_coef: float
     kl_estimator: KLEstimator
     safety_threshold_raw: float
@@ -105,15 +103,15 @@ class PolicyWorker(TrainerWorker):
         """Rewards, KL, advantages and returns of this rank's chunks, with moments over all ranks.
 
         Args:
-            inputs: rollouts of each chunk, then values (B, T), reference log-probs (B, T), helpfulness scores (B,)
-                and safety scores (B,) of each: 5 x num_chunks.
+            inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T), reference log-probs
+                (B, T), helpfulness scores (B,) and safety scores (B,) of each: 6 x num_chunks.
         Returns:
             (metrics, experience_1, ..., experience_num_chunks); metrics are over the whole batch.
         Raises:
             NonFiniteError: a reward or advantage is NaN or infinite.
         """
-        rollouts, values = inputs[:num_chunks], inputs[num_chunks : 2 * num_chunks]
-        drafts = self._drafts(num_chunks, rule, rollouts, *inputs[2 * num_chunks :])
+        rollouts, logprobs, values, *scores = _by_kind(inputs, num_chunks)
+        drafts = _drafts(rule, rollouts, logprobs, *scores)
         moments = self._global_moments([(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts])
         experiences, sums = [], []
         for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
@@ -134,20 +132,9 @@ class PolicyWorker(TrainerWorker):
 
     def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
         """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
-        drafts = self._drafts(num_chunks, rule, inputs[:num_chunks], *inputs[num_chunks:])
-        return self._batch_metrics([_sums(chunk, d) for chunk, d in zip(inputs[:num_chunks], drafts, strict=True)])
-
-    def _drafts(
-        self, num_chunks: int, rule: ExperienceRule, rollouts: Sequence[Rollouts], *scores: Tensor
-    ) -> list["_Draft"]:
-        ref_logprobs, helpfulness, safety = (scores[i * num_chunks : (i + 1) * num_chunks] for i in range(3))
-        drafts = []
-        for i, chunk in enumerate(rollouts):
-            logprobs = self._response_logprobs(
-                chunk, temperature=rule.temperature, micro_batch_tokens=rule.micro_batch_tokens
-            )
-            drafts.append(_draft(chunk, logprobs, ref_logprobs[i], helpfulness[i], safety[i], rule))
-        return drafts
+        rollouts, *scores = _by_kind(inputs, num_chunks)
+        drafts = _drafts(rule, rollouts, *scores)
+        return self._batch_metrics([_sums(chunk, draft) for chunk, draft in zip(rollouts, drafts, strict=True)])
 
     def train_policy(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
         """PPO's optimizer steps over one batch: every rank sees all chunks and takes its rows of each minibatch."""
@@ -217,13 +204,23 @@ class _Draft:
     scores: Tensor  # (B,) the gate's choice, raw
 
 
+def _by_kind(inputs: Sequence[Any], num_chunks: int) -> list[Sequence[Any]]:
+    """Rollouts, log-probs and so on of all chunks, each kind by itself."""
+    return [inputs[start : start + num_chunks] for start in range(0, len(inputs), num_chunks)]
+
+
+def _drafts(rule: ExperienceRule, *kinds: Sequence[Any]) -> list[_Draft]:
+    """Of each chunk; `kinds` are rollouts, log-probs of policy and reference, helpfulness and safety scores."""
+    return [_draft(rule, *chunk) for chunk in zip(*kinds, strict=True)]
+
+
 def _draft(
+    rule: ExperienceRule,
     rollouts: Rollouts,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     helpfulness: Tensor,
     safety: Tensor,
-    rule: ExperienceRule,
 ) -> _Draft:
     return _Draft(
         logprobs=logprobs,

@@ -84,7 +84,12 @@ class ScorerWorker(Worker):
 
     def logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> tuple[None, Tensor]:
         """(B, T) float32 log-probs of the response tokens at `temperature`, zero elsewhere."""
-        return None, self._response_logprobs(rollouts, temperature=temperature, micro_batch_tokens=micro_batch_tokens)
+        out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
+        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
+            mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
+            result = self._forward(tokens, target_mask=mask, temperature=temperature)
+            out[rows, : tokens.shape[1]] = result.logprobs.cpu()
+        return None, out
 
     def score(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[dict[str, float], Tensor]:
         """(B,) float32 raw scores, read at the last token of each answer, cut-off answers included.
@@ -102,14 +107,6 @@ class ScorerWorker(Worker):
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores
-
-    def _response_logprobs(self, rollouts: Rollouts, *, temperature: float, micro_batch_tokens: int) -> Tensor:
-        out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
-        for rows, tokens in self._batches(rollouts, micro_batch_tokens):
-            mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
-            result = self._forward(tokens, target_mask=mask, temperature=temperature)
-            out[rows, : tokens.shape[1]] = result.logprobs.cpu()
-        return out
 
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
