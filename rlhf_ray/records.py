@@ -5,7 +5,7 @@ token's own index: `logprobs[:, t]` is the log-prob of token t given those befor
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,25 +68,27 @@ class Experience:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBucket:
-    """Some parameters of one version of the weights, as one flat buffer."""
+    """Some parameters of one version of the weights."""
 
     version: int
     """Counts the policy's exports."""
     names: tuple[str, ...]
-    """Hugging Face parameter names, in the order of the buffer."""
+    """Hugging Face parameter names."""
     shapes: tuple[tuple[int, ...], ...]
     """Their shapes."""
     dtype: torch.dtype
     """Of the parameters."""
-    data: NDArray[np.uint8]
-    """(bytes,) uint8, the parameters flattened one after another. An array, since Ray hands those on without a copy."""
+    data: tuple[NDArray[np.uint8], ...]
+    """(bytes,) uint8 each, in the order of the names. Arrays, since Ray copies those into its store and out of it only
+    maps them; numpy knows no bfloat16."""
 
-    @property
-    def buffer(self) -> Tensor:
-        """(N,) in the model's dtype, a view of `data`; not to be written to where it lies in the object store."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The named parameters, views of `data`: not to be written to where it lies in the object store."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(self.data).view(self.dtype)
+            flat = [torch.from_numpy(array).view(self.dtype) for array in self.data]
+        for name, shape, tensor in zip(self.names, self.shapes, flat, strict=True):
+            yield name, tensor.view(shape)
 
 
 def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Experience:

@@ -16,7 +16,10 @@ BUCKET_BYTES = 256 * 2**20
 def fill_buckets(
     weights: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
-    """Packs named parameters into buckets of about `bucket_bytes`, in order; a larger parameter has its own."""
+    """Groups named parameters into buckets of about `bucket_bytes`, in order; a larger parameter has its own.
+
+    On CPU a bucket's arrays are the parameters' own memory: it is to be put into the store before they change.
+    """
     batch: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -31,21 +34,16 @@ def fill_buckets(
 
 
 def _bucket(batch: list[tuple[str, Tensor]], version: int) -> WeightBucket:
-    flat = torch.cat([tensor.detach().reshape(-1).cpu() for _, tensor in batch])
     return WeightBucket(
         version=version,
         names=tuple(name for name, _ in batch),
         shapes=tuple(tuple(tensor.shape) for _, tensor in batch),
-        dtype=flat.dtype,
-        data=flat.view(torch.uint8).numpy(),
+        dtype=batch[0][1].dtype,
+        data=tuple(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy() for _, tensor in batch),
     )
 
 
 def read_buckets(buckets: Iterable[WeightBucket]) -> Iterator[tuple[str, Tensor]]:
-    """The named parameters of some buckets, as views of their buffers."""
+    """The named parameters of some buckets, as views of their arrays."""
     for bucket in buckets:
-        start, buffer = 0, bucket.buffer
-        for name, shape in zip(bucket.names, bucket.shapes, strict=True):
-            size = torch.Size(shape).numel()
-            yield name, buffer[start : start + size].view(shape)
-            start += size
+        yield from bucket.tensors()
