@@ -7,9 +7,9 @@ from tiny_inputs import write_checkpoint
 
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluate.policies import compared_models
+from rlhf_ray.evaluate.policies import compared_models, print_evaluation
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.run_state import RunDir
+from rlhf_ray.run_state import RunDir, write_json
 
 
 def models(tmp_path: Path, **controls: Path) -> dict[str, Path]:
@@ -33,3 +33,14 @@ def test_a_control_with_a_taken_label_or_another_shape_is_refused(tmp_path: Path
         models(tmp_path, longer=other)
     with pytest.raises(UserError, match=r"evaluate.controls.PPO: the label is taken"):
         models(tmp_path, PPO=tmp_path / "chat")
+
+
+@pytest.mark.parametrize(
+    ("testbed", "title"), [("abc123", "7 held-out prompts, testbed abc123"), (None, "7 held-out prompts")]
+)
+def test_the_table_names_the_testbed_only_where_it_judged(testbed, title, tmp_path: Path, capsys) -> None:
+    report = {"testbed": testbed, "prompts": 7, "models": {"SFT": {"reward_combined": 0.25}}}
+    write_json(tmp_path / "evaluation.json", report)
+    print_evaluation(tmp_path / "evaluation.json")
+    printed = capsys.readouterr().out
+    assert " ".join(printed.partition("┏")[0].split()) == title

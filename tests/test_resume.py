@@ -81,7 +81,8 @@ def test_ppo_whose_workers_and_then_driver_are_killed_ends_with_the_same_bits(wh
     finish(driver, log)
     lines = " ".join(log.read_text().split())  # the console breaks lines
     assert "rollout rank 0 failed in " in lines and "ppo: rebuilding rollout, repair 1 of 3" in lines
-    assert "ppo: rebuilding policy, repair 2 of 3" in lines and "Traceback" not in lines
+    assert "ppo: rebuilding policy, repair 2 of 3" in lines
+    assert "Traceback" not in lines and "Unhandled error" not in lines  # Ray's word for calls that nobody waits for now
     assert differences(whole, out) == []
 
     shutil.rmtree(next(out.glob("steps/ppo-*")))

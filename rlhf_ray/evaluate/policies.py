@@ -74,7 +74,8 @@ def evaluate(context: Context) -> Path:
                 with console.status(f"evaluate: {label}"):
                     results[label], answers = evaluate_model(context, checkpoint, prompts, temperature)
                 rows += [answer_row(prompt, label, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        write_json(work / "evaluation.json", {"testbed": TESTBED_VERSION, "prompts": len(prompts), "models": results})
+        judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
+        write_json(work / "evaluation.json", {"testbed": judged, "prompts": len(prompts), "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path
@@ -179,5 +180,7 @@ def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:
 def print_evaluation(path: Path) -> None:
     """Prints an evaluation.json as a table on stdout."""
     report = json.loads(path.read_text())
-    title = f"{report['prompts']} held-out prompts, testbed {report['testbed']}"
+    title = f"{report['prompts']} held-out prompts"
+    if report["testbed"]:
+        title += f", testbed {report['testbed']}"
     Console(width=110).print(results_table(report["models"], title=title))
