@@ -1,10 +1,10 @@
 """Prints answers of a finished run before and after PPO as Markdown, unedited.
 
-    python scripts/side_by_side.py RUN PROMPTS [--count 10]
+    python scripts/side_by_side.py RUN PROMPTS [--count 10] [--temperature 1]
 
 RUN is the run's directory, PROMPTS the table of its test prompts. Half of the prompts shown are those tagged as safety,
-and of each kind the first in the order of their ids, which are hashes: nobody chose them. Answers are those sampled at
-temperature 1.
+and of each kind the first in the order of their ids, which are hashes: nobody chose them. The temperature is one of
+`evaluate.temperatures`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from rlhf_ray.data.schemas import PROMPTS, read_table
+from rlhf_ray.evaluate.policies import temperature_suffix
 from rlhf_ray.evaluate.seeds import find_answers
 
 MODELS = {"SFT": "Before", "PPO": "After"}
@@ -29,7 +30,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
+    suffix = temperature_suffix(options.temperature)
     rows = pq.read_table(find_answers(options.run)).to_pylist()
     answers = {(row["prompt_id"], row["model"]): row for row in rows}
     prompts = sorted(read_table(options.prompts, PROMPTS).to_pylist(), key=lambda row: row["prompt_id"])
@@ -42,7 +45,7 @@ def main() -> None:
         print(f"Prompt{f' (after {earlier} earlier messages)' if earlier else ''}:\n")
         print(quoted(prompt["messages"][-1]["content"]))
         for model, title in MODELS.items():
-            row = answers[prompt["prompt_id"], model]
+            row = answers[prompt["prompt_id"], model + suffix]
             print(f"\n{title}{'' if row['finished'] else ' (cut at the length limit)'}:\n")
             print(quoted(row["answer"]))
         print()
