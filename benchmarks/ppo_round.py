@@ -2,10 +2,12 @@
 
     python benchmarks/ppo_round.py testbed
     python benchmarks/ppo_round.py 3.8m
-    python scripts/fetch_smollm2.py models/smollm2 && python benchmarks/ppo_round.py smollm2 --smollm2 models/smollm2
+    python scripts/fetch_smollm2.py models/smollm2
+    python benchmarks/ppo_round.py smollm2 --smollm2 models/smollm2 --apart --pairs 6 --tuning 1
 
 Options: [--pairs 12] [--precision bf16] [--work DIR] [--result FILE]; `tiny --pairs 2` tries the script out.
-Needs an idle machine, and memory for both sides at once: 6 GB for testbed and 3.8m, 20 GB for smollm2.
+Needs an idle machine, and memory for both sides at once: 6 GB for testbed and 3.8m, 24 GB for smollm2. With --apart the
+sides run one after the other, in 14 GB; their pairs are then no neighbours in time.
 
 One side is `recipe.ppo.iteration` on real Ray, vLLM and DeepSpeed, the other benchmarks/bare_ppo.py in a process of its
 own. They hold their models and engines all the time and compute in turns: while one works the other's processes sleep.
@@ -85,6 +87,15 @@ def bare_side(work: Work, *, tuning: int) -> Iterator[BareSide]:
         process.join()
 
 
+def repeated(side: Callable[[], dict[str, float]], times: int) -> list[dict[str, float]]:
+    """Runs one side so many times."""
+    rows = []
+    for _ in range(times):
+        rows.append(side())
+        print(f"{rows[-1]['step']:.3f} s", flush=True)
+    return rows
+
+
 def interleave(
     left: Callable[[], dict[str, float]], right: Callable[[], dict[str, float]], *, pairs: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -118,17 +129,34 @@ def main() -> None:
     parser = work_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tuning", type=int, default=TUNING, help="iterations by which the bare loop picks threads")
+    parser.add_argument(
+        "--apart", action="store_true", help="all of one side before the other, which takes less memory"
+    )
     options = parser.parse_args()
     load = os.getloadavg()
     with work_directory(options.work, prefix="ppo-round-") as directory:
         work = make_work(options.shape, directory, smollm2=options.smollm2, precision=options.precision)
-        with bare_side(work, tuning=options.tuning) as bare, recipe_side(work, directory / options.shape) as own:
-            bare.warm_up()
-            for _ in range(WARMUP):
-                own.iteration()
-            rows = interleave(own.iteration, bare.iteration, pairs=options.pairs)
-            measured = {**compared(*rows, work), "bare_threads": bare.threads, "warmup": WARMUP}
-            config = {**work.described(), "roles": own.context.config.roles.model_dump(mode="json")}
+        bare_starts = bare_side(work, tuning=options.tuning)
+        own_starts = recipe_side(work, directory / options.shape)
+        if options.apart:
+            with bare_starts as bare:
+                bare.warm_up()
+                bare_rows = repeated(bare.iteration, options.pairs)
+            with own_starts as own:
+                repeated(own.iteration, WARMUP)
+                own_rows = repeated(own.iteration, options.pairs)
+        else:
+            with bare_starts as bare, own_starts as own:
+                bare.warm_up()
+                repeated(own.iteration, WARMUP)
+                own_rows, bare_rows = interleave(own.iteration, bare.iteration, pairs=options.pairs)
+        measured = {
+            **compared(own_rows, bare_rows, work),
+            "interleaved": not options.apart,
+            "bare_threads": bare.threads,
+            "warmup": WARMUP,
+        }
+        config = {**work.described(), "roles": own.context.config.roles.model_dump(mode="json")}
     print({name: value["median"] for name, value in measured["ratio"].items()}, flush=True)
     write_result(options.result or RESULTS / f"ppo_round_{options.shape}.json", measured, config=config, load=load)
 
