@@ -17,9 +17,12 @@ rlhf_ray=.venv/bin/rlhf-ray
 .venv/bin/python scripts/fetch_smollm2.py "$model" ${HUB:+--hub}
 
 # A quarter of the prompts is held out from all training, by a hash of a dialogue's first message: hashes below 0.05 are for
-# the evaluation, those up to 0.065 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
+# the evaluation, those up to 0.1 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
 split=(--held-out 0.25 --max-tokens 112 --tokenizer "$model" --too-long drop-turns)
-if [[ ! -e $data/done ]]; then
+test_share=0.05 early_stop_share=0.1
+made="$preferences ${split[*]} $test_share $early_stop_share"
+if [[ $(cat "$data/done" 2> /dev/null) != "$made" ]]; then
+    rm -f "$data/done"
     $rlhf_ray data import "$preferences"/helpful-base* --to "$data/helpful.parquet" --kind comparisons \
         --guideline helpfulness "${split[@]}" --overwrite
     $rlhf_ray data import "$preferences"/harmless-base* --to "$data/harmless.parquet" --kind comparisons \
@@ -29,11 +32,12 @@ if [[ ! -e $data/done ]]; then
     $rlhf_ray data import "${both[@]}" --to "$data/prompts_train.parquet" --kind prompts --overwrite
     held_out=("$data/helpful.held_out.parquet" "$data/harmless.held_out.parquet")
     $rlhf_ray data import "${held_out[@]}" --to "$data/comparisons_held_out.parquet" --kind comparisons --overwrite
-    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out 0.05 --overwrite
+    $rlhf_ray data import "${held_out[@]}" --to "$data/rest.parquet" --kind prompts --held-out $test_share --overwrite
     mv "$data/rest.held_out.parquet" "$data/prompts_test.parquet"
-    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out 0.065 --overwrite
+    $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out $early_stop_share \
+        --overwrite
     mv "$data/unused.held_out.parquet" "$data/prompts_early_stop.parquet"
-    touch "$data/done"
+    echo "$made" > "$data/done"
 fi
 
 # shellcheck disable=SC2086  # SET holds several words
