@@ -6,8 +6,8 @@
     python benchmarks/ppo_round.py smollm2 --smollm2 models/smollm2 --apart --pairs 6 --tuning 1
 
 Options: [--pairs 12] [--precision bf16] [--work DIR] [--result FILE]; `tiny --pairs 2` tries the script out.
-Needs an idle machine, and memory for both sides at once: 6 GB for testbed and 3.8m, 24 GB for smollm2. With --apart the
-sides run one after the other, in 14 GB; their pairs are then no neighbours in time.
+Needs an idle machine, and memory for both sides at once: 6 GB for testbed and 3.8m, more than 23 GiB for smollm2. With
+--apart the sides run one after the other; their pairs are then no neighbours in time.
 
 One side is `recipe.ppo.iteration` on real Ray, vLLM and DeepSpeed, the other benchmarks/bare_ppo.py in a process of its
 own. They hold their models and engines all the time and compute in turns: while one works the other's processes sleep.

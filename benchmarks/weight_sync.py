@@ -7,8 +7,8 @@
 Options: [--repeats 20] [--precision bf16] [--work DIR] [--result FILE]; `tiny --repeats 2` tries the
 script out. Run it on an idle machine.
 
-What `recipe.engines.sync_weights` takes as the driver sees it, and of that: `export` (parameters into flat buckets, and
-those into the object store), `transfer` (out of the object store, in the engine's process), `load` (into the engine's
+What `recipe.engines.sync_weights` takes as the driver sees it, and of that: `export` (parameters as arrays into the
+object store), `transfer` (out of the object store, in the engine's process), `load` (into the engine's
 own layout); the rest is calls between processes. GB/s are bytes of the policy's parameters over seconds of the whole.
 Writes benchmarks/results/weight_sync_SHAPE.json.
 """

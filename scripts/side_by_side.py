@@ -35,6 +35,11 @@ def main() -> None:
     suffix = temperature_suffix(options.temperature)
     rows = pq.read_table(find_answers(options.run)).to_pylist()
     answers = {(row["prompt_id"], row["model"]): row for row in rows}
+    if not any(row["model"] == "PPO" + suffix for row in rows):
+        raise SystemExit(
+            f"error: {options.run}: was not evaluated at --temperature {options.temperature:g}; give one of its "
+            f"evaluate.temperatures"
+        )
     prompts = sorted(read_table(options.prompts, PROMPTS).to_pylist(), key=lambda row: row["prompt_id"])
     half = options.count // 2
     shown = [row for row in prompts if not row["is_safety"]][: options.count - half]

@@ -138,7 +138,7 @@ def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # Idle threads sleep, because roles on one machine take turns on its cores; but not at once: waking them costs
         # more than a small model's matrix products.
-        "GOMP_SPINCOUNT": "10000",  # about 0.1 ms
+        "GOMP_SPINCOUNT": "10000",
         "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
