@@ -113,7 +113,7 @@ class RolloutRole(Section):
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together. Samples depend on it: a run with another value draws others."""
-    kv_cache_gib: PositiveInt = 1
+    kv_cache_gib: Positive = 1.0
     """KV cache of an engine on CPU, GiB."""
 
 

@@ -35,12 +35,11 @@ class Engine:
         max_num_seqs: int,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.5,
-        kv_cache_gib: int = 1,
+        kv_cache_gib: float = 1.0,
         on_gpu: bool = False,
         seed: int = 0,
     ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, errors reach us whole
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM  # a heavy import, and the variables above must come before it
@@ -54,6 +53,7 @@ class Engine:
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=None if on_gpu else int(kv_cache_gib * 2**30),
             enforce_eager=not on_gpu,  # on CPU, compiling takes a minute and decodes no faster
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer's are
             seed=seed,
