@@ -107,7 +107,7 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpus_per_rank: float = 1.0
+    gpus_per_rank: Positive = 1.0
     """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""

@@ -50,7 +50,9 @@ def export_model(run: Path, to: Path, *, what: str) -> Path:
         shutil.copy(source.parent / "step.json", partial / "lineage.json")
         os.rename(partial, to)
     except OSError as error:
-        raise UserError(f"--to {to}: cannot be written ({error.strerror}); choose another directory") from error
+        raise UserError(
+            f"--to {to}: cannot be written ({error.strerror or error}); choose another directory"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return source

@@ -85,26 +85,21 @@ class LightTokenizer:
         """The dialogue as text.
 
         Raises:
-            UserError: the template cannot be rendered.
+            jinja2.TemplateError: the template cannot be rendered.
         """
-        import jinja2
-
         assert not tokenize, "text alone"
-        try:
-            if self._compiled is None:
-                self._compiled = _compile(str(self.chat_template))
-            marks = {name: self._mark(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-            return str(
-                self._compiled.render(
-                    messages=conversation,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=None,
-                    documents=None,
-                    **{name: token for name, token in marks.items() if token is not None},
-                )
+        if self._compiled is None:
+            self._compiled = _compile(str(self.chat_template))
+        marks = {name: self._mark(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return str(
+            self._compiled.render(
+                messages=conversation,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **{name: token for name, token in marks.items() if token is not None},
             )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template cannot be rendered ({error}); correct it or the dialogue") from error
+        )
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}

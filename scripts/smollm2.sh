@@ -3,8 +3,10 @@
 #
 #   scripts/smollm2.sh PREFERENCES [OUT]
 #
-#   PREFERENCES   a directory with helpful-base* and harmless-base*, files or directories of the HH-RLHF data
+#   PREFERENCES   a directory with helpful-base* and harmless-base*: files of HH-RLHF, or its directories, as
+#                 `rlhf-ray data fetch` leaves them, whose files test* are then read: 2,300 comparisons of each kind
 #   OUT           default runs/smollm2
+#   SPLIT=train   read train* of such directories instead: twenty times as many comparisons
 #   HUB=1         take the model from the hub instead of from a Python package
 #   SET='--set ppo.num_steps=2 ...'   more settings
 set -euo pipefail
@@ -14,18 +16,32 @@ out=${2:-runs/smollm2}
 data=$out/data model=$out/smollm2-135m-instruct
 rlhf_ray=.venv/bin/rlhf-ray
 
+files_of() {
+    for path in "$preferences/$1"*; do
+        if [[ -d $path ]]; then printf '%s\n' "$path/${SPLIT:-test}"*; else echo "$path"; fi
+    done
+}
+mapfile -t helpful < <(files_of helpful-base)
+mapfile -t harmless < <(files_of harmless-base)
+if [[ ! -e ${helpful[0]} || ! -e ${harmless[0]} ]]; then
+    echo "error: PREFERENCES=$preferences: must hold helpful-base* and harmless-base*, and in directories of that name" \
+        "${SPLIT:-test}*; get them with \`rlhf-ray data fetch hh-rlhf --to $preferences\`" >&2
+    exit 2
+fi
+
 .venv/bin/python scripts/fetch_smollm2.py "$model" ${HUB:+--hub}
 
-# A quarter of the prompts is held out from all training, by a hash of a dialogue's first message: hashes below 0.05 are for
-# the evaluation, those up to 0.1 for early stopping. Dialogues longer than reward.max_length lose their oldest turns.
+# Dialogues longer than reward.max_length lose their oldest turns. A quarter is held out from all training, by a hash of the
+# first message; of those the ones whose first message left has a hash below 0.1 are for the evaluation, and up to 0.15 for
+# early stopping.
 split=(--held-out 0.25 --max-tokens 112 --tokenizer "$model" --too-long drop-turns)
-test_share=0.05 early_stop_share=0.1
-made="$preferences ${split[*]} $test_share $early_stop_share"
+test_share=0.1 early_stop_share=0.15
+made="${helpful[*]} ${harmless[*]} ${split[*]} $test_share $early_stop_share"
 if [[ $(cat "$data/done" 2> /dev/null) != "$made" ]]; then
     rm -f "$data/done"
-    $rlhf_ray data import "$preferences"/helpful-base* --to "$data/helpful.parquet" --kind comparisons \
+    $rlhf_ray data import "${helpful[@]}" --to "$data/helpful.parquet" --kind comparisons \
         --guideline helpfulness "${split[@]}" --overwrite
-    $rlhf_ray data import "$preferences"/harmless-base* --to "$data/harmless.parquet" --kind comparisons \
+    $rlhf_ray data import "${harmless[@]}" --to "$data/harmless.parquet" --kind comparisons \
         --guideline safety "${split[@]}" --overwrite
     both=("$data/helpful.parquet" "$data/harmless.parquet")
     $rlhf_ray data import "${both[@]}" --to "$data/comparisons.parquet" --kind comparisons --overwrite

@@ -400,6 +400,19 @@ def test_rows_that_cannot_be_rendered_are_told(imported, tmp_path, capsys):
     )
 
 
+def test_dialogues_that_the_template_refuses_are_told(imported, tmp_path, capsys):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(directory)
+    [row], counts = imported(pair(0), pair(1, prompt=[SYSTEM, *DIALOGUE]), max_tokens=100, tokenizer=directory)
+    assert (row["chosen"], counts.left_out) == ("Duck 0.", {"no tokens": 1})
+    assert "line 2: no tokens: the chat template cannot be rendered (no system role)" in capsys.readouterr().err
+
+
 def test_a_limit_in_tokens_and_its_tokenizer_need_each_other(imported, tmp_path):
     with pytest.raises(UserError, match=r"--max-tokens 9: needs a tokenizer to count with; give --tokenizer DIR"):
         imported(pair(0), max_tokens=9)
@@ -435,6 +448,22 @@ def test_dialogues_that_begin_alike_stand_on_one_side(imported, tmp_path, capsys
     assert len(train) == 4 * len(openings(train)) and len(rest) == 4 * len(openings(rest))
     assert 8 <= len(openings(rest)) <= 28  # 18 expected of 60, three deviations to each side
     assert f"wrote {len(rest)} rows of comparisons to {tmp_path / 'out.held_out.parquet'}" in capsys.readouterr().out
+
+
+def test_dropped_turns_do_not_part_a_dialogue(imported, tmp_path):
+    # All begin alike; the longer ones lose that beginning. By what is left they would part.
+    longer = [
+        [*LONG[:-1], user(f"question {n}"), answer("response"), user(f"another {m}")]
+        for n in range(20)
+        for m in range(2)
+    ]
+    rows = [pair(0, prompt=LONG[:1]), *[pair(n, prompt=prompt) for n, prompt in enumerate(longer)]]
+    others = [pair(n, prompt=f"Name bird {n}.") for n in range(20)]
+    train, counts = imported(*rows, *others, held_out=0.3, max_chars=40, too_long="drop-turns")
+    rest = checked(tmp_path / "out.held_out.parquet")
+    assert counts.shortened == len(longer)
+    sides = [{"bird" not in row["messages"][0]["content"] for row in part} for part in (train, rest)]
+    assert sides in ([{True, False}, {False}], [{False}, {True, False}])
 
 
 def test_every_kind_of_table_is_split_alike(imported, tmp_path):

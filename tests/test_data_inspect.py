@@ -1,5 +1,7 @@
 """`data check | show`: what they print, and what they refuse."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny_inputs import comparison, prompt, write_rows
 
@@ -45,6 +47,13 @@ def test_empty_and_null_look_different(tmp_path, capsys):
     show_table(path, rows=1, start=0)
     lines = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert (lines["rejected"], lines["strength"], lines["chosen_temperature"]) == ('""', "null", "1")
+
+
+def test_messages_of_other_tables_are_shown_as_they_are(tmp_path, capsys):
+    for messages in ('[{"role": "user"}]', [{"speaker": "a"}], [None]):
+        pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "t.parquet")
+        show_table(tmp_path / "t.parquet", rows=1, start=0)
+        assert str(messages) in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown(tmp_path):

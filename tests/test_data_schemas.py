@@ -174,6 +174,7 @@ def test_sound_rows_have_no_problems(kind):
         ([{"role": "human", "content": "Hi?"}], "messages[0].role='human' must be 'user'"),
         ([{"role": "user", "content": " \n"}], "messages[0].content=' \\n' must not be empty"),
         ([{"role": "user", "content": None}], "messages[0].content=None must not be empty"),
+        ([USER, None, USER], "messages[1] must not be null"),
     ],
 )
 def test_broken_dialogues_are_named(messages, message):

@@ -98,6 +98,12 @@ def test_what_is_no_reward(root: str, name: str, error: type[Exception], line: s
     assert str(raised.value).startswith(line)
 
 
+def test_a_module_that_is_no_python_is_told(root: str) -> None:
+    (Path(root) / "my_rewards.py").write_text("def short(:")
+    with pytest.raises(UserError, match=r"my_rewards:short: cannot be imported \(invalid syntax"):
+        find_function("my_rewards:short", root=root)
+
+
 def test_the_version_follows_the_source(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = function_version("my_rewards:words", root=root)
     assert first == function_version("my_rewards:words", root=root) != function_version("my_rewards:short", root=root)

@@ -105,8 +105,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> l
         messages: ends in a user message.
     Raises:
         UserError: the dialogue does not end so, a message holds the text of a special token, the tokenizer
-            has no chat template, or its template does not render turn by turn or does not close answers with
-            EOS.
+            has no chat template, or its template refuses the dialogue, does not render turn by turn or does not
+            close answers with EOS.
     """
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"a dialogue to answer must end in a user message: {_roles(messages)}")
@@ -160,8 +160,14 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_gen
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; set chat_template in its "
             "tokenizer_config.json"
         )
+    import jinja2
+
     conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template cannot be rendered ({error}); correct it or the dialogue") from error
+    return str(text)
 
 
 def _after(done: str, rendered: str, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -90,8 +90,8 @@ def import_table(
         tokenizer: directory of the one by which they are counted.
         too_long: of longer rows, "skip" leaves them out, "drop-turns" cuts the oldest pairs of turns until
             they fit, and leaves out those whose last user message and answer do not fit by themselves.
-        held_out: share that goes to TARGET.held_out.parquet, by a hash of the first user message: dialogues
-            that begin alike stand on one side.
+        held_out: share that goes to TARGET.held_out.parquet, by a hash of the first user message in the source:
+            dialogues that begin alike stand on one side, shortened or not.
         split: of a directory with several splits, the one to read.
         overwrite: replace an existing target.
     Returns:
@@ -132,7 +132,8 @@ def import_table(
         seen.add(identifier)
         counts.shortened += fitting is not dialogue
         rows.append(row)
-        openings.append(next(m["content"] for m in fitting.context if m["role"] == "user"))
+        # Before any cut, or parts of one dialogue could stand on both sides.
+        openings.append(next(m["content"] for m in dialogue.context if m["role"] == "user"))
     _tell_rest(counts)
     parts = {target: rows}
     if held_out > 0:

@@ -70,8 +70,16 @@ def row_table(row: Mapping[str, Any]) -> Table:
     shown.add_column(style="bold", no_wrap=True)
     shown.add_column(overflow="fold")
     for name, value in row.items():
-        shown.add_row(name, _messages(value) if name == "messages" and value else _value(value))
+        shown.add_row(name, _messages(value) if name == "messages" and _is_dialogue(value) else _value(value))
     return shown
+
+
+def _is_dialogue(value: Any) -> bool:
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    )
 
 
 def _messages(messages: list[Mapping[str, Any]]) -> Text:

@@ -46,7 +46,7 @@ def find_function(spec: str, *, root: str) -> Function:
         sys.path.insert(0, root)
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"{spec}: cannot be imported ({error}); give module:function, found from {root}") from error
     if not callable(function):
         raise UserError(f"{spec}: is no function but {type(function).__name__}; give module:function")
