@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -21,6 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.placement import reserve
 
 R = TypeVar("R")
+
+Condition = Literal["dead", "busy", "idle"]
 
 
 class WorkerError(RuntimeError):
@@ -242,8 +244,8 @@ class WorkerGroup:
         """Runs `method` on one rank and waits for it."""
         return collect([self.submit_one(rank, method, *args, **kwargs)], timeout_s=self._timeout_s, step=step)[0]
 
-    def has_dead_ranks(self, *, patience_s: float = 5.0) -> bool:
-        """Whether a rank's process is gone; one that is busy counts as alive."""
+    def condition(self, *, patience_s: float = 5.0) -> Condition:
+        """ "dead": a rank's process is gone; "busy": one is in a call; else "idle"."""
         calls = self.submit(Worker.ready)
         # A dead rank's call fails at once, a busy one's waits in its queue.
         answered, _ = ray.wait([call.ref for call in calls], num_returns=len(calls), timeout=patience_s)
@@ -253,8 +255,8 @@ class WorkerGroup:
                     _result(call, "")
             except WorkerError as error:
                 if isinstance(error.cause, RayActorError):
-                    return True
-        return False
+                    return "dead"
+        return "idle" if len(answered) == len(calls) else "busy"
 
     def stop(self) -> None:
         """Ends the ranks and frees their place."""

@@ -26,6 +26,7 @@ from model.checkpoint_files import (
     expected_shapes,
     is_reward_model,
     read_config,
+    sync_files,
 )
 from model.config import ModelConfig, to_hf_config
 from model.llama import Head, Llama
@@ -190,11 +191,11 @@ def save_checkpoint(
             _write_json(partial / "generation_config.json", _generation_config(config))
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
-        _sync_files(partial)
+        sync_files(partial)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
-    _sync(directory.parent)
+    sync_files(directory.parent, below=False)
 
 
 class _ShardWriter:
@@ -253,18 +254,3 @@ def _generation_config(config: ModelConfig) -> dict[str, int]:
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync_files(directory: Path) -> None:
-    """Push a directory and its files to disk: after a power cut no renamed directory may hold empty files."""
-    for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ in milliseconds, before any worker starts.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,3 +219,13 @@ def _listed(names: Any) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def sync_files(directory: Path, *, below: bool = True) -> None:
+    """Pushes a directory to disk, with all below it: after a power cut nothing that was renamed may be empty."""
+    for path in [*(directory.rglob("*") if below else ()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

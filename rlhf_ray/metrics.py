@@ -1,6 +1,7 @@
 """Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ class MetricsWriter:
                     continue  # the line that a kill cut short
                 if row["step"] < steps_done:
                     kept.append(line)
-        self._path.write_text("".join(line + "\n" for line in kept))
+        temporary = self._path.with_suffix(".writing")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self._path)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

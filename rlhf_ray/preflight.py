@@ -14,8 +14,9 @@ from pathlib import Path
 from model.config import PRESETS
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
+from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight_inputs import check_inputs, checkpoint_config
+from rlhf_ray.preflight_inputs import REWARD_MODELS, SCORED, check_inputs, checkpoint_config, is_model
 from rlhf_ray.recipe.context import WHO_MAKES
 from rlhf_ray.run_state import finished_files
 
@@ -76,17 +77,20 @@ def check_submission(config: Config, out: Path) -> None:
     running = stages_to_run(config, config.run.stages)
     check_batches(config, running)
     check_model(config, running)
-    if not (config.inputs.chat or config.inputs.base):  # else the context is that of a checkpoint over there
+    if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there
         check_lengths(config, running)
     check_paths(config, out)
 
 
 def check_paths(config: Config, out: Path) -> None:
-    """Every path is absolute: a job does not start in the directory that it was submitted from."""
+    """Every path is absolute: a job does not start in the directory that it was submitted from.
+
+    Rewards that are functions are looked for over there.
+    """
     paths = {"--out": str(out)}
     for section in ("data", "inputs"):
         for key, path in getattr(config, section).model_dump().items():
-            if path is not None:
+            if path is not None and not (section == "inputs" and is_function(path)):
                 paths[f"{section}.{key}"] = path
     paths.update(
         (f"collect.versions[{place}]", version)
@@ -130,7 +134,12 @@ def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
 
 def check_cluster(config: Config) -> None:
     """A cluster given by address answers."""
-    host, _, port = (config.cluster.address or "").removeprefix("ray://").rpartition(":")
+    if (config.cluster.address or "").startswith("ray://"):
+        raise UserError(
+            f"cluster.address={config.cluster.address!r}: is one of Ray Client, whose drivers run outside the cluster; "
+            "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
+        )
+    host, _, port = (config.cluster.address or "").rpartition(":")
     if not host:
         return  # an embedded cluster, or one that Ray finds by itself
     try:
@@ -248,30 +257,37 @@ def check_model(config: Config, running: Sequence[str]) -> None:
 
 def check_lengths(config: Config, running: Sequence[str]) -> None:
     """Rows and answers fit the model's context."""
-    context = model_context(config)
-    if context is None:
-        return
     rules = [
-        ("pretrain", "seq_len", config.pretrain.seq_len, context),
-        ("sft", "seq_len", config.sft.seq_len, context),
-        ("reward", "max_length", config.reward.max_length, context),
+        ("pretrain", "seq_len", config.pretrain.seq_len, 0),
+        ("sft", "seq_len", config.sft.seq_len, 0),
+        ("reward", "max_length", config.reward.max_length, 0),
         # A prompt has one token at least.
-        ("collect", "max_new_tokens", config.collect.max_new_tokens, context - 1),
-        ("ppo", "max_new_tokens", config.ppo.max_new_tokens, context - 1),
-        ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, context - 1),
+        ("collect", "max_new_tokens", config.collect.max_new_tokens, 1),
+        ("ppo", "max_new_tokens", config.ppo.max_new_tokens, 1),
+        ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, 1),
     ]
-    for stage, key, value, limit in rules:
-        if stage in running and value > limit:
+    for stage, key, value, prompt in rules:
+        context = model_context(config, stage) if stage in running else None
+        if context is not None and value > context - prompt:
             raise UserError(
-                f"{stage}.{key}={value} must be at most {limit}: the model's context holds {context} tokens; lower it"
+                f"{stage}.{key}={value} must be at most {context - prompt}: the model's context holds {context} "
+                "tokens; lower it"
             )
 
 
-def model_context(config: Config) -> int | None:
-    """Context length of the run's model, where it is known before the run."""
-    for name in ("chat", "base"):
-        if (path := getattr(config.inputs, name)) is not None:
-            return checkpoint_config(f"inputs.{name}", path).max_seq_len
+def model_context(config: Config, stage: str) -> int | None:
+    """Context length of the models that a stage works with, the shortest, where it is known before the run."""
+    own = next((name for name in ("chat", "base") if getattr(config.inputs, name) is not None), None)
+    rewards = [name for name in REWARD_MODELS if stage in SCORED and is_model(getattr(config.inputs, name))]
+    named = [*([own] if own else []), *rewards]
+    lengths = [checkpoint_config(f"inputs.{name}", getattr(config.inputs, name)).max_seq_len for name in named]
+    if own is None and (preset := preset_context(config)) is not None:
+        lengths.append(preset)
+    return min(lengths, default=None)
+
+
+def preset_context(config: Config) -> int | None:
+    """Context length of a model that the run pretrains."""
     preset = PRESETS.get(config.model.preset)
     return config.model.max_seq_len or (preset.max_seq_len if preset else None)
 
@@ -319,7 +335,8 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
     Compares the settings that a finished step recorded. The recipe compares its parents and code too, by the
     whole hash, but that needs the recipe's modules, which take seconds to import.
     """
-    names = [f"reward-{model}" for model in ("helpfulness", "safety")] if stage == "reward" else [stage]
+    models = set(makes("reward")) - given_outputs(config)
+    names = [f"reward-{model}" for model in models] if stage == "reward" else [stage]
     return all(
         any(_same_settings(config, stage, path) for path in finished_files(out, name, "step.json")) for name in names
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
+SCORED = ("ppo", "evaluate")
+"""Stages whose answers the reward models read."""
 
 # As in recipe/tokenizer.py: vocabularies of models are often padded, a wider gap means another tokenizer.
 MAX_UNUSED_IDS = 1024
@@ -68,6 +70,13 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
         for field, path in named.items()
         if path is not None and field not in functions
     }
+
+
+def is_model(source: str | None) -> bool:
+    """Whether a reward is given, and as a checkpoint rather than a function."""
+    from rlhf_ray.data.reward_function import is_function
+
+    return source is not None and not is_function(source)
 
 
 def check_functions(config: Config, running: Sequence[str]) -> list[str]:
@@ -239,11 +248,14 @@ def token_limit(
         "prompts_annotation": ("collect", config.collect.max_new_tokens),
         "prompts_test": ("evaluate", config.evaluate.max_new_tokens),
     }
-    model = models.get("inputs.chat") or models.get("inputs.base")
-    if name not in answers or model is None or answers[name][0] not in running:
+    if name not in answers or answers[name][0] not in running:
         return None
     stage, answer = answers[name]
-    context = model.config.max_seq_len
+    own = models.get("inputs.chat") or models.get("inputs.base")
+    rewards = [models.get(f"inputs.{reward}") for reward in REWARD_MODELS] if stage in SCORED else []
+    if not (known := [model for model in (own, *rewards) if model is not None]):
+        return None
+    context = min(model.config.max_seq_len for model in known)
     return context - answer, (
         f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )

@@ -1,5 +1,6 @@
 """The run directory: every step's output is filed under a hash of its inputs.
 
+    OUT/.lock                     held, with its id, by the process that works here
     OUT/manifest.json             package versions, the config, and for each step its key, inputs and state
     OUT/steps/NAME-KEY/           what a finished step made; appears by rename, whole or not at all
     OUT/steps/NAME-KEY.partial/   a step under way, with the checkpoints it resumes from
@@ -7,17 +8,23 @@
 One mechanism serves resume and re-run: the same command finds what is there and does the rest.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_files import sync_files
 from rlhf_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _HASHED_WHOLE_BYTES = 64 * 2**20
 
@@ -41,6 +48,29 @@ class RunDir:
             raise UserError(
                 f"--out {path}: cannot be written ({error.strerror}); choose a directory you may write to"
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out of the directory for the length of a `with` block, or until this process dies.
+
+        Raises:
+            UserError: another process is in such a block.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"--out {self.path}: process {file.read() or '?'} is at work there; wait for it or stop it, or "
+                    "choose another directory"
+                ) from error
+            except OSError as error:  # some network file systems have no locks
+                logger.debug("%s: cannot be locked (%s)", self.path, error)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def step(self, name: str, inputs: Mapping[str, Any]) -> "Step":
         """The place of a step's output; `inputs` (JSON values) are all that its result depends on."""
@@ -84,6 +114,7 @@ class Step:
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
         write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
+        sync_files(self.partial)
         os.rename(self.partial, self.path)
         # Only now: an attempt killed before the rename resumes from it.
         shutil.rmtree(self.path / "state", ignore_errors=True)
@@ -117,7 +148,9 @@ class StateWriter:
         if error is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a full disk needs the room
             return
+        sync_files(self._temporary)
         os.rename(self._temporary, self._final)
+        sync_files(self._final.parent, below=False)
         for old in self._final.parent.iterdir():
             if old != self._final:
                 shutil.rmtree(old)

@@ -14,7 +14,8 @@ import ray
 from cluster.placement import PlacementError, reserve
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerError, WorkerGroup, collect
-from rlhf_ray.workers.roles import worker_environment
+from rlhf_ray.config import parse_config
+from rlhf_ray.workers.roles import Roles, worker_environment
 
 pytestmark = pytest.mark.slow  # real Ray sessions, a minute and a half
 
@@ -215,6 +216,26 @@ def test_the_producer_is_named_not_those_who_wait_for_its_data(method, what) -> 
         collect([used, made, more], timeout_s=60, step="ppo step 1")
     producer.stop()
     consumer.stop()
+
+
+def test_groups_that_may_wait_for_a_dead_one_are_ended_with_it() -> None:
+    """A rank whose input died fails, and the others of its group wait for it in their collective."""
+    roles = Roles(parse_config({"run": {"device": "cpu"}}))
+    sizes = {"policy": 2, "value": 2, "reference": 1, "helpfulness": 1}
+    groups = {role: launch(size, role=role) for role, size in sizes.items()}
+    roles._groups.update(groups)
+    try:
+        assert roles.drop_dead() == []
+        groups["policy"].submit_one(0, Rank.sleep, 120)
+        groups["reference"].submit_one(0, Rank.sleep, 120)  # alone: it will come to its end
+        assert roles.drop_dead() == []
+        with pytest.raises(WorkerError, match="the process died"):
+            groups["helpfulness"].call(Rank.die)
+        assert sorted(roles.drop_dead()) == ["helpfulness", "policy"]
+        assert sorted(roles._groups) == ["reference", "value"]
+        assert wait_until_gone(groups["policy"].pids) == []
+    finally:
+        roles.stop()
 
 
 def test_a_rank_that_cannot_start_is_named_and_frees_its_place() -> None:

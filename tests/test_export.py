@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_the_newest_finished_model_is_copied_with_its_lineage(tmp_path: Path) ->
     assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     assert json.loads((out / "lineage.json").read_text()) == {"name": "sft-bbb"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_copy_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise shutil.Error([(str(source), str(target), "No space left on device")])
+
+    finish(tmp_path / "run", "ppo-aaa", age_s=0)
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UserError, match=r"--to .*out: cannot be written \(.*No space left on device"):
+        export_model(tmp_path / "run", tmp_path / "out", what="policy")
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ def test_a_line_cut_short_by_a_kill_is_dropped(written):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_kill_while_resuming_loses_no_row(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsWriter(tmp_path, steps_done=1)
+    assert read_metrics(tmp_path) == [{"step": 0, "loss": 1.0}]
+
+
 def test_no_metrics_are_no_rows(tmp_path):
     assert read_metrics(tmp_path) == []
 

@@ -15,7 +15,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
 from rlhf_ray.recipe.context import WHO_MAKES, Context
 from rlhf_ray.recipe.tokenizer import train_tokenizer
-from rlhf_ray.run_state import write_json
+from rlhf_ray.run_state import RunDir, write_json
 
 TINY = {
     "run": {"device": "cpu"},
@@ -114,6 +114,7 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
         ({"pretrain": {"seq_len": 300}}, "pretrain.seq_len=300 must be at most 256: the model's context"),
         ({"ppo": {"max_new_tokens": 256}}, "ppo.max_new_tokens=256 must be at most 255: the model's context"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address='127.0.0.1:1': no cluster answers there"),
+        ({"cluster": {"address": "ray://127.0.0.1:1"}}, "cluster.address='ray://127.0.0.1:1': is one of Ray Client"),
     ],
 )
 def test_settings(tmp_path, sections, line):
@@ -286,6 +287,17 @@ def test_tables(tmp_path, files, name, kind, rows, line):
     assert re.match(line, complaint(given, tmp_path / "new"))
 
 
+def test_the_shortest_context_of_the_models_counts(tmp_path, files):
+    short = write_checkpoint(tmp_path / "short", reward_model=True, max_seq_len=40)
+    write_tokenizer(short)
+    given = {**inputs(files, "chat", "helpfulness"), "safety": str(short)}
+    tables = inputs(files, "prompts_train", "prompts_early_stop")
+    line = complaint(config(inputs=given, data=tables, ppo={"max_new_tokens": 38}), tmp_path / "new", "ppo")
+    assert line.startswith(f"data.prompts_train: {files}/prompts_train row 0: has ")
+    line = complaint(config(inputs=given, ppo={"max_new_tokens": 40}), tmp_path / "new", "testbed", "ppo")
+    assert line.startswith("ppo.max_new_tokens=40 must be at most 39: the model's context holds 40 tokens")
+
+
 def test_comparisons_without_a_strength_column(tmp_path, files):
     table = pq.read_table(files / "comparisons").drop_columns(["strength"])
     pq.write_table(table, tmp_path / "c")
@@ -359,7 +371,7 @@ def test_the_needs_are_the_parents_that_the_stages_name():
 
             config = given
             run = SimpleNamespace(path=Path("elsewhere"))
-            outputs = dict.fromkeys(WHO_MAKES, Path("somewhere/model"))
+            outputs = dict.fromkeys(set(WHO_MAKES) - set(makes(stage)), Path("somewhere/model"))
             sampling_settings = Context.sampling_settings
 
             def step(self, name, *, parents, found=parents, **more):
@@ -369,6 +381,33 @@ def test_the_needs_are_the_parents_that_the_stages_name():
         with pytest.raises(Asked):
             runner(Recorder())
         assert set(parents) == set(NEEDS[stage]), stage
+
+
+def test_a_reward_that_is_given_is_not_trained(tmp_path, monkeypatch):
+    from rlhf_ray.recipe import run
+
+    names = []
+    monkeypatch.setattr(run, "train_reward_models", lambda context, wanted: names.extend(wanted) or {})
+    run.RUNNERS["reward"](SimpleNamespace(outputs={"helpfulness"}))
+    assert names == ["safety"]
+    # Nor is it missed by stages that come later.
+    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"})
+    step = tmp_path / "steps" / "reward-safety-abc"
+    step.mkdir(parents=True)
+    recorded = {"config": {"reward": given.model_dump(mode="json")["reward"]}, "seed": 0, "precision": "bf16"}
+    write_json(step / "step.json", {"inputs": recorded})
+    assert preflight.is_done(given, tmp_path, "reward")
+    assert not preflight.is_done(config(), tmp_path, "reward")
+
+
+def test_a_cluster_that_cannot_be_found_is_told(tmp_path, monkeypatch):
+    def no_cluster(**options):
+        raise ConnectionError("Could not find any running Ray instance.\nMore.")
+
+    monkeypatch.setattr("cluster.session.session", no_cluster)
+    context = Context(config(cluster={"address": "auto"}), RunDir(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"cluster.address='auto': no cluster answers there \(Could not find any"):
+        _ = context.roles
 
 
 def test_the_smallest_vocabulary_is_the_one_that_can_be_learnt():
@@ -383,6 +422,8 @@ def test_the_smallest_vocabulary_is_the_one_that_can_be_learnt():
 def test_what_a_cluster_will_run_is_checked_without_its_files(tmp_path):
     there = config(data={"corpus": "/nowhere/corpus.parquet"}, inputs={"chat": "/nowhere/chat"})
     check_submission(there, Path("/nowhere/run"))
+    function = {"helpfulness": "my_rewards:short", "safety": "/nowhere/safety"}
+    check_submission(config(inputs=function, ppo={"value_init": "policy"}), Path("/nowhere/run"))
     for wrong, out, complaint in (
         (config(run={"stages": ["sff"]}), "/r", "run.stages='sff' is no stage"),
         (config(ppo={"batch_size": 7}), "/r", "ppo.batch_size=7 must be divisible by"),

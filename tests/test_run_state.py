@@ -137,6 +137,38 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+def test_one_process_works_in_a_directory_at_a_time(tmp_path):
+    with RunDir(tmp_path).locked():
+        complaint = rf"--out {tmp_path}: process {os.getpid()} is at work there; wait for it or stop it"
+        with pytest.raises(UserError, match=complaint), RunDir(tmp_path).locked():
+            raise AssertionError("two are at work")
+    with RunDir(tmp_path).locked():
+        pass
+
+
+def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
+    """A power cut after a rename must not leave empty files under a name that says they are whole."""
+    synced, fsync, rename = set(), os.fsync, os.rename
+
+    def recorded(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source, target):
+        assert {path.stat().st_ino for path in [source, *source.rglob("*")]} <= synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "rename", checked)
+    step = RunDir(tmp_path).step("ppo", INPUTS)
+    (step.begin() / "model").mkdir()
+    (step.partial / "model" / "weights").write_text("1")
+    with step.new_state(1) as directory:
+        (directory / "policy").mkdir()
+        (directory / "policy" / "moments").write_text("2")
+    step.finish()
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):

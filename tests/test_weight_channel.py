@@ -145,7 +145,7 @@ def run(request, world):
 
 def gap(roles) -> float:
     """Mean |engine - trainer| log-prob over some prompts as they stand, nats."""
-    probe = roles["rollout"].submit_one(0, RolloutWorker.probe, "prompts_train", range(8), num_data=1)
+    probe = roles["rollout"].submit_one(0, RolloutWorker.probe, "prompts_train", num_data=1)
     trainer = roles["policy"].submit_one(
         0, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
     )

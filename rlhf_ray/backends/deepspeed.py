@@ -231,7 +231,7 @@ class TrainEngine:
                     parameters[name], {part: tensor.to(self._engine.device) for part, tensor in parts.items()}
                 )
         for moments in self._adamw.state.values():
-            moments["step"] = torch.tensor(float(steps))
+            moments["step"] = torch.tensor(float(steps), device=self._engine.device)  # where fused AdamW wants it
         self._schedule.last_epoch = steps
         rates = [
             rate * scale(steps) for rate, scale in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)

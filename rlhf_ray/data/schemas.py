@@ -210,12 +210,13 @@ def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{field}={row[field]} must be finite and not negative, or null; correct it"
 
 
-def _message_problems(messages: Sequence[Mapping[str, str | None] | None], *, last: str) -> Iterator[str]:
-    if not messages:
+def _message_problems(found: Sequence[Mapping[str, str | None] | None], *, last: str) -> Iterator[str]:
+    messages = [message for message in found if message is not None]
+    if not found:
         yield f"messages=[] must hold at least one message; give a dialogue that ends in {last}"
         return
-    if None in messages:
-        yield f"messages[{messages.index(None)}] must not be null; give it a role and content, or drop the row"
+    if len(messages) < len(found):
+        yield f"messages[{found.index(None)}] must not be null; give it a role and content, or drop the row"
         return
     has_system = messages[0]["role"] == "system"
     for place, message in enumerate(messages):

@@ -117,7 +117,14 @@ class Context:
             from cluster.session import session
             from rlhf_ray.workers.roles import Roles
 
-            self._stack.enter_context(session(address=self.config.cluster.address, num_cpus=self.config.cluster.cores))
+            cluster = self.config.cluster
+            try:
+                self._stack.enter_context(session(address=cluster.address, num_cpus=cluster.cores))
+            except ConnectionError as error:
+                raise UserError(
+                    f"cluster.address={cluster.address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
+                    "start one with `ray start --head`, or leave it out for an embedded one"
+                ) from error
             self._roles = Roles(self.config)
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)

@@ -117,10 +117,9 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
         WeightChannelError: scrambling changed nothing, or the synced engine differs from the trainer.
     """
     engine, policy = roles["rollout"], roles["policy"]
-    rows = list(range(8))
     worst: dict[str, float] = {}
     for rank in range(engine.num_ranks):
-        probe = engine.submit_one(rank, RolloutWorker.probe, prompts, rows, num_data=1)
+        probe = engine.submit_one(rank, RolloutWorker.probe, prompts, num_data=1)
         # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
         trainer: list[Call[Any]] = [
             policy.submit_one(

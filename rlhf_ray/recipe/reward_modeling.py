@@ -18,8 +18,8 @@ GUIDELINES = ("helpfulness", "safety")
 HELD_OUT = "comparisons_held_out"
 
 
-def train_reward_models(context: Context, names: Sequence[str] = GUIDELINES) -> dict[str, Path]:
-    """Trains the named models side by side; returns each one's step directory, in which `model` is the checkpoint."""
+def train_reward_models(context: Context, names: Sequence[str]) -> dict[str, Path]:
+    """Trains models of GUIDELINES side by side; returns each one's step directory, whose `model` is the checkpoint."""
     section = context.config.reward
     steps = {
         name: context.step(

@@ -80,12 +80,21 @@ class Roles:
     def drop_dead(self) -> list[str]:
         """Ends every group that has lost a rank, so that its next use starts it anew; returns the roles.
 
-        Whole groups, because the ranks that are left may wait in a collective for the one that is gone.
+        Whole groups, because the ranks that are left may wait in a collective for the one that is gone. So may ranks of
+        another group, for one whose call failed because the dead one owed it data: where there is a death, groups of
+        several ranks that are still busy are ended too.
         """
-        dead = [role for role, group in self._groups.items() if group.has_dead_ranks()]
-        for role in dead:
+        conditions = {role: group.condition() for role, group in self._groups.items()}
+        if "dead" not in conditions.values():
+            return []
+        ended = [
+            role
+            for role, condition in conditions.items()
+            if condition == "dead" or (condition == "busy" and self._groups[role].num_ranks > 1)
+        ]
+        for role in ended:
             self._groups.pop(role).stop()
-        return dead
+        return ended
 
     def stop(self) -> None:
         """Ends all roles."""

@@ -17,6 +17,7 @@ from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
 from rlhf_ray.records import Rollouts, WeightBucket
 
 _SCRAMBLE_STD = 0.1
+_PROBED_PROMPTS = 8
 
 
 class RolloutWorker(Worker):
@@ -115,9 +116,10 @@ class RolloutWorker(Worker):
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
         self.engine.load_weights(iterate_tensors(checkpoint))
 
-    def probe(self, prompts: str, rows: Sequence[int]) -> tuple[None, Rollouts]:
-        """The prompts themselves as rollouts whose every token counts, to hold log-probs against the trainer's."""
+    def probe(self, prompts: str) -> tuple[None, Rollouts]:
+        """The first prompts as rollouts whose every token counts, to hold log-probs against the trainer's."""
         prompt_set = self._prompts[prompts]
+        rows = range(min(_PROBED_PROMPTS, len(prompt_set.tokens)))
         completions = [
             Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows
         ]
