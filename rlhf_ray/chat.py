@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.checkpoint_files import read_config
+from model.flops import kv_cache_bytes_per_token
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -17,10 +18,18 @@ Dialogue = list[dict[str, str]]
 
 def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
     """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it."""
+    model = read_config(checkpoint)
     worker = RolloutWorker("rollout", 0, 1)  # a plain class: no cluster is needed for one engine
     _say(f"starting the engine on {checkpoint}; an empty line ends the dialogue")
     with _quiet():
-        worker.start(str(checkpoint), precision="bf16", max_num_seqs=8, kv_cache_gib=1, on_gpu=_has_cuda())
+        worker.start(
+            str(checkpoint),
+            tokenizer=str(checkpoint),
+            precision="bf16",
+            max_num_seqs=8,
+            kv_cache_gib=max(1.0, 1.1 * model.max_seq_len * kv_cache_bytes_per_token(model) / 2**30),
+            on_gpu=_has_cuda(),
+        )
         worker.set_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(checkpoint)
 
@@ -31,7 +40,7 @@ def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_to
         answer,
         lambda dialogue: len(encode_prompt(tokenizer, dialogue)),
         system=system,
-        room=read_config(checkpoint).max_seq_len - max_new_tokens,
+        room=model.max_seq_len - max_new_tokens,
     )
 
 

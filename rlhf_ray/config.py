@@ -17,6 +17,7 @@ from rlhf_ray.errors import UserError
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]  # both parts must get some rows
@@ -53,7 +54,7 @@ class RunSection(Section):
 
     stages: Names = STAGES
     """Stages that `rlhf-ray run` goes through, in the recipe's order."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every draw: data, initial weights, prompt order, sampling."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights."""
@@ -68,7 +69,7 @@ class ClusterSection(Section):
     """A running cluster ("auto" or "host:port"); none starts an embedded Ray on this machine."""
     cores: PositiveInt | None = None
     """CPU cores that compute threads may fill on one machine; none for all that the process may use."""
-    cpus_per_rank: NotNegative = 0.1
+    cpus_per_rank: Annotated[float, Field(ge=0.001)] = 0.1
     """Ray's CPU share of a rank. Small, because roles take turns; threads are set per phase instead."""
     start_timeout_s: Positive = 300.0
     """Deadline for placement and for start-up of a role, seconds."""
@@ -171,7 +172,7 @@ class TestbedSection(Section):
 
     __test__ = False  # not a test class, whatever its name
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated data; `run.seed` does not change it."""
     num_corpus: PositiveInt = 40_000
     """Pretraining documents."""
@@ -320,7 +321,7 @@ class PPOSection(Section):
     inner_epochs: PositiveInt = 1
     """Passes over an iteration's answers."""
     num_chunks: PositiveInt = 1
-    """Parts a batch is generated and scored in; scoring of one overlaps generation of the next."""
+    """Parts a batch is generated and scored in; on GPUs scoring of one overlaps generation of the next."""
     micro_batch_tokens: PositiveInt = 16_384
     """Padded tokens a rank passes through the model at once."""
     max_new_tokens: PositiveInt = 512

@@ -57,6 +57,8 @@ class LightTokenizer:
         self.chat_template: Any = (
             template.read_text(encoding="utf-8") if template.exists() else self._settings.get("chat_template")
         )
+        if isinstance(self.chat_template, list):  # several by name: transformers, too, takes this one
+            self.chat_template = {each["name"]: each["template"] for each in self.chat_template}.get("default")
         self._compiled: Any = None
 
     @property

@@ -24,6 +24,9 @@ SCORED = ("ppo", "evaluate")
 # As in recipe/tokenizer.py: vocabularies of models are often padded, a wider gap means another tokenizer.
 MAX_UNUSED_IDS = 1024
 
+OWN_MODELS = ("SFT", "PPO")
+"""How the evaluation names the run's own models."""
+
 LONGEST_ROWS = 256
 """Rows whose tokens are counted before the run, those of most characters; the stages count all."""
 
@@ -58,6 +61,9 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
             if version not in ("previous", "newest")
         }
     if "evaluate" in running:
+        for label in OWN_MODELS:
+            if label in config.evaluate.controls:
+                raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
         named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
     functions = check_functions(config, running)
     return {
@@ -281,7 +287,10 @@ def check_row_lengths(path: str, table: "pa.Table", tokenizer: LightTokenizer, l
         with located(f"{path} row {number}"):
             if "chosen" in row:
                 prompt = len(encode_prompt(as_real, row["messages"]))
-                sides = [encode_answer(as_real, row[side], finished=True) for side in ("chosen", "rejected")]
+                sides = [
+                    encode_answer(as_real, row[side], finished=row[f"{side}_finished"])
+                    for side in ("chosen", "rejected")
+                ]
                 length = prompt + max(len(side) for side in sides)
             elif row["messages"][-1]["role"] == "assistant":
                 length = len(encode_dialogue(as_real, row["messages"])[0])

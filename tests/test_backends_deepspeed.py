@@ -79,6 +79,25 @@ def test_a_saved_state_goes_on_bit_for_bit(group, tmp_path, zero_stage, precisio
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_state_saved_before_the_first_step_goes_on(group, tmp_path, zero_stage, precision):
+    """As PPO saves a policy that waits for its value model to warm up."""
+
+    def trained(state=None, *, save=False):
+        begin(group, TIED, "lm", zero_stage=zero_stage, precision=precision, state=state)
+        group.call(TrainerWorker.open_data, lm_data, 3 * BATCH, TIED.vocab_size, "unpacked")
+        if save:
+            group.call(TrainerWorker.save_state, str(tmp_path / "state"))
+        return [group.call(PolicyWorker.train_lm, step, **LM_STEP)[0] for step in range(3)], weights_of(group)
+
+    metrics, weights = trained()
+    for run in (trained(save=True), trained(str(tmp_path / "state"))):
+        assert run[0] == metrics
+        assert all(torch.equal(run[1][name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
 def test_a_state_goes_on_on_other_ranks_and_stages(group, tmp_path):
     def some_steps(ranks, zero_stage, first, last, state):
         begin(ranks, TIED, "lm", zero_stage=zero_stage, state=state)

@@ -78,6 +78,20 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
             "ppo.kl_coef=nan",
             "--set: ppo.kl_coef=nan must be a finite number; correct it, or leave it out for the default, 0.01",
         ),
+        (
+            "run.seed=-1",
+            "--set: run.seed=-1 must be greater than or equal to 0; correct it, or leave it out for the default, 0",
+        ),
+        (
+            "cluster.cpus_per_rank=0",
+            "--set: cluster.cpus_per_rank=0 must be greater than or equal to 0.001; correct it, or leave it out for "
+            "the default, 0.1",
+        ),
+        (
+            "roles.rollout.gpus_per_rank=-1",
+            "--set: roles.rollout.gpus_per_rank=-1 must be greater than 0; correct it, or leave it out for the "
+            "default, 1.0",
+        ),
         ("run.precision=bf61", "--set: run.precision='bf61' must be 'bf16' or 'fp32'; did you mean bf16?"),
         ("run.stages=sft", "--set: run.stages='sft' must be a list, for example [\"sft\"]"),
         ("ppo=3", "--set: ppo=3 must be a section of keys; write [ppo] and its keys below"),

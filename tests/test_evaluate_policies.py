@@ -9,6 +9,7 @@ from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.policies import compared_models, print_evaluation
 from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.run import run_recipe
 from rlhf_ray.run_state import RunDir, write_json
 
 
@@ -27,12 +28,20 @@ def test_controls_stand_after_the_runs_own_models(tmp_path: Path) -> None:
     assert list(models(tmp_path, longer=control)) == ["SFT", "PPO", "longer"]
 
 
-def test_a_control_with_a_taken_label_or_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_control_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", vocab_size=290)
     with pytest.raises(UserError, match=r"evaluate.controls.longer=.*other.*has another shape than"):
         models(tmp_path, longer=other)
-    with pytest.raises(UserError, match=r"evaluate.controls.PPO: the label is taken"):
-        models(tmp_path, PPO=tmp_path / "chat")
+
+
+def test_a_control_that_is_not_there_yet_holds_up_no_other_stage(tmp_path: Path) -> None:
+    config = parse_config(
+        {
+            "evaluate": {"controls": {"longer": str(tmp_path / "nowhere")}},
+            "testbed": {"num_corpus": 5, "num_demonstrations": 5, "num_prompts_train": 5, "num_prompts_test": 5},
+        }
+    )
+    assert "prompts_test" in run_recipe(config, tmp_path / "run", stages=["testbed"])
 
 
 @pytest.mark.parametrize(

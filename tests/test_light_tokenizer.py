@@ -61,6 +61,17 @@ def test_facts_are_those_of_transformers(directory):
     assert specials[0] == specials[1]
 
 
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    directory = write_tokenizer(tmp_path / "t")
+    (template := directory / "chat_template.jinja").rename(tmp_path / "default")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    default = {"name": "default", "template": (tmp_path / "default").read_text()}
+    settings["chat_template"] = [{"name": "tool_use", "template": "{{ 'tools' }}"}, default]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not template.exists()
+    assert encode_prompt(LightTokenizer(directory), DIALOGUE) == encode_prompt(load_tokenizer(directory), DIALOGUE)
+
+
 def test_it_loads_neither_torch_nor_transformers(directory):
     program = (
         "import sys\nfrom rlhf_ray.data.chat import encode_prompt\n"

@@ -189,6 +189,11 @@ def test_a_control_to_evaluate_is_checked_too(tmp_path, files):
     assert line.startswith(f"evaluate.controls.SFT long='{tmp_path}/nowhere': no such checkpoint directory")
 
 
+def test_a_control_has_a_label_of_its_own(tmp_path, files):
+    given = config(inputs=inputs(files, "chat"), evaluate={"controls": {"PPO": str(files / "chat")}})
+    assert complaint(given, tmp_path / "new").startswith("evaluate.controls.PPO: the label is taken")
+
+
 def test_tokenizers_that_do_not_fit(tmp_path, files):
     small = write_checkpoint(tmp_path / "small", vocab_size=290)
     line = complaint(config(inputs={"tokenizer": str(files / "base"), "base": str(small)}), tmp_path / "new")
@@ -285,6 +290,29 @@ def test_tables(tmp_path, files, name, kind, rows, line):
     # A base model, so that every later stage runs.
     given = config(inputs=inputs(files, "base"), data={name: path})
     assert re.match(line, complaint(given, tmp_path / "new"))
+
+
+def test_an_answer_that_was_cut_off_has_no_end_to_count(tmp_path, files):
+    row = comparison(0, rejected="hen " * 18)
+    size = int(re.search(r"has (\d+) tokens", tables_complaint(tmp_path / "a", files, [row], 48))[1])
+    whole = comparison(1, rejected="hen " * 18, rejected_finished=True)
+    cut = comparison(1, rejected="hen " * 18, rejected_finished=False)
+    assert f"has {size} tokens, at most {size - 1} fit" in tables_complaint(tmp_path / "b", files, [whole], size - 1)
+    path = write_rows(tmp_path / "c", "comparisons", [cut])
+    check_run(
+        config(inputs=inputs(files, "base"), data={"comparisons": path}, reward={"max_length": size - 1}),
+        tmp_path / "new",
+        ("testbed", "sft", "reward"),
+    )
+
+
+def tables_complaint(path, files, rows, max_length):
+    given = config(
+        inputs=inputs(files, "base"),
+        data={"comparisons": write_rows(path, "comparisons", rows)},
+        reward={"max_length": max_length},
+    )
+    return complaint(given, path.with_name("new"), "testbed", "sft", "reward")
 
 
 def test_the_shortest_context_of_the_models_counts(tmp_path, files):

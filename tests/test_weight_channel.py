@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from training_world import OPTIM, TIED, UNTIED
 
-from cluster.worker_group import collect
+from cluster.worker_group import WorkerError, collect
 from model.checkpoint import iterate_tensors, save_checkpoint
 from model.config import ModelConfig
 from model.llama import Head, Llama
@@ -47,7 +47,7 @@ VOCAB = 300
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Checkpoints with their tokenizer, and a prompts table."""
+    """Checkpoints, one tokenizer beside them, and a prompts table."""
 
     directory: Path
 
@@ -62,9 +62,10 @@ class World:
             ("untied-trained", UNTIED, "lm"),
             ("helpfulness", TIED, "scalar"),
             ("safety", TIED, "scalar"),
+            ("short", TIED.model_copy(update={"max_seq_len": 20}), "scalar"),
         ):
             world._save(name, config, head)
-            save_tokenizer(tokenizer, directory / name)
+        save_tokenizer(tokenizer, directory / "tokenizer")
         rows = [
             {
                 "prompt_id": str(i),
@@ -101,7 +102,7 @@ class World:
             {
                 "run": {"precision": precision, "device": "cpu"},
                 "cluster": {"cores": 2, "call_timeout_s": 300.0},
-                "inputs": {**inputs, "tokenizer": chat_directory, "chat": chat_directory},
+                "inputs": {**inputs, "tokenizer": str(self.directory / "tokenizer"), "chat": chat_directory},
                 "data": {"prompts_train": prompts, "prompts_early_stop": prompts},
                 "ppo": {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 6, "num_chunks": 2},
             }
@@ -174,6 +175,14 @@ def test_other_weights_are_found_out(run, world):
     buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=1)]
     with pytest.raises(WeightChannelError, match="after a weight sync its log-probs differ"):
         verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [("tied", "bf16")], indirect=True, ids="-".join)
+def test_prompts_fit_every_model_that_reads_them(run, world):
+    run.outputs.add("short", world.directory / "short", key="short")
+    with pytest.raises(WorkerError, match=r"prompts.parquet row \d+: the prompt has \d+ tokens, at most 14 fit"):
+        open_prompts(run, "prompts_train", max_new_tokens=6, readers=("chat", "short"))
 
 
 @pytest.mark.slow

@@ -200,6 +200,9 @@ class TrainEngine:
 
     def save_state(self, directory: Path) -> None:
         """Writes fp32 weights, AdamW moments and the step; rank 0 writes, all ranks go through it together."""
+        if not self._adamw.state:  # no step was taken yet, as while the value model warms up
+            self._make_moments()
+            self._set_steps(0)
         self._link_moments()
         parameters = ((name, self._whole_state(p)) for name, p in self._engine.module.named_parameters())
         if dist.get_rank() == 0:
@@ -221,15 +224,17 @@ class TrainEngine:
 
     def _take_state(self, directory: Path) -> None:
         """Takes master weights, moments and step from disk; the model has its weights already."""
-        steps = read_steps(directory)
-        if self.zero_stage > 0:
-            self._lay_out_moments()
+        self._make_moments()
         parameters = dict(self._engine.module.named_parameters())
         with torch.no_grad():
             for name, parts in read_state(directory):
                 self._set_state(
                     parameters[name], {part: tensor.to(self._engine.device) for part, tensor in parts.items()}
                 )
+        self._set_steps(read_steps(directory))
+
+    def _set_steps(self, steps: int) -> None:
+        """Goes to a place in the schedule and in AdamW's bias correction; the moments are there."""
         for moments in self._adamw.state.values():
             moments["step"] = torch.tensor(float(steps), device=self._engine.device)  # where fused AdamW wants it
         self._schedule.last_epoch = steps
@@ -260,8 +265,12 @@ class TrainEngine:
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {p: master for own, masters in pairs for p, master in zip(own, masters, strict=True)}
 
-    def _lay_out_moments(self) -> None:
-        """A step on zero gradients at a rate of zero, which moves nothing: DeepSpeed makes the moments at the first."""
+    def _make_moments(self) -> None:
+        """Moments of zero. DeepSpeed makes its own at the first step: here on zero gradients, at a rate of zero."""
+        if self.zero_stage == 0:
+            for master in self._masters().values():
+                self._adamw.state[master] = {part: torch.zeros_like(master) for part in PARTS[1:]}
+            return
         for group in self._adamw.param_groups:
             group["lr"] = 0.0
         self._engine.set_gradient_accumulation_boundary(True)

@@ -197,6 +197,7 @@ def name_models(context: Context, work: Workload) -> dict[str, ModelConfig]:
             save_checkpoint(path, work.shape, weights, num_labels=1 if is_reward else None)
             # Engines want one for its EOS; ids are all that passes through them.
             save_tokenizer(train_tokenizer(["a b c"] * 9, vocab_size=SMALLEST_VOCABULARY), path)
+            context.outputs.add("tokenizer", path, key="random weights")
         context.outputs.add(name, path, key="random weights")
     return {role: read_config(context.outputs[source]) for role, source in sources.items()}
 

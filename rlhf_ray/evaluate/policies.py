@@ -11,13 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.worker_group import collect
-from model.checkpoint_files import read_config
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
-from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.seeds import GREEDY
 from rlhf_ray.metrics import console
+from rlhf_ray.preflight_inputs import OWN_MODELS
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import decode, generate, open_prompts, start_engines
+from rlhf_ray.recipe.engines import SCORED_BY, check_swappable, decode, generate, open_prompts, start_engines
 from rlhf_ray.recipe.ppo import LOOKING_ROLES, load_frozen, score, summarize
 from rlhf_ray.run_state import fingerprint, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
@@ -51,7 +50,6 @@ COLUMNS = {
 def evaluate(context: Context) -> Path:
     """Samples, scores and judges answers of both models; returns the directory of evaluation.json, answers.parquet."""
     section = context.config.evaluate
-    models = compared_models(context)
     step = context.step(
         "evaluate",
         sections=("evaluate", "ppo"),
@@ -61,12 +59,19 @@ def evaluate(context: Context) -> Path:
         controls={label: fingerprint(path) for label, path in section.controls.items()},
     )
     if not context.skip(step):
+        models = compared_models(context)
         work = step.begin()
         prompts = read_table(context.outputs["prompts_test"], PROMPTS).to_pylist()
         with console.status("evaluate: starting the engine, loading models"):
             load_scorers(context)
             start_engines(context, context.outputs["chat"])
-            open_prompts(context, "prompts_test", max_new_tokens=section.max_new_tokens, at_least=num_chunks(context))
+            open_prompts(
+                context,
+                "prompts_test",
+                max_new_tokens=section.max_new_tokens,
+                at_least=num_chunks(context),
+                readers=SCORED_BY,
+            )
         results, rows = {}, []
         for temperature in section.temperatures:
             for model, checkpoint in models.items():
@@ -85,17 +90,11 @@ def compared_models(context: Context) -> dict[str, Path]:
     """Label -> checkpoint: the chat model, the policy, and the controls that the config names.
 
     Raises:
-        UserError: a control has a label that is taken, or another shape than the chat model.
+        UserError: a control has another shape than the chat model.
     """
-    models = {"SFT": context.outputs["chat"], "PPO": context.outputs["policy"]}
+    models = dict(zip(OWN_MODELS, (context.outputs["chat"], context.outputs["policy"]), strict=True))
     for label, path in context.config.evaluate.controls.items():
-        if label in models:
-            raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
-        if read_config(path) != read_config(models["SFT"]):
-            raise UserError(
-                f"evaluate.controls.{label}={path!r}: has another shape than {models['SFT']}, and the engine that "
-                f"answers with one takes the other's weights; give a checkpoint of the same shape"
-            )
+        check_swappable(f"evaluate.controls.{label}", Path(path), models["SFT"])
         models[label] = Path(path)
     return models
 

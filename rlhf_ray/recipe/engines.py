@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import Call, collect
+from model.checkpoint_files import read_config
+from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.workers.policy import PolicyWorker
@@ -16,6 +18,10 @@ from rlhf_ray.workers.scorer import ScorerWorker
 
 MAX_SYNCED_GAP = {"bf16": 0.1, "fp32": 1e-3}
 """Mean |engine - trainer| log-prob, nats, above which a sync counts as failed. SmolLM2 in bf16 shows 0.046."""
+
+
+SCORED_BY = ("chat", "helpfulness", "safety")
+"""Outputs whose models read answers in PPO and in the evaluation."""
 
 
 class WeightChannelError(RunFailure):
@@ -30,6 +36,7 @@ def start_engines(context: Context, checkpoint: Path) -> None:
     roles["rollout"].call(
         RolloutWorker.start,
         str(checkpoint),
+        tokenizer=str(context.outputs["tokenizer"]),
         max_num_seqs=settings.max_num_seqs,
         tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -40,17 +47,23 @@ def start_engines(context: Context, checkpoint: Path) -> None:
     )
 
 
-def open_prompts(context: Context, name: str, *, max_new_tokens: int, at_least: int = 1) -> int:
+def open_prompts(
+    context: Context, name: str, *, max_new_tokens: int, at_least: int = 1, readers: Sequence[str] = ("chat",)
+) -> int:
     """Gives every engine the named prompts table; returns the number of prompts.
 
+    Args:
+        readers: the outputs whose models, those that are no functions, read prompts and answers.
     Raises:
-        UserError: there are fewer than `at_least`, the chunks they are split into.
+        UserError: there are fewer than `at_least`, the chunks they are split into, or a prompt is too long.
     """
+    checkpoints = [context.outputs[reader] for reader in readers if not is_function(context.outputs[reader])]
     counts = context.roles["rollout"].call(
         RolloutWorker.open_prompts,
         name,
         str(context.outputs[name]),
         max_new_tokens=max_new_tokens,
+        context=min(read_config(checkpoint).max_seq_len for checkpoint in checkpoints),
         step=f"opening {name}",
     )
     if counts[0] < at_least:
@@ -59,6 +72,19 @@ def open_prompts(context: Context, name: str, *, max_new_tokens: int, at_least: 
             f"give more, or fewer chunks, ranks or engines"
         )
     return int(counts[0])
+
+
+def check_swappable(field: str, checkpoint: Path, first: Path) -> None:
+    """An engine that was started on `first` can answer with this checkpoint's weights.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    if read_config(checkpoint) != read_config(first):
+        raise UserError(
+            f"{field}={str(checkpoint)!r}: has another shape than {first}, and the engine that answers with one "
+            f"takes the other's weights; give a checkpoint of the same shape"
+        )
 
 
 def generate(

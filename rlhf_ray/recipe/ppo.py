@@ -21,6 +21,7 @@ from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.early_stopping import EarlyStopping, best_directory, drop_others, keep_best
 from rlhf_ray.recipe.engines import (
+    SCORED_BY,
     generate,
     open_prompts,
     start_engines,
@@ -65,9 +66,13 @@ def ppo(context: Context) -> Path:
         roles.start("rollout", *SCORING_ROLES)
         load_models(context, state)
         start_engines(context, context.outputs["chat"])
-        num_prompts = open_prompts(context, "prompts_train", max_new_tokens=section.max_new_tokens)
+        num_prompts = open_prompts(context, "prompts_train", max_new_tokens=section.max_new_tokens, readers=SCORED_BY)
         num_held_out = open_prompts(
-            context, "prompts_early_stop", max_new_tokens=section.max_new_tokens, at_least=section.num_chunks
+            context,
+            "prompts_early_stop",
+            max_new_tokens=section.max_new_tokens,
+            at_least=section.num_chunks,
+            readers=SCORED_BY,
         )
         buckets = sync_weights(roles)
         weight_check = verify_weight_channel(

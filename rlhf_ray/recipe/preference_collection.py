@@ -15,7 +15,7 @@ from rlhf_ray.data.schemas import COMPARISONS, PROMPTS, read_table, write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import open_prompts, request_seed, start_engines
+from rlhf_ray.recipe.engines import check_swappable, open_prompts, request_seed, start_engines
 from rlhf_ray.run_state import fingerprint
 from rlhf_ray.testbed.annotator import Guideline, compare
 from rlhf_ray.testbed.judge import judge
@@ -50,6 +50,8 @@ def collect(context: Context) -> Path:
     )
     if context.skip(step):
         return step.path
+    for place, path in enumerate(versions):
+        check_swappable(f"collect.versions[{place}]", path, versions[0])
     work = step.begin()
     prompts = read_table(context.outputs["prompts_annotation"], PROMPTS).to_pylist()
     check_labels_possible(context, prompts)

@@ -107,7 +107,7 @@ def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str,
             context.may_run = stage in wanted
             try:
                 outputs = run_stage(context, stage)
-            except (NotDoneError, MissingOutputError):
+            except (NotDoneError, MissingOutputError, FileNotFoundError):  # the last: a file that only this stage reads
                 if context.may_run:
                     raise
                 continue

@@ -39,25 +39,31 @@ class RolloutWorker(Worker):
             return torch.cuda.max_memory_allocated() / 2**30
         return super().peak_memory_gib()
 
-    def start(self, checkpoint: str, **engine_options: Any) -> None:
-        """Starts the engine on a checkpoint and takes it through a first generation, which compiles."""
+    def start(self, checkpoint: str, *, tokenizer: str, **engine_options: Any) -> None:
+        """Starts the engine on a checkpoint and takes it through a first generation, which compiles.
+
+        Args:
+            tokenizer: directory of the run's tokenizer, which the checkpoint's need not be.
+        """
         if self._engine is not None:
             self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
             return
-        self._tokenizer = load_tokenizer(checkpoint)
+        self._tokenizer = load_tokenizer(tokenizer)
         config = read_config(checkpoint)
         self._max_seq_len, self._vocab_size = config.max_seq_len, config.vocab_size
         self._engine = Engine(checkpoint, max_seq_len=self._max_seq_len, **engine_options)
         stop = self._stop_token
         self._engine.generate([[stop]], seeds=[0], temperature=1.0, max_new_tokens=2, stop_token_id=stop)
 
-    def open_prompts(self, name: str, path: str, *, max_new_tokens: int) -> int:
+    def open_prompts(self, name: str, path: str, *, max_new_tokens: int, context: int) -> int:
         """Reads and tokenises a prompts table under a name; returns how many.
 
+        Args:
+            context: tokens that all models can hold which will read prompt and answer.
         Raises:
-            UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
+            UserError: a prompt leaves no room for `max_new_tokens` in that context.
         """
-        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=self._max_seq_len - max_new_tokens)
+        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=context - max_new_tokens)
         return len(self._prompts[name].tokens)
 
     def draw_prompts(self, name: str, num: int, *, length: int, seed: int) -> None:
