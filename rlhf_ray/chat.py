@@ -27,6 +27,7 @@ def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_to
             tokenizer=str(checkpoint),
             precision="bf16",
             max_num_seqs=8,
+            # A whole dialogue, and a tenth more: the cache is made of blocks.
             kv_cache_gib=max(1.0, 1.1 * model.max_seq_len * kv_cache_bytes_per_token(model) / 2**30),
             on_gpu=_has_cuda(),
         )

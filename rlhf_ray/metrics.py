@@ -1,7 +1,6 @@
 """Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from rlhf_ray.run_state import write_text
 
 console = Console(stderr=True)
 
@@ -42,9 +43,7 @@ class MetricsWriter:
                     continue  # the line that a kill cut short
                 if row["step"] < steps_done:
                     kept.append(line)
-        temporary = self._path.with_suffix(".writing")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(line + "\n" for line in kept))
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

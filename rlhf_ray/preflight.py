@@ -16,8 +16,8 @@ from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight_inputs import REWARD_MODELS, SCORED, check_inputs, checkpoint_config, is_model
-from rlhf_ray.recipe.context import WHO_MAKES
+from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
+from rlhf_ray.recipe.context import WHO_MAKES, no_cluster
 from rlhf_ray.run_state import finished_files
 
 NEEDS: Mapping[str, Sequence[str]] = {
@@ -61,10 +61,10 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_ranks(config, running)
     check_batches(config, running)
     check_model(config, running)
-    check_inputs(config, running)
+    models = check_inputs(config, running)
     check_output(out)
     check_needs(config, out, wanted)
-    check_lengths(config, running)
+    check_lengths(config, running, models)
 
 
 def check_submission(config: Config, out: Path) -> None:
@@ -78,7 +78,7 @@ def check_submission(config: Config, out: Path) -> None:
     check_batches(config, running)
     check_model(config, running)
     if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there
-        check_lengths(config, running)
+        check_lengths(config, running, {})
     check_paths(config, out)
 
 
@@ -145,10 +145,7 @@ def check_cluster(config: Config) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"cluster.address={config.cluster.address!r}: no cluster answers there ({error}); "
-            "start one with `ray start --head`, or leave it out for an embedded one"
-        ) from error
+        raise no_cluster(config.cluster.address, error) from error
 
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
@@ -255,8 +252,8 @@ def check_model(config: Config, running: Sequence[str]) -> None:
         )
 
 
-def check_lengths(config: Config, running: Sequence[str]) -> None:
-    """Rows and answers fit the model's context."""
+def check_lengths(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
+    """Rows and answers fit the model's context; `models` are those of `check_inputs`."""
     rules = [
         ("pretrain", "seq_len", config.pretrain.seq_len, 0),
         ("sft", "seq_len", config.sft.seq_len, 0),
@@ -267,7 +264,7 @@ def check_lengths(config: Config, running: Sequence[str]) -> None:
         ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, 1),
     ]
     for stage, key, value, prompt in rules:
-        context = model_context(config, stage) if stage in running else None
+        context = model_context(config, stage, models) if stage in running else None
         if context is not None and value > context - prompt:
             raise UserError(
                 f"{stage}.{key}={value} must be at most {context - prompt}: the model's context holds {context} "
@@ -275,21 +272,14 @@ def check_lengths(config: Config, running: Sequence[str]) -> None:
             )
 
 
-def model_context(config: Config, stage: str) -> int | None:
+def model_context(config: Config, stage: str, models: Mapping[str, Model]) -> int | None:
     """Context length of the models that a stage works with, the shortest, where it is known before the run."""
-    own = next((name for name in ("chat", "base") if getattr(config.inputs, name) is not None), None)
-    rewards = [name for name in REWARD_MODELS if stage in SCORED and is_model(getattr(config.inputs, name))]
-    named = [*([own] if own else []), *rewards]
-    lengths = [checkpoint_config(f"inputs.{name}", getattr(config.inputs, name)).max_seq_len for name in named]
-    if own is None and (preset := preset_context(config)) is not None:
-        lengths.append(preset)
-    return min(lengths, default=None)
-
-
-def preset_context(config: Config) -> int | None:
-    """Context length of a model that the run pretrains."""
+    given = shortest_context(models, stage)
+    if config.inputs.chat or config.inputs.base:
+        return given
     preset = PRESETS.get(config.model.preset)
-    return config.model.max_seq_len or (preset.max_seq_len if preset else None)
+    pretrained = config.model.max_seq_len or (preset.max_seq_len if preset else None)
+    return min((length for length in (given, pretrained) if length is not None), default=None)
 
 
 def check_needs(config: Config, out: Path, wanted: Sequence[str]) -> None:

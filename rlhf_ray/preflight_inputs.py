@@ -31,8 +31,8 @@ LONGEST_ROWS = 256
 """Rows whose tokens are counted before the run, those of most characters; the stages count all."""
 
 
-def check_inputs(config: Config, running: Sequence[str]) -> None:
-    """Checks every file the config names.
+def check_inputs(config: Config, running: Sequence[str]) -> dict[str, "Model"]:
+    """Checks every file the config names; returns the checkpoints by field.
 
     Args:
         running: the stages that will run.
@@ -42,6 +42,7 @@ def check_inputs(config: Config, running: Sequence[str]) -> None:
     models = check_models(config, running)
     tokenizer = check_tokenizers(config, models)
     check_tables(config, running, tokenizer, models)
+    return models
 
 
 class Model(NamedTuple):
@@ -78,11 +79,11 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
     }
 
 
-def is_model(source: str | None) -> bool:
-    """Whether a reward is given, and as a checkpoint rather than a function."""
-    from rlhf_ray.data.reward_function import is_function
-
-    return source is not None and not is_function(source)
+def shortest_context(models: Mapping[str, Model], stage: str) -> int | None:
+    """Context length of the given models that a stage works with, the shortest; None where none is given."""
+    own = models.get("inputs.chat") or models.get("inputs.base")
+    rewards = [models.get(f"inputs.{name}") for name in REWARD_MODELS] if stage in SCORED else []
+    return min((model.config.max_seq_len for model in (own, *rewards) if model is not None), default=None)
 
 
 def check_functions(config: Config, running: Sequence[str]) -> list[str]:
@@ -257,11 +258,8 @@ def token_limit(
     if name not in answers or answers[name][0] not in running:
         return None
     stage, answer = answers[name]
-    own = models.get("inputs.chat") or models.get("inputs.base")
-    rewards = [models.get(f"inputs.{reward}") for reward in REWARD_MODELS] if stage in SCORED else []
-    if not (known := [model for model in (own, *rewards) if model is not None]):
+    if (context := shortest_context(models, stage)) is None:
         return None
-    context = min(model.config.max_seq_len for model in known)
     return context - answer, (
         f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )

@@ -411,13 +411,18 @@ def test_the_needs_are_the_parents_that_the_stages_name():
         assert set(parents) == set(NEEDS[stage]), stage
 
 
-def test_a_reward_that_is_given_is_not_trained(tmp_path, monkeypatch):
-    from rlhf_ray.recipe import run
+def test_a_reward_that_is_given_is_not_trained(tmp_path):
+    from rlhf_ray.recipe.run import RUNNERS
 
     names = []
-    monkeypatch.setattr(run, "train_reward_models", lambda context, wanted: names.extend(wanted) or {})
-    run.RUNNERS["reward"](SimpleNamespace(outputs={"helpfulness"}))
-    assert names == ["safety"]
+
+    def step(name, **inputs):
+        names.append(name)
+        return SimpleNamespace(path=tmp_path)
+
+    context = SimpleNamespace(config=config(), outputs={"helpfulness"}, step=step, skip=lambda step: True)
+    assert RUNNERS["reward"](context) == {"safety": tmp_path / "model"}
+    assert names == ["reward-safety"]
     # Nor is it missed by stages that come later.
     given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"})
     step = tmp_path / "steps" / "reward-safety-abc"

@@ -249,7 +249,8 @@ class TrainEngine:
         if self.zero_stage == 0:
             master = self._masters()[parameter]
             master.copy_(parts["weight"])
-            self._adamw.state[master] = {part: parts[part].clone() for part in PARTS[1:]}
+            for part in PARTS[1:]:
+                self._adamw.state[master][part].copy_(parts[part])
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

@@ -92,9 +92,10 @@ def compared_models(context: Context) -> dict[str, Path]:
     Raises:
         UserError: a control has another shape than the chat model.
     """
-    models = dict(zip(OWN_MODELS, (context.outputs["chat"], context.outputs["policy"]), strict=True))
+    chat = context.outputs["chat"]
+    models = dict(zip(OWN_MODELS, (chat, context.outputs["policy"]), strict=True))
     for label, path in context.config.evaluate.controls.items():
-        check_swappable(f"evaluate.controls.{label}", Path(path), models["SFT"])
+        check_swappable(f"evaluate.controls.{label}", Path(path), chat)
         models[label] = Path(path)
     return models
 

@@ -44,6 +44,14 @@ WHO_MAKES = {
 """Output name -> the stage that makes it, and the config key that names one from elsewhere."""
 
 
+def no_cluster(address: str | None, error: Exception) -> UserError:
+    """What is wrong where `cluster.address` leads nowhere."""
+    return UserError(
+        f"cluster.address={address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
+        "start one with `ray start --head`, or leave it out for an embedded one"
+    )
+
+
 class MissingOutputError(UserError):
     """A stage needs what neither the run nor the config has."""
 
@@ -121,10 +129,7 @@ class Context:
             try:
                 self._stack.enter_context(session(address=cluster.address, num_cpus=cluster.cores))
             except ConnectionError as error:
-                raise UserError(
-                    f"cluster.address={cluster.address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
-                    "start one with `ray start --head`, or leave it out for an embedded one"
-                ) from error
+                raise no_cluster(cluster.address, error) from error
             self._roles = Roles(self.config)
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)

@@ -19,7 +19,6 @@ from rlhf_ray.workers.scorer import ScorerWorker
 MAX_SYNCED_GAP = {"bf16": 0.1, "fp32": 1e-3}
 """Mean |engine - trainer| log-prob, nats, above which a sync counts as failed. SmolLM2 in bf16 shows 0.046."""
 
-
 SCORED_BY = ("chat", "helpfulness", "safety")
 """Outputs whose models read answers in PPO and in the evaluation."""
 

@@ -1,7 +1,6 @@
 """Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ GUIDELINES = ("helpfulness", "safety")
 HELD_OUT = "comparisons_held_out"
 
 
-def train_reward_models(context: Context, names: Sequence[str]) -> dict[str, Path]:
-    """Trains models of GUIDELINES side by side; returns each one's step directory, whose `model` is the checkpoint."""
+def train_reward_models(context: Context) -> dict[str, Path]:
+    """Trains those that are not given, side by side; returns the step directories (the checkpoint: `model`)."""
     section = context.config.reward
     steps = {
         name: context.step(
@@ -29,7 +28,8 @@ def train_reward_models(context: Context, names: Sequence[str]) -> dict[str, Pat
             code=("rlhf_ray.recipe.reward_modeling",),
             held_out=context.config.collect.held_out,
         )
-        for name in names
+        for name in GUIDELINES
+        if name not in context.outputs
     }
     missing = {name: step for name, step in steps.items() if not context.skip(step)}
     if missing:

@@ -11,7 +11,7 @@ from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
 from rlhf_ray.recipe.ppo import ppo
 from rlhf_ray.recipe.preference_collection import collect
 from rlhf_ray.recipe.pretraining import pretrain
-from rlhf_ray.recipe.reward_modeling import GUIDELINES, train_reward_models
+from rlhf_ray.recipe.reward_modeling import train_reward_models
 from rlhf_ray.recipe.sft import sft
 from rlhf_ray.recipe.tokenizer import make_tokenizer
 from rlhf_ray.run_state import RunDir, fingerprint, package_versions, write_json
@@ -34,10 +34,7 @@ RUNNERS: dict[str, Callable[[Context], Outputs]] = {
     "pretrain": lambda c: {"base": pretrain(c) / "model"},
     "sft": lambda c: {"chat": sft(c) / "model"},
     "collect": lambda c: {"comparisons": collect(c) / "comparisons.parquet"},
-    "reward": lambda c: {
-        name: path / "model"
-        for name, path in train_reward_models(c, [name for name in GUIDELINES if name not in c.outputs]).items()
-    },
+    "reward": lambda c: {name: path / "model" for name, path in train_reward_models(c).items()},
     "ppo": lambda c: {"policy": ppo(c) / "model"},
     "evaluate": lambda c: {"evaluation": evaluate(c) / "evaluation.json"},
 }

@@ -50,8 +50,8 @@ class RolloutWorker(Worker):
             return
         self._tokenizer = load_tokenizer(tokenizer)
         config = read_config(checkpoint)
-        self._max_seq_len, self._vocab_size = config.max_seq_len, config.vocab_size
-        self._engine = Engine(checkpoint, max_seq_len=self._max_seq_len, **engine_options)
+        self._vocab_size = config.vocab_size
+        self._engine = Engine(checkpoint, max_seq_len=config.max_seq_len, **engine_options)
         stop = self._stop_token
         self._engine.generate([[stop]], seeds=[0], temperature=1.0, max_new_tokens=2, stop_token_id=stop)
 
