@@ -248,13 +248,24 @@ def to_hf_config(config: ModelConfig, *, num_labels: int | None = None, dtype: s
         "mlp_bias": False,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        "pad_token_id": config.pad_token_id if num_labels is None else score_pad_token_id(config),
     }
     if config.rope_scaling is not None:
         hf["rope_scaling"] = rope
     if num_labels == 1:
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return hf
+
+
+def score_pad_token_id(config: ModelConfig) -> int | None:
+    """The padding token of a reward model: one that no answer ends in; None where there is no such token.
+
+    transformers reads a score at the last token that is not this one. Many chat models pad with EOS, at which a reward
+    model has learned to score: transformers would read the token before it. BOS can stand in, for no row ends in it.
+    """
+    if config.pad_token_id not in (None, config.eos_token_id):
+        return config.pad_token_id
+    return config.bos_token_id if config.bos_token_id != config.eos_token_id else None
 
 
 def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

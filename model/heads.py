@@ -59,6 +59,26 @@ def last_token_scores(scores: Tensor, lengths: Tensor) -> Tensor:
     return scores.gather(1, (lengths - 1)[:, None]).squeeze(1)
 
 
+def scored_lengths(tokens: Tensor, lengths: Tensor, pad_token_id: int | None) -> Tensor:
+    """Tokens of each right-padded row up to the one that a reward model is read at, by the rule of transformers.
+
+    That is the last token which is not the model's padding token: a row's last, unless the model pads with EOS. Models
+    that transformers trained so have learned to score at the token before EOS.
+
+    Args:
+        tokens: (B, T) int64.
+        lengths: (B,) int64, tokens in each row, 1..T.
+        pad_token_id: of the model's config.
+    Returns:
+        (B,) int64, 1..T.
+    """
+    if pad_token_id is None:
+        return lengths
+    positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    counted = (tokens != pad_token_id) & (positions <= lengths[:, None])
+    return (counted * positions).amax(dim=1).clamp(min=1)
+
+
 def state_values(scores: Tensor) -> Tensor:
     """Per-position scores of a value model, aligned to the token that each state leads to.
 

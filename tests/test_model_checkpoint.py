@@ -18,7 +18,7 @@ from model.checkpoint_files import (
     read_config,
 )
 from model.config import PRESETS, Llama3RopeScaling, UnsupportedModelError, to_hf_config
-from model.heads import last_token_scores
+from model.heads import last_token_scores, scored_lengths
 from model.llama import Llama
 
 TINY = PRESETS["tiny"]
@@ -95,6 +95,50 @@ def test_reward_model_gives_the_same_scores_in_transformers(tmp_path, name):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     again = load_model(directory, head="scalar", dtype=torch.float32)
     assert torch.equal(again.score.weight, model.score.weight)
+
+
+def rows_that_end_in_eos(lengths, *, pad):
+    tokens = random_tokens(len(lengths), int(lengths.max()))
+    tokens[torch.arange(len(lengths)), lengths - 1] = TINY.eos_token_id
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = pad
+    return tokens
+
+
+@pytest.mark.parametrize("pad", [TINY.eos_token_id, None])
+def test_transformers_reads_a_score_at_eos_where_the_chat_model_pads_with_it(tmp_path, pad):
+    model = random_model(TINY.model_copy(update={"pad_token_id": pad}), head="scalar")
+    theirs = AutoModelForSequenceClassification.from_pretrained(save(tmp_path / "reward", model))
+    lengths = torch.tensor([9, 4, 6])
+    tokens = rows_that_end_in_eos(lengths, pad=theirs.config.pad_token_id)
+    with torch.no_grad():
+        ours = last_token_scores(model(tokens), lengths)
+        expected = theirs(tokens).logits.squeeze(-1)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_without_a_token_that_no_row_ends_in_transformers_refuses_padded_rows(tmp_path):
+    config = TINY.model_copy(update={"bos_token_id": 2, "pad_token_id": 2})
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        save(tmp_path / "reward", random_model(config, head="scalar"))
+    )
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        theirs(random_tokens(2, 5))
+
+
+@pytest.mark.parametrize("pad", [3, TINY.eos_token_id, None])
+def test_a_reward_model_of_transformers_is_read_where_transformers_reads_it(tmp_path, pad):
+    directory = save(tmp_path / "reward", random_model(TINY, head="scalar"))
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | {"pad_token_id": pad}))
+    model = load_model(directory, head="scalar", dtype=torch.float32)
+    theirs = AutoModelForSequenceClassification.from_pretrained(directory)
+    lengths = torch.tensor([9, 4, 6])
+    tokens = rows_that_end_in_eos(lengths, pad=0)
+    with torch.no_grad():
+        ours = last_token_scores(model(tokens), scored_lengths(tokens, lengths, model.config.pad_token_id))
+        rows = [row[None, :length] for row, length in zip(tokens, lengths, strict=True)]
+        expected = torch.cat([theirs(row).logits.squeeze(-1) for row in rows])
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 def test_value_model_from_language_model_gets_a_fresh_head(tmp_path, saved):

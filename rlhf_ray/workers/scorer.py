@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cluster.worker_group import Worker
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.heads import last_token_scores
+from model.heads import last_token_scores, scored_lengths
 from model.llama import Head
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.data.batching import plan_micro_batches
@@ -92,7 +92,7 @@ class ScorerWorker(Worker):
         return None, out
 
     def score(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[dict[str, float], Tensor]:
-        """(B,) float32 raw scores, read at the last token of each answer, cut-off answers included.
+        """(B,) float32 raw scores, read at the last token of each answer (`scored_lengths`), cut-off answers included.
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
@@ -100,9 +100,11 @@ class ScorerWorker(Worker):
         if self._function is not None:
             scores = self._function(rollouts)
         else:
+            assert self._config is not None
             scores = torch.zeros(rollouts.tokens.shape[0])
             for rows, tokens in self._batches(rollouts, micro_batch_tokens):
                 lengths = rollouts.lengths[rows].to(tokens.device)
+                lengths = scored_lengths(tokens, lengths, self._config.pad_token_id)
                 scores[rows] = last_token_scores(self._forward(tokens), lengths).float().cpu()
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
