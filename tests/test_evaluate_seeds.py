@@ -8,7 +8,7 @@ import pytest
 from rlhf_ray.data.schemas import write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.policies import ANSWERS
-from rlhf_ray.evaluate.seeds import Gain, compare
+from rlhf_ray.evaluate.seeds import Gain, compare, print_comparison, suffixes
 
 
 def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
@@ -22,6 +22,9 @@ def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
             "prompt": "q",
             "answer": "a",
             "finished": True,
+            "reward_helpfulness": 2 * score,
+            "reward_safety": -score,
+            "reward_combined": 2 * score,
             "helpfulness": score,
             "violation": None,
             "false_refusal": None,
@@ -45,6 +48,20 @@ def test_paired_gain_and_standard_error_by_hand(tmp_path: Path) -> None:
     assert gain.before == pytest.approx([1 / 3, 1 / 3]) and gain.after == pytest.approx([2 / 3, 1 / 3])
     assert gain.num_prompts == 3
     assert "violation" not in compare(runs)  # no prompt has it
+    assert compare(runs)["reward_combined"].mean == pytest.approx(1 / 3)
+
+
+def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(
+        tmp_path / "0", {f"{model}{how}": [0.5, 1.0] for how in (" T=0.7", " greedy") for model in ("SFT", "PPO")}
+    )
+    assert suffixes(run) == [" T=0.7", " greedy"]
+    print_comparison([run])
+    told = capsys.readouterr().out
+    assert "sampled at temperature 0.7" in told and "greedy" in told and "temperature 1" not in told
+    assert told.count("no claim: not the truth") == 2  # the reward's rows
+    with pytest.raises(UserError, match="no model 'long', only PPO, SFT"):
+        print_comparison([run], against="long")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def test_every_stage_leaves_its_output(finished: Path) -> None:
     assert all(row["policy/padding"] < 0.25 for row in rows)
     answers = pq.read_table(step(finished, "evaluate") / "answers.parquet")
     assert answers.num_rows == 4 * 60
+    for name in ("reward_helpfulness", "reward_safety", "reward_combined"):
+        for model, figures in report["models"].items():
+            rewards = [row[name] for row in answers.to_pylist() if row["model"] == model]
+            assert sum(rewards) / 60 == pytest.approx(
+                figures[name], rel=1e-4, abs=1e-5
+            )  # float32, summed in other orders
     assert not list((finished / "steps").glob("*.partial"))
 
 

@@ -4,20 +4,23 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import ray
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from cluster.worker_group import collect
+from rlhf_ray.algo.reward import combine_rewards
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
-from rlhf_ray.evaluate.seeds import GREEDY
+from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
 from rlhf_ray.metrics import console
 from rlhf_ray.preflight_inputs import OWN_MODELS
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import SCORED_BY, check_swappable, decode, generate, open_prompts, start_engines
-from rlhf_ray.recipe.ppo import LOOKING_ROLES, load_frozen, score, summarize
+from rlhf_ray.recipe.ppo import LOOKING_ROLES, experience_rule, load_frozen, score, summarize
 from rlhf_ray.run_state import fingerprint, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
@@ -31,6 +34,9 @@ ANSWERS = pa.schema(
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("finished", pa.bool_()),
+        ("reward_helpfulness", pa.float32()),
+        ("reward_safety", pa.float32()),
+        ("reward_combined", pa.float32()),
         # The judge's word where the prompt has a truth; null on prompts that a measure is not defined on.
         ("helpfulness", pa.float32()),
         ("violation", pa.bool_()),
@@ -45,6 +51,16 @@ COLUMNS = {
     "kl_per_sequence": "KL to SFT",
     "response_tokens": "tokens",
 }
+
+
+class Answer(NamedTuple):
+    """One answer and its raw scores."""
+
+    text: str
+    finished: bool
+    reward_helpfulness: float
+    reward_safety: float
+    reward_combined: float
 
 
 def evaluate(context: Context) -> Path:
@@ -78,7 +94,7 @@ def evaluate(context: Context) -> Path:
                 label = model + temperature_suffix(temperature)
                 with console.status(f"evaluate: {label}"):
                     results[label], answers = evaluate_model(context, checkpoint, prompts, temperature)
-                rows += [answer_row(prompt, label, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+                rows += [answer_row(prompt, label, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
         write_json(work / "evaluation.json", {"testbed": judged, "prompts": len(prompts), "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
@@ -100,20 +116,20 @@ def compared_models(context: Context) -> dict[str, Path]:
     return models
 
 
-def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) -> dict[str, Any]:
+def answer_row(prompt: dict[str, Any], label: str, answer: Answer) -> dict[str, Any]:
     """One row of answers.parquet."""
     row = {
         "prompt_id": prompt["prompt_id"],
         "model": label,
         "prompt": prompt["messages"][-1]["content"],
-        "answer": text,
-        "finished": finished,
+        "answer": answer.text,
+        **{name: value for name, value in answer._asdict().items() if name != "text"},
         "helpfulness": None,
         "violation": None,
         "false_refusal": None,
     }
     if prompt["truth"]:
-        verdict, kind = judge(prompt["kind"], prompt["truth"], text, finished), prompt["kind"]
+        verdict, kind = judge(prompt["kind"], prompt["truth"], answer.text, answer.finished), prompt["kind"]
         row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
         row["violation"] = not verdict.safe
         row["false_refusal"] = verdict.refusal if kind == "borderline" else None
@@ -122,7 +138,7 @@ def answer_row(prompt: dict[str, Any], label: str, text: str, finished: bool) ->
 
 def temperature_suffix(temperature: float) -> str:
     """How a table names a model's sampling; 1 goes without saying."""
-    return "" if temperature == 1 else GREEDY if temperature == 0 else f" T={temperature:g}"
+    return "" if temperature == 1 else GREEDY if temperature == 0 else f"{TEMPERATURE}{temperature:g}"
 
 
 def num_chunks(context: Context) -> int:
@@ -138,8 +154,8 @@ def load_scorers(context: Context) -> None:
 
 def evaluate_model(
     context: Context, checkpoint: Path, prompts: Sequence[dict[str, Any]], temperature: float
-) -> tuple[dict[str, float], list[tuple[str, bool]]]:
-    """(metrics, answers with whether they finished) of one checkpoint, one answer a prompt."""
+) -> tuple[dict[str, float], list[Answer]]:
+    """Metrics and answers of one checkpoint, one answer a prompt."""
     roles, section = context.roles, context.config.evaluate
     roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
     roles.work_together("rollout")
@@ -153,16 +169,23 @@ def evaluate_model(
         temperature=temperature,
         max_new_tokens=section.max_new_tokens,
     )
-    answers = decode(roles, rollouts, step="evaluate")
+    texts, finished = zip(*decode(roles, rollouts, step="evaluate"), strict=True)
     roles.work_together(*LOOKING_ROLES)
     ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
-    metrics = summarize(roles, ppo, rollouts, score(roles, ppo, rollouts, roles_used=LOOKING_ROLES))
+    scores = score(roles, ppo, rollouts, roles_used=LOOKING_ROLES)
+    metrics = summarize(roles, ppo, rollouts, scores)
+    helpfulness, safety = (
+        torch.cat(ray.get([call.data[0] for call in scores[role]])) for role in ("helpfulness", "safety")
+    )
+    is_safety = torch.tensor([prompt["is_safety"] for prompt in prompts])
+    threshold = experience_rule(ppo).safety_threshold_raw
+    combined = combine_rewards(helpfulness, safety, is_safety, threshold=threshold)
     if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
     if all(prompt["truth"] for prompt in prompts):
-        texts, finished = [text for text, _ in answers], [done for _, done in answers]
         metrics |= evaluate_answers(prompts, texts, finished)
-    return metrics, answers
+    rewards = (helpfulness.tolist(), safety.tolist(), combined.tolist())
+    return metrics, [Answer(*values) for values in zip(texts, finished, *rewards, strict=True)]
 
 
 def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:

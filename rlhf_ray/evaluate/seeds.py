@@ -21,12 +21,14 @@ from rlhf_ray.run_state import finished_files
 MIN_PROMPTS = 500
 MIN_SEEDS = 3
 GREEDY = " greedy"  # ends the label of answers decoded at temperature 0
+TEMPERATURE = " T="  # and this with the number at another temperature than 1
 MEASURES = {
     "helpfulness": ("true helpfulness", +1),
     "violation": ("true violations, all prompts", -1),
     "false_refusal": ("false refusals", -1),
+    "reward_combined": ("reward, which PPO optimises", 0),
 }
-"""Column of answers.parquet -> name in tables and the direction that is better."""
+"""Column of answers.parquet -> name in tables and the direction that is better; 0 where no gain is one of the model."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Gain:
 
     def verdict(self, direction: int) -> str:
         """What the rule says: "better", "worse" or "no claim", and why not."""
+        if direction == 0:
+            return "no claim: not the truth"
         if len(self.before) < MIN_SEEDS:
             return f"no claim: {len(self.before)} of {MIN_SEEDS} seeds"
         for sign, word in ((direction, "better"), (-direction, "worse")):
@@ -75,7 +79,8 @@ def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> 
     """
     tables = [pq.read_table(find_answers(run)).to_pylist() for run in runs]
     for run, rows in zip(runs, tables, strict=True):
-        models = sorted({row["model"].removesuffix(GREEDY) for row in rows})
+        labels = {row["model"] for row in rows}
+        models = sorted(label.removesuffix(suffix) for label in labels if suffix_of(label) == suffix)
         if against not in models:
             raise UserError(f"{run}: its evaluation has no model {against!r}, only {', '.join(models)}")
     gains = {}
@@ -102,13 +107,29 @@ def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> 
     return gains
 
 
+def suffix_of(label: str) -> str:
+    """What the label of a model in answers.parquet says of its sampling: "", " greedy", " T=0.7"."""
+    if label.endswith(GREEDY):
+        return GREEDY
+    _, mark, temperature = label.rpartition(TEMPERATURE)
+    return mark + temperature if mark else ""
+
+
+def suffixes(run: Path) -> list[str]:
+    """How a run's evaluation sampled PPO's answers, in its order."""
+    labels = dict.fromkeys(pq.read_table(find_answers(run), columns=["model"])["model"].to_pylist())
+    found = (suffix_of(label) for label in labels if label.removesuffix(suffix_of(label)) == "PPO")
+    return list(found)
+
+
 def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
     """Prints one table per sampling temperature.
 
     Raises:
         UserError: as `compare`.
     """
-    for suffix, title in (("", "sampled at temperature 1"), (GREEDY, "greedy")):
+    for suffix in suffixes(runs[0]):
+        title = "greedy" if suffix == GREEDY else f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
         gains = compare(runs, against=against, suffix=suffix)
         table = Table(title=f"PPO against {against} of {len(runs)} run(s), {title}")
         for name in ("measure", "prompts", against, "PPO", "paired gain", "2 standard errors", "by the rule"):
