@@ -103,7 +103,7 @@ class PolicyWorker(TrainerWorker):
         """Rewards, KL, advantages and returns of this rank's chunks, with moments over all ranks.
 
         Args:
-            inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T), reference log-probs
+            inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T + 1), reference log-probs
                 (B, T), helpfulness scores (B,) and safety scores (B,) of each: 6 x num_chunks.
         Returns:
             (metrics, experience_1, ..., experience_num_chunks); metrics are over the whole batch.
@@ -236,17 +236,17 @@ def _draft(
 def _advantages(
     rollouts: Rollouts, draft: _Draft, values: Tensor, moments: Moments, rule: ExperienceRule
 ) -> tuple[Experience, dict[str, Tensor]]:
-    """One chunk's experience and the sums its metrics are made of."""
+    """One chunk's experience and the sums its metrics are made of; `values` as `ValueWorker.values` gives them."""
     mask = rollouts.response_mask
+    after_last = values.gather(1, rollouts.lengths[:, None]).squeeze(1)
+    values = torch.where(mask, values[:, :-1], 0.0)
     whitened = masked_whiten(draft.scores, torch.ones_like(draft.scores, dtype=torch.bool), moments=moments)
     if rule.truncated == "penalty":
         whitened = torch.where(rollouts.finished, whitened, whitened - rule.truncation_penalty)
     rewards = token_rewards(whitened, draft.kl, mask, kl_coef=rule.kl_coef)
     bootstrap = None
     if rule.truncated == "bootstrap":
-        # The state after a cut-off answer has no value estimate of its own: the last token's state stands in.
-        last = values.gather(1, (rollouts.lengths - 1).unsqueeze(1)).squeeze(1)
-        bootstrap = torch.where(rollouts.finished, torch.zeros_like(last), last)
+        bootstrap = torch.where(rollouts.finished, 0.0, after_last)
     advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
     weights = torch.ones_like(values)
     if rule.importance_cap is not None:
