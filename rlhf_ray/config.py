@@ -252,7 +252,7 @@ class SFTSection(Section):
     seq_len: PositiveInt = 4096
     """Tokens of a packed row."""
     batch_size: PositiveInt = 64
-    """Rows of an optimizer step."""
+    """Rows of an optimizer step; the last of each pass takes what is left."""
     micro_batch_size: PositiveInt = 1
     """Rows a rank passes through the model at once."""
     epochs: PositiveInt = 2
@@ -288,7 +288,7 @@ class RewardSection(Section):
 
     optim: OptimSection = OptimSection(lr=1e-5, warmup_steps=5, warmup_ratio=0.03)
     batch_size: PositiveInt = 512
-    """Pairs of an optimizer step."""
+    """Pairs of an optimizer step; the last of each pass takes what is left."""
     micro_batch_tokens: PositiveInt = 16_384
     """Padded tokens a rank passes through the model at once."""
     epochs: PositiveInt = 1

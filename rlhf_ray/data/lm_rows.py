@@ -40,10 +40,10 @@ class LMRows:
         return self._packed.num_rows
 
     def select(self, rows: Sequence[int], device: str) -> LMBatch:
-        """The rows as tensors, cut to the longest of them."""
-        part = self._packed.take(rows)
+        """The rows as tensors, cut to the longest of them; an empty selection gives one row with nothing to learn."""
+        part = self._packed.take(rows or [0])
         longest = int((part.segment_ids > 0).sum(axis=1).max())
-        arrays = (part.tokens, part.segment_ids, part.position_ids, part.target_mask)
+        arrays = (part.tokens, part.segment_ids, part.position_ids, part.target_mask & bool(rows))
         return LMBatch(*(torch.from_numpy(array[:, :longest]).to(device) for array in arrays))
 
     def num_targets(self, rows: Sequence[int]) -> int:

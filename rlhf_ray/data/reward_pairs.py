@@ -120,13 +120,13 @@ class RewardData:
     """Pairs to train on in a fixed order, and pairs to measure on."""
 
     train: Pairs
-    order: list[int]
-    """Numbers of `train` pairs, all epochs one after another."""
+    order: list[list[int]]
+    """Numbers of `train` pairs, epoch by epoch; each has as many."""
     held_out: Pairs
 
     def sizes(self) -> dict[str, int]:
         """Pairs of each part; a pair repeated by the mix or by epochs counts each time."""
-        return {"train": len(self.order), "held_out": len(self.held_out)}
+        return {"train": sum(map(len, self.order)), "held_out": len(self.held_out)}
 
 
 def reward_pairs(
@@ -166,10 +166,10 @@ def reward_pairs(
         )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
     options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}
-    order: list[int] = []
+    order = []
     for epoch in range(epochs):
         num = round(len(by_guideline[main]) / (used[main] / sum(used.values())))
         mix = mixture_rows([len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch)
         names = list(used)
-        order += [by_guideline[names[source]][row] for source, row in mix]
+        order.append([by_guideline[names[source]][row] for source, row in mix])
     return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))

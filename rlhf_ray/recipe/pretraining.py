@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model.config import PRESETS, ModelConfig
+from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.lm_rows import corpus_rows
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.language_modeling import train_language_model
@@ -25,6 +26,7 @@ def pretrain(context: Context) -> Path:
             section,
             model_config(context),
             num_steps=lambda sizes: section.num_steps,
+            draw=prompt_rows,
             versions=lambda total: {total: "model"},
             builder=corpus_rows,
             builder_args=(

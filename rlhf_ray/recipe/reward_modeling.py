@@ -7,6 +7,7 @@ from typing import Any
 from cluster.worker_group import collect
 from model.checkpoint_files import read_config
 from rlhf_ray.config import RewardSection
+from rlhf_ray.data.batching import steps_per_epoch
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_pairs import reward_pairs
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
@@ -165,4 +166,4 @@ def mix(name: str, section: RewardSection) -> dict[str, float]:
 
 def num_steps(pairs: int, section: RewardSection) -> int:
     """Optimizer steps over `pairs` training pairs, all epochs counted in."""
-    return max(1, pairs // section.batch_size)
+    return section.epochs * steps_per_epoch(pairs // section.epochs, section.batch_size)

@@ -15,7 +15,7 @@ from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.backends.weights import fill_buckets
-from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.data.batching import DrawRows, prompt_rows
 from rlhf_ray.records import Experience, Rollouts
 from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
 from rlhf_ray.workers.trainer import TrainerWorker
@@ -45,12 +45,16 @@ class PolicyWorker(TrainerWorker):
 
     # --- pretraining and supervised fine-tuning -------------------------------------------------------------
 
-    def train_lm(self, step: int, *, batch_size: int, micro_batch_size: int, seed: int) -> dict[str, float]:
+    def train_lm(
+        self, step: int, *, batch_size: int, micro_batch_size: int, seed: int, draw: DrawRows = prompt_rows
+    ) -> dict[str, float]:
         """One optimizer step on packed rows; which rows depends on (seed, step) alone."""
-        rows = prompt_rows(len(self._data.train), batch_size, seed=seed, step=step)
-        targets = self._data.train.num_targets(rows)
+        rows = draw(len(self._data.train), batch_size, seed=seed, step=step)
+        targets = max(1, self._data.train.num_targets(rows))  # a row may hold the first token of a document and no more
         own = rows[self.rank :: self.num_ranks]
-        micro_batches = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+        # As many on every rank, by the first one's rows: where rows do not deal out evenly, some are empty.
+        starts = range(0, -(-len(rows) // self.num_ranks), micro_batch_size)
+        micro_batches = [own[start : start + micro_batch_size] for start in starts]
 
         def loss(model: Any, batch: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
             packed = self._data.train.select(batch, self._runtime.device)
