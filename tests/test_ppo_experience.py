@@ -73,7 +73,7 @@ def scores(chunk: Rollouts, seed: int) -> list[Tensor]:
         return torch.randn(like.shape, generator=generator)
 
     mask, each = chunk.response_mask, torch.zeros(ROWS)
-    values = 0.3 * noise(torch.zeros(ROWS, mask.shape[1] + 1))
+    values = torch.nn.functional.pad(0.3 * noise(mask), (0, 1), value=0.4)
     return [values, (0.2 * noise(mask) - 6.2) * mask, 2 * noise(each) + 1, 2 * noise(each)]
 
 
