@@ -89,6 +89,10 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
             "ppo.batch_size=500 must be divisible by ppo.minibatch_size=64; change one of them, for example "
             "ppo.batch_size=448",
         ),
+        (
+            {"ppo": {"num_steps": 3, "value_warmup_steps": 3}},
+            "ppo.value_warmup_steps=3 must be less than ppo.num_steps=3: the policy learns only after them",
+        ),
         ({"ppo": {"num_chunks": 3}}, "ppo.batch_size=8 must be divisible by ppo.num_chunks=3;"),
         (
             {"cluster": {"cores": 4}, "roles": {"policy": {"num_ranks": 3}}},
@@ -135,6 +139,24 @@ def test_gpus_are_counted(tmp_path, monkeypatch):
     line = complaint(on_gpu, tmp_path / "new", "testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
     assert line.startswith("roles ask for 4.5 GPUs (helpfulness 1.5, policy 1, rollout 1, safety 1), this machine")
     check_run(on_gpu, tmp_path / "new", ("testbed", "tokenizer", "pretrain"))
+
+
+def test_only_models_that_a_stage_starts_take_gpus(monkeypatch):
+    monkeypatch.setattr(preflight, "count_gpus", lambda: 1)
+
+    def needed(stages, **inputs):
+        with pytest.raises(UserError) as raised:
+            preflight.check_ranks(
+                config(run={"device": "auto"}, inputs=inputs, roles={"safety": {"num_ranks": 2}}), stages
+            )
+        return str(raised.value).partition("(")[2].partition(")")[0]
+
+    assert needed(["reward"]) == "helpfulness 1, safety 2"
+    assert needed(["reward"], helpfulness="models/help") == "safety 2"
+    preflight.check_ranks(config(run={"device": "auto"}, inputs={"safety": "m:f"}), ["reward"])
+    everything = "helpfulness 1, policy 1, reference 1, rollout 1, safety 2, value 1"
+    assert needed(["ppo"], helpfulness="models/help", safety="models/safe") == everything
+    assert needed(["ppo"], helpfulness="m:f", safety="m:g") == "policy 1, reference 1, rollout 1, value 1"
 
 
 def test_visible_devices_bound_the_gpus(monkeypatch):

@@ -1,6 +1,7 @@
 """Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,15 @@ def train_reward_models(context: Context) -> dict[str, Path]:
     }
     missing = {name: step for name, step in steps.items() if not context.skip(step)}
     if missing:
-        _train(context, section, missing)
+        _train(context, section, missing, among=tuple(steps))
     return {name: step.path for name, step in steps.items()}
 
 
-def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
+def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, among: Sequence[str]) -> None:
+    """Trains the models of `steps`, side by side; `among` are those too that an earlier attempt has finished."""
     roles, timeout_s = context.roles, context.roles.timeout_s
     with console.status("reward: starting workers, reading comparisons"):
-        # Both, even where one model is done already: the number of threads is a part of what makes bits equal.
-        roles.work_together(*GUIDELINES)
+        roles.work_together(*steps, among=among)
         sizes = _begin(context, section, steps)
     progress = {name: step.latest_state()[0] for name, step in steps.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
