@@ -13,7 +13,7 @@ data_app = typer.Typer(help="Fetch, import, check and look at data.", no_args_is
 @data_app.command("import")
 def data_import(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .parquet), or directories.")
+        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .json, .parquet), or directories.")
     ],
     to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
     kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],
@@ -41,7 +41,7 @@ def data_import(
     split: Annotated[str | None, typer.Option(help="Which split of a directory, such as train.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.parquet.")] = False,
 ) -> None:
-    """Turn HH-RLHF, chosen/rejected, messages or prompt files into a table."""
+    """Turn HH-RLHF, chosen/rejected, messages, ShareGPT, Alpaca or prompt files into a table."""
     from rlhf_ray.data.importers import import_table
 
     import_table(
