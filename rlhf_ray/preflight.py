@@ -350,7 +350,7 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
 
 
 def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
-    inputs, now = json.loads(step_file.read_text())["inputs"], json.loads(config.model_dump_json())
+    inputs, now = json.loads(step_file.read_text(encoding="utf-8"))["inputs"], json.loads(config.model_dump_json())
     if stage == "testbed":  # seeds and precision of a run do not change its data
         return bool(inputs["config"] == now["testbed"])
     return (

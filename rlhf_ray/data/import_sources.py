@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.import_columns import BrokenRow, short
 from rlhf_ray.errors import UserError
+from rlhf_ray.text_files import encoding
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
@@ -84,12 +85,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BrokenRow]]
 
 def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, Mapping[str, Any] | BrokenRow]]:
     """The objects of JSON lines, or of one JSON array, in UTF-8 or in UTF-16 or 32 as Windows writes them."""
-    encoding = json.detect_encoding(content[:4])
-    if not encoding.startswith("utf-8"):
+    if not (found := encoding(content)).startswith("utf-8"):
         try:
-            content = content.decode(encoding).encode()
+            content = content.decode(found).encode()
         except UnicodeError as error:
-            raise UserError(f"{path}: cannot be read as {encoding} ({error}); save it as UTF-8") from error
+            raise UserError(f"{path}: cannot be read as {found} ({error}); save it as UTF-8") from error
     content = content.removeprefix(codecs.BOM_UTF8)
     for number, row in enumerate(whole := _whole_json(path, content) or ()):
         yield f"{path} row {number}", _object(row)

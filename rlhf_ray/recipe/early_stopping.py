@@ -30,7 +30,7 @@ class EarlyStopping:
     @classmethod
     def load(cls, state: Path | None) -> "EarlyStopping":
         """From a checkpoint of the stage, or afresh."""
-        return cls(**json.loads((state / "early_stopping.json").read_text())) if state else cls()
+        return cls(**json.loads((state / "early_stopping.json").read_text(encoding="utf-8"))) if state else cls()
 
 
 def look_is_due(section: PPOSection, index: int) -> bool:
