@@ -76,11 +76,15 @@ def data_fetch(
 def data_check(
     kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
     path: Annotated[Path, typer.Argument(help="A Parquet file.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also checks rows against this tokenizer and its template.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a row; needs --tokenizer.")] = None,
 ) -> None:
-    """Check a table's columns and rows; lists every broken row."""
+    """Check a table's columns and rows; lists broken rows."""
     from rlhf_ray.data.inspect import check_table
 
-    check_table(kind, path)
+    check_table(kind, path, tokenizer=tokenizer, max_tokens=max_tokens)
 
 
 @data_app.command("show")

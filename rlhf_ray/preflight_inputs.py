@@ -4,7 +4,8 @@ Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
 
 LONGEST_ROWS = 256
-"""Rows whose tokens are counted before the run, those of most characters; the stages count all."""
+"""Rows of most characters whose tokens are counted before the run, if all of them fit; the stages count all."""
 
 
 def check_inputs(config: Config, running: Sequence[str]) -> dict[str, "Model"]:
@@ -174,25 +175,50 @@ def check_tables(
     named = {name: path for name, path in config.data.model_dump().items() if path is not None}
     if not named:
         return
-    from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
+    from rlhf_ray.data.row_checks import refuse_broken, token_problems
+    from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 
+    tables = {}
     for name, path in named.items():
         kind = table_kind(name)
         if kind == "comparisons":
             check_strengths_column(config, name, path)
         with located(f"data.{name}"):
-            table = read_table(path, SCHEMAS[kind])
-            if problems := check_rows(kind, table):
-                more = f" (the first of {len(problems)} broken rows)" if len(problems) > 1 else ""
-                raise UserError(f"{path} {problems[0]}{more}; see `rlhf-ray data check {kind} {path}`")
+            tables[name] = table = read_table(path, SCHEMAS[kind])
+            if unused := unused_columns(path, SCHEMAS[kind]):
+                print(f"data.{name}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
+            problems = check_rows(kind, table)
+            limit, reason = token_limit(config, name, running, models) or (None, "")
+            if kind != "corpus" and tokenizer is not None and limit is not None:
+                problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
+            refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
             check_strengths(config, name, path, table)
         if name == "prompts_annotation" and "collect" in running:
             check_truth(path, table)
-        limit = token_limit(config, name, running, models)
-        if kind != "corpus" and tokenizer is not None and limit is not None:
+    check_parts(config, running, tables)
+
+
+def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa.Table"]) -> None:
+    """What trains on a table leaves some of it to measure on, and the other way round."""
+    from rlhf_ray.data.shares import check_mix, mix, split_comparisons, split_held_out
+
+    stages = {"corpus": "pretrain", "demonstrations": "sft", "public_demonstrations": "sft"}
+    for name, stage in stages.items():
+        if name in tables and stage in running:
+            column = tables[name]["text" if name == "corpus" else "messages"].to_pylist()
+            share = getattr(config, stage).held_out
             with located(f"data.{name}"):
-                check_row_lengths(path, table, tokenizer, *limit)
+                split_held_out(column, list(map(str, column)), share, str(getattr(config.data, name)))
+    if "comparisons" in tables and "reward" in running:
+        rows = tables["comparisons"].select(["messages", "guideline"]).to_pylist()
+        apart = tables.get("comparisons_held_out")
+        held_out = config.collect.held_out if apart is None else apart.select(["guideline"]).to_pylist()
+        for model in REWARD_MODELS:
+            if getattr(config.inputs, model) is None:
+                with located("data.comparisons"):
+                    shares = mix(model, config.reward)
+                    check_mix(model, shares, *split_comparisons(rows, held_out), str(config.data.comparisons))
 
 
 def table_kind(name: str) -> Any:
@@ -219,21 +245,22 @@ def check_strengths_column(config: Config, name: str, path: str) -> None:
 def check_strengths(config: Config, name: str, path: str, table: "pa.Table") -> None:
     """A margin that goes by strength finds one in every row."""
     if config.reward.margin != "none" and table["strength"].null_count:
-        row = table["strength"].to_pylist().index(None)
+        row, num = table["strength"].to_pylist().index(None), table["strength"].null_count
+        others = f" (and {num - 1} others)" if num > 1 else ""
         raise UserError(
-            f"data.{name}: {path} row {row} has no strength and reward.margin={config.reward.margin} "
+            f"data.{name}: {path} row {row}{others} has no strength and reward.margin={config.reward.margin} "
             "needs it; fill the column in, or set reward.margin=none"
         )
 
 
 def check_truth(path: str, table: "pa.Table") -> None:
     """The simulated annotator has something to judge by in every row."""
-    for row, truth in enumerate(table["truth"].to_pylist()):
-        if not truth:
-            raise UserError(
-                f"data.prompts_annotation: {path} row {row} has truth='' and the simulated annotator of "
-                "collect judges testbed prompts only; give human comparisons as data.comparisons"
-            )
+    if empty := [row for row, truth in enumerate(table["truth"].to_pylist()) if not truth]:
+        others = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise UserError(
+            f"data.prompts_annotation: {path} row {empty[0]}{others} has truth='' and the simulated annotator of "
+            "collect judges testbed prompts only; give human comparisons as data.comparisons"
+        )
 
 
 def token_limit(
@@ -263,44 +290,6 @@ def token_limit(
     return context - answer, (
         f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )
-
-
-def check_row_lengths(path: str, table: "pa.Table", tokenizer: LightTokenizer, limit: int, reason: str) -> None:
-    """The longest rows fit, and none spells a special token."""
-    from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
-
-    as_real: Any = tokenizer  # it has what encoding needs
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    rows = table.to_pylist()
-    sizes = []
-    for number, row in enumerate(rows):
-        text = "\0".join(_texts(row))
-        sizes.append(len(text))
-        if spelt := next((token for token in special if token in text), None):
-            raise UserError(
-                f"{path} row {number} holds the special token {spelt!r}, which would end or fake a turn; remove it"
-            )
-    for number in sorted(range(len(rows)), key=lambda n: -sizes[n])[:LONGEST_ROWS]:
-        row = rows[number]
-        with located(f"{path} row {number}"):
-            if "chosen" in row:
-                prompt = len(encode_prompt(as_real, row["messages"]))
-                sides = [
-                    encode_answer(as_real, row[side], finished=row[f"{side}_finished"])
-                    for side in ("chosen", "rejected")
-                ]
-                length = prompt + max(len(side) for side in sides)
-            elif row["messages"][-1]["role"] == "assistant":
-                length = len(encode_dialogue(as_real, row["messages"])[0])
-            else:
-                length = len(encode_prompt(as_real, row["messages"]))
-            if length > limit:
-                raise UserError(f"has {length} tokens, at most {limit} fit: {reason}")
-
-
-def _texts(row: Mapping[str, Any]) -> Iterator[str]:
-    yield from (message["content"] for message in row["messages"])
-    yield from (row[side] for side in ("chosen", "rejected") if side in row)
 
 
 def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:

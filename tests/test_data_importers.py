@@ -15,9 +15,10 @@ from rlhf_ray import cli
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.import_columns import BrokenRow, Columns
 from rlhf_ray.data.import_formats import Guideline, read_dialogue
-from rlhf_ray.data.importers import SHOWN_PROBLEMS, import_table
-from rlhf_ray.data.lm_rows import hash_share
+from rlhf_ray.data.importers import import_table
+from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import GUIDELINES, SCHEMAS, check_rows, read_table
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 
 
@@ -346,7 +347,7 @@ def test_the_first_broken_rows_are_shown_and_all_are_counted(imported, capsys):
     assert len(rows) == 1 and counts.read == SHOWN_PROBLEMS + 9
     assert err.splitlines()[SHOWN_PROBLEMS:] == ["6 more broken rows, not shown"]
     assert err.splitlines()[SHOWN_PROBLEMS - 1].partition(": ")[0].endswith(f"line {SHOWN_PROBLEMS + 1}")
-    assert out.splitlines()[-1] == f"left out {SHOWN_PROBLEMS + 8} rows: 25 empty answer, 2 duplicate, 1 not JSON"
+    assert out.splitlines()[-1] == f"left out {SHOWN_PROBLEMS + 8} rows: 15 empty answer, 2 duplicate, 1 not JSON"
 
 
 # --- long rows -------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from rlhf_ray.data.import_columns import BrokenRow, Columns, short
 from rlhf_ray.data.import_formats import Dialogue, Format, Guideline, ImportKind, TooLong, read_dialogue
 from rlhf_ray.data.import_lengths import fit, length_limits
 from rlhf_ray.data.import_sources import read_rows, source_files, split_name
+from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import COMPARISONS, SCHEMAS, row_problems, write_table
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 
-SHOWN_PROBLEMS = 20
 DUPLICATE, LONG = "duplicate", "too long"
 """Reasons to leave out a row that is not broken."""
 
@@ -207,10 +208,8 @@ def _column(source: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _split(rows: Sequence[Any], openings: Sequence[str], share: float) -> tuple[list[Any], list[Any]]:
-    # Here, because the module imports torch. What it hashes to hold rows out when training is never this text
-    # by itself, so that the shares held out there are drawn anew from what stays here.
-    from rlhf_ray.data.lm_rows import hash_share
-
+    # What is hashed to hold rows out when training is never this text by itself, so that the shares held out
+    # there are drawn anew from what stays here.
     sides = [hash_share(opening) < share for opening in openings]
     kept = [row for row, held in zip(rows, sides, strict=True) if not held]
     return kept, [row for row, held in zip(rows, sides, strict=True) if held]

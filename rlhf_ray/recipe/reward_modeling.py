@@ -11,6 +11,7 @@ from rlhf_ray.config import RewardSection
 from rlhf_ray.data.batching import steps_per_epoch
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_pairs import reward_pairs
+from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.tokenizer import save_tokenizer
@@ -114,6 +115,7 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             reward_pairs,
             str(context.outputs["comparisons"]),
             str(context.outputs["tokenizer"]),
+            model=name,
             shares=mix(name, section),
             margin=section.margin,
             epochs=section.epochs,
@@ -156,13 +158,6 @@ def with_interval(accuracy: dict[str, float], group: str) -> str:
     """An accuracy with half its 95% interval (normal approximation), for people."""
     share, count = accuracy[f"accuracy/{group}"], accuracy[f"count/{group}"]
     return f"{share:.3f} ± {1.96 * math.sqrt(share * (1 - share) / count):.3f} ({count:.0f} pairs)"
-
-
-def mix(name: str, section: RewardSection) -> dict[str, float]:
-    """Share of each guideline's comparisons in a model's training data (§3.2.2)."""
-    if name == "helpfulness":
-        return {"helpfulness": section.helpfulness_share, "safety": 1 - section.helpfulness_share}
-    return {"safety": section.safety_share, "helpfulness": 1 - section.safety_share}
 
 
 def num_steps(pairs: int, section: RewardSection) -> int:
