@@ -3,6 +3,7 @@
 Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -188,8 +189,8 @@ def check_tables(
             if unused := unused_columns(path, SCHEMAS[kind]):
                 print(f"data.{name}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
             problems = check_rows(kind, table)
-            limit, reason = token_limit(config, name, running, models) or (None, "")
-            if kind != "corpus" and tokenizer is not None and limit is not None:
+            if tokenizer is not None and (found := token_limit(config, name, running, models)):
+                limit, reason = found
                 problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
             refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
@@ -210,6 +211,16 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
             share = getattr(config, stage).held_out
             with located(f"data.{name}"):
                 split_held_out(column, list(map(str, column)), share, str(getattr(config.data, name)))
+    engines_and_ranks = math.lcm(config.roles.rollout.num_engines, config.roles.policy.num_ranks)
+    for name, stage, least in (
+        ("prompts_early_stop", "ppo", config.ppo.num_chunks),
+        ("prompts_test", "evaluate", engines_and_ranks),
+    ):
+        if name in tables and stage in running and tables[name].num_rows < least:
+            raise UserError(
+                f"data.{name}: {getattr(config.data, name)} has {tables[name].num_rows} prompts, at least {least} are "
+                "needed, one for each chunk, engine and rank; give more, or fewer of these"
+            )
     if "comparisons" in tables and "reward" in running:
         rows = tables["comparisons"].select(["messages", "guideline"]).to_pylist()
         apart = tables.get("comparisons_held_out")
@@ -265,8 +276,11 @@ def check_truth(path: str, table: "pa.Table") -> None:
 
 def token_limit(
     config: Config, name: str, running: Sequence[str], models: Mapping[str, Model]
-) -> tuple[int, str] | None:
-    """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
+) -> tuple[int | None, str] | None:
+    """(most tokens, the reason for it) of a row of a table that a stage tokenises, where such a stage runs.
+
+    The most is None where it is that of a model which the run has yet to make.
+    """
     lengths = {
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
@@ -286,7 +300,7 @@ def token_limit(
         return None
     stage, answer = answers[name]
     if (context := shortest_context(models, stage)) is None:
-        return None
+        return None, ""
     return context - answer, (
         f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )

@@ -123,7 +123,11 @@ def test_configs_that_cannot_be_read(call, tmp_path):
 def test_data_commands(call, tmp_path):
     path = tmp_path / "p.parquet"
     write_rows(path, "prompts", [prompt(0)])
-    assert call("data", "check", "prompts", path) == (0, f"{path}: 1 row of prompts, all well\n", "")
+    assert call("data", "check", "prompts", path) == (
+        0,
+        f"{path}: 1 row of prompts, all well; --tokenizer DIR checks their tokens as well\n",
+        "",
+    )
     code, out, _ = call("data", "show", path)
     assert code == 0 and "user: which is a fish?" in out
     assert refused(call("data", "check", "prompt", path)).endswith("did you mean prompts?")

@@ -14,7 +14,9 @@ def test_a_sound_table_is_one_line(tmp_path, capsys):
     path = tmp_path / "p.parquet"
     write_rows(path, "prompts", [prompt(0), prompt(1)])
     check_table("prompts", path)
-    assert capsys.readouterr().out == f"{path}: 2 rows of prompts, all well\n"
+    assert (
+        capsys.readouterr().out == f"{path}: 2 rows of prompts, all well; --tokenizer DIR checks their tokens as well\n"
+    )
 
 
 def test_every_broken_row_is_told_up_to_a_number(tmp_path, capsys):

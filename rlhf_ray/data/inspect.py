@@ -44,7 +44,8 @@ def check_table(kind: str, path: Path, *, tokenizer: Path | None = None, max_tok
         problems += token_problems(known, table, reader, limit=max_tokens, reason=rule)
     refuse_broken(str(path), problems, table.num_rows)
     rows = "1 row" if table.num_rows == 1 else f"{table.num_rows} rows"
-    print(f"{path}: {rows} of {known}, all well")
+    unasked = "" if tokenizer is not None or known == "corpus" else "; --tokenizer DIR checks their tokens as well"
+    print(f"{path}: {rows} of {known}, all well{unasked}")
     if unused := unused_columns(path, SCHEMAS[known]):
         print(f"columns that are not used: {', '.join(unused)}")
 
