@@ -4,6 +4,7 @@ Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gi
 the field says so and docs/decisions.md says why. Imports no torch: `--help` and bad input answer at once.
 """
 
+import json
 import os.path
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 
 from rlhf_ray.config_errors import explain, key_path
 from rlhf_ray.errors import UserError
-from rlhf_ray.text_files import decode
 
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -429,7 +429,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(decode(Path(path).read_bytes()))
+        content = Path(path).read_bytes()
+        return tomllib.loads(content.decode(json.detect_encoding(content[:4])))  # UTF-8, or UTF-16 as Windows writes it
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, writ
 from rlhf_ray import preflight
 from rlhf_ray.config import STAGES, parse_config
 from rlhf_ray.data.schemas import GUIDELINES
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
 from rlhf_ray.recipe.context import WHO_MAKES, Context
@@ -30,6 +31,7 @@ TINY = {
 }
 
 
+HELD = next(m for m in (comparison(n)["messages"] for n in range(99)) if hash_share(str(m)) < 0.3)
 USERS = [{**USER, "content": f"which is fish {n}?"} for n in range(20)]
 
 
@@ -322,6 +324,94 @@ def test_tables(tmp_path, files, name, kind, rows, line):
     assert re.match(line, complaint(given, tmp_path / "new"))
 
 
+def test_broken_rows_are_listed_ten_and_a_count(tmp_path, files, capsys):
+    rows = [prompt(n, "say </s>" if n % 2 else "fish?" + " carp" * 60 * (n == 4)) for n in range(30)]
+    given = config(inputs=inputs(files, "base"), data={"prompts_test": write_rows(tmp_path / "p", "prompts", rows)})
+    line = complaint(given, tmp_path / "new")
+    assert line.startswith(f"data.prompts_test: {tmp_path}/p row 1 holds the special token '</s>'")
+    assert line.endswith("(the first of 16 problems in 30 rows, 6 of them not shown)")
+    shown = capsys.readouterr().err.splitlines()
+    assert [text.split()[1].rstrip(":") for text in shown] == ["1", "3", "4", "5", "7", "9", "11", "13", "15", "17"]
+
+
+def test_every_row_that_is_too_long_is_found(tmp_path, files, monkeypatch):
+    # More of them than the rows that are counted where all fit.
+    monkeypatch.setattr("rlhf_ray.preflight_inputs.LONGEST_ROWS", 2)
+    rows = [prompt(n, "carp " * (60 if n < 5 else 1)) for n in range(20)]
+    given = config(inputs=inputs(files, "base"), data={"prompts_test": write_rows(tmp_path / "p", "prompts", rows)})
+    assert complaint(given, tmp_path / "new").endswith("(the first of 5 problems in 20 rows)")
+
+
+HELP, SAFE = (comparisons()[place::2] for place in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections", "line"),
+    [
+        (
+            HELP,
+            {},
+            r"has 0 safety comparisons to train on, and the safety model is made of them; import some with "
+            r"--guideline safety, name a model or a function in inputs\.safety, or set reward\.safety_share=0 to train "
+            r"it on the \d+ others",
+        ),
+        (SAFE, {}, r"has 0 helpfulness comparisons to train on, .* or set reward\.helpfulness_share=0 to"),
+        (
+            [*HELP, comparison(101, guideline="safety", messages=HELD)],
+            {},
+            r"all its safety comparisons are held out, .*",
+        ),
+        (HELP[:2] + SAFE[:2], {"collect": {"held_out": 1e-9}}, r"none of its 4 comparisons is held out; give more, .*"),
+    ],
+)
+def test_comparisons_that_a_reward_model_cannot_be_made_of(tmp_path, files, rows, sections, line):
+    path = write_rows(tmp_path / "c", "comparisons", rows)
+    given = config(sections, inputs=inputs(files, "chat"), data={"comparisons": path})
+    assert re.match(rf"data\.comparisons: \S+/c: {line}", complaint(given, tmp_path / "new", "reward"))
+
+
+def test_what_the_remedies_for_one_guideline_say_helps(tmp_path, files):
+    for rows, model in ((HELP, "safety"), (SAFE, "helpfulness")):
+        data = {"comparisons": write_rows(tmp_path / "c", "comparisons", rows)}
+        check_run(config(inputs=inputs(files, "chat", model), data=data), tmp_path / "new", ("reward",))
+        share = {f"{model}_share": 0.0}
+        check_run(config(inputs=inputs(files, "chat"), data=data, reward=share), tmp_path / "new", ("reward",))
+    apart = {"comparisons": write_rows(tmp_path / "few", "comparisons", [HELP[0], SAFE[0]])}
+    apart["comparisons_held_out"] = write_rows(tmp_path / "rest", "comparisons", HELP[1:3])
+    check_run(config(inputs=inputs(files, "chat"), data=apart), tmp_path / "new", ("reward",))
+
+
+def test_tables_too_small_to_hold_rows_out_or_to_be_dealt_out(tmp_path, files):
+    rows = {"demonstrations": {"messages": [USER, ANSWER], "kind": ""}, "corpus": {"text": "the cat."}}
+    for name, row in rows.items():
+        data = {name: write_rows(tmp_path / name, name, [row])}
+        line = complaint(config(data=data, inputs=inputs(files, "base") if name != "corpus" else {}), tmp_path / "new")
+        assert re.match(rf"data\.{name}: \S+: 1 rows leave [01] to train on and [01] held out at held_out=0\.3", line)
+    given = config(
+        inputs=inputs(files, "chat", "helpfulness", "safety"),
+        data=inputs(files, "prompts_train", "prompts_early_stop"),
+        ppo={"num_chunks": 8},
+    )
+    assert complaint(given, tmp_path / "new", "ppo").startswith(
+        f"data.prompts_early_stop: {files}/prompts_early_stop has 4 prompts, at least 8 are needed"
+    )
+
+
+def test_special_tokens_are_looked_for_where_the_model_is_yet_to_be_made(tmp_path, files):
+    data = {"prompts_test": write_rows(tmp_path / "p", "prompts", [prompt(0, "</s>")])}
+    given = config(inputs={"tokenizer": str(files / "base")}, data=data)
+    assert "row 0 holds the special token '</s>'" in complaint(given, tmp_path / "new")
+
+
+def test_columns_that_a_run_does_not_use_are_told(tmp_path, files, capsys):
+    table = pq.read_table(files / "demonstrations")
+    pq.write_table(table.append_column("system", [["Be brief."] * table.num_rows]), tmp_path / "d")
+    check_run(
+        config(inputs=inputs(files, "base"), data={"demonstrations": str(tmp_path / "d")}), tmp_path / "new", ("sft",)
+    )
+    assert capsys.readouterr().err == f"data.demonstrations: {tmp_path}/d: columns that are not used: system\n"
+
+
 def test_an_answer_that_was_cut_off_has_no_end_to_count(tmp_path, files):
     row = comparison(0, rejected="hen " * 18)
     size = int(re.search(r"has (\d+) tokens", tables_complaint(tmp_path / "a", files, [row], 48))[1])
@@ -461,6 +551,17 @@ def test_a_reward_that_is_given_is_not_trained(tmp_path):
     write_json(step / "step.json", {"inputs": recorded})
     assert preflight.is_done(given, tmp_path, "reward")
     assert not preflight.is_done(config(), tmp_path, "reward")
+
+
+def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
+    from rlhf_ray.recipe.run import run_recipe
+
+    given = config(inputs=inputs(files, "chat", "helpfulness", "safety"))
+    for stages in (("reward",), ("sft", "reward")):
+        assert run_recipe(given, tmp_path / "run", stages=stages) == {}
+        said = [line for line in " ".join(capsys.readouterr().err.split()).split(")") if "nothing to do" in line]
+        assert [line.split(":")[0].strip() for line in said] == list(stages)
+        assert "reward: nothing to do, the config names what it would make (helpfulness, safety" in said[-1]
 
 
 def test_a_cluster_that_cannot_be_found_is_told(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.import_columns import BrokenRow, short
 from rlhf_ray.errors import UserError
-from rlhf_ray.text_files import encoding
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
@@ -85,7 +84,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BrokenRow]]
 
 def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, Mapping[str, Any] | BrokenRow]]:
     """The objects of JSON lines, or of one JSON array, in UTF-8 or in UTF-16 or 32 as Windows writes them."""
-    if not (found := encoding(content)).startswith("utf-8"):
+    if not (found := json.detect_encoding(content[:4])).startswith("utf-8"):
         try:
             content = content.decode(found).encode()
         except UnicodeError as error:

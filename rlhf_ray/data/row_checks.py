@@ -1,5 +1,6 @@
 """What a tokenizer says against the rows of a table, and how broken rows are told. Needs no torch."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,15 @@ def token_problems(
     Raises:
         UserError: the tokenizer itself cannot be used.
     """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spelt = re.compile("|".join(special) or r"(?!)")
     rows = [row for row in enumerate(table.to_pylist()) if not any(row_problems(kind, row[1]))]
+    texts = {number: "\0".join(_texts(row)) for number, row in rows}
     problems: dict[int, str] = {}
     well = 0
-    for number, row in sorted(rows, key=lambda row: -sum(map(len, _texts(row[1])))):
-        if spelt := next((token for token in special if any(token in text for text in _texts(row))), None):
-            problems[number] = f" holds the special token {spelt!r}, which would end or fake a turn; remove it"
+    for number, row in sorted(rows, key=lambda row: -len(texts[row[0]])):
+        if found := spelt.search(texts[number]):
+            problems[number] = f" holds the special token {found[0]!r}, which would end or fake a turn; remove it"
         elif patience is None or well < patience:
             try:
                 length = _num_tokens(tokenizer, row)
