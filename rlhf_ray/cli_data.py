@@ -13,7 +13,8 @@ data_app = typer.Typer(help="Fetch, import, check and look at data.", no_args_is
 @data_app.command("import")
 def data_import(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .json, .parquet), or directories.")
+        list[Path],
+        typer.Argument(metavar="SOURCE", help="Files (.jsonl, .json, either as .gz, .parquet), or directories."),
     ],
     to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
     kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],

@@ -221,15 +221,18 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
                 f"data.{name}: {getattr(config.data, name)} has {tables[name].num_rows} prompts, at least {least} are "
                 "needed, one for each chunk, engine and rank; give more, or fewer of these"
             )
-    if "comparisons" in tables and "reward" in running:
-        rows = tables["comparisons"].select(["messages", "guideline"]).to_pylist()
+    name = "comparisons" if "comparisons" in tables else "prompts_annotation"  # the latter's become comparisons
+    if name in tables and "reward" in running and (name == "comparisons" or "collect" in running):
+        rows = [
+            {**row, "guideline": row.get("guideline", "safety" if row["is_safety"] else "helpfulness")}
+            for row in tables[name].to_pylist()
+        ]
         apart = tables.get("comparisons_held_out")
-        held_out = config.collect.held_out if apart is None else apart.select(["guideline"]).to_pylist()
-        for model in REWARD_MODELS:
-            if getattr(config.inputs, model) is None:
-                with located("data.comparisons"):
-                    shares = mix(model, config.reward)
-                    check_mix(model, shares, *split_comparisons(rows, held_out), str(config.data.comparisons))
+        held_out = config.collect.held_out if apart is None else apart.to_pylist()
+        for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
+            with located(f"data.{name}"):
+                train, rest = split_comparisons(rows, held_out)
+                check_mix(model, mix(model, config.reward), train, rest, str(getattr(config.data, name)))
 
 
 def table_kind(name: str) -> Any:

@@ -26,7 +26,7 @@ ENCODED = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".json.gz"])
 @pytest.mark.parametrize("content", ENCODED.values(), ids=ENCODED)
 def test_texts_of_windows_are_read_as_any_other(tmp_path, content, suffix):
     path = tmp_path / f"rows{suffix}"

@@ -582,8 +582,8 @@ def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("missing", "no such file or directory"),
-        ("rows.csv", r"must end in \.jsonl, \.jsonl\.gz, \.json, \.parquet; .* read_csv"),
-        ("empty", "has no .jsonl, .jsonl.gz, .json, .parquet file"),
+        ("rows.csv", r"must end in \.jsonl, \.jsonl\.gz, \.json, .*\.parquet; .* read_csv"),
+        ("empty", "has no .jsonl, .jsonl.gz, .json, .json.gz, .parquet file"),
         ("cut.jsonl.gz", "cannot be read .*is it whole"),
         ("plain.jsonl.gz", "cannot be read .*is it whole"),
         ("broken.parquet", "cannot be read .*is it whole"),

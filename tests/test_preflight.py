@@ -370,6 +370,17 @@ def test_comparisons_that_a_reward_model_cannot_be_made_of(tmp_path, files, rows
     assert re.match(rf"data\.comparisons: \S+/c: {line}", complaint(given, tmp_path / "new", "reward"))
 
 
+def test_prompts_whose_comparisons_a_reward_model_could_not_be_made_of(tmp_path, files):
+    for tagged in (True, False):
+        rows = [prompt(n, f"which {n}?", truth="{}", is_safety=tagged and n % 2 == 0) for n in range(40)]
+        data = {"prompts_annotation": write_rows(tmp_path / "p", "prompts", rows)}
+        given = config(inputs=inputs(files, "chat"), data=data)
+        if tagged:
+            check_run(given, tmp_path / "new", ("collect", "reward"))
+    line = complaint(given, tmp_path / "new", "collect", "reward")
+    assert line.startswith(f"data.prompts_annotation: {tmp_path}/p: has 0 safety comparisons to train on")
+
+
 def test_what_the_remedies_for_one_guideline_say_helps(tmp_path, files):
     for rows, model in ((HELP, "safety"), (SAFE, "helpfulness")):
         data = {"comparisons": write_rows(tmp_path / "c", "comparisons", rows)}

@@ -16,7 +16,7 @@ from rlhf_ray.config_errors import similar
 from rlhf_ray.data.import_columns import BrokenRow, short
 from rlhf_ray.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 """Files of a dataset's folder that describe it."""
 _SHARD = re.compile(r"[-_.]\d+-of-\d+(-[0-9a-f]+)?$|[-_.](part|shard|chunk)?[-_.]?\d+$")
@@ -105,7 +105,7 @@ def _whole_json(path: Path, content: bytes) -> list[Any] | None:
     Raises:
         UserError: it is neither, or an object around the rows.
     """
-    if not (path.suffix == ".json" or content.lstrip().startswith(b"[")):
+    if not (path.name.endswith((".json", ".json.gz")) or content.lstrip().startswith(b"[")):
         return None
     try:
         value = json.loads(content)

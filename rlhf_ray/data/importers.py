@@ -75,7 +75,7 @@ def import_table(
     """Turns files into one table of the recipe; tells broken rows on stderr and the counts on stdout.
 
     Args:
-        sources: files (.jsonl, .jsonl.gz, .json, .parquet), or directories that hold such files, at any depth.
+        sources: files (.jsonl, .json, either as .gz, .parquet), or directories that hold such files, at any depth.
         target: the Parquet file to write.
         kind: of the table.
         form: of the rows, see `import_formats`.

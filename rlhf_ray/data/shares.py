@@ -8,7 +8,7 @@ from rlhf_ray.config import RewardSection
 from rlhf_ray.errors import UserError
 
 T = TypeVar("T")
-Rows = list[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 
 
 def hash_share(text: str) -> float:
