@@ -23,9 +23,6 @@ LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
 SCORED = ("ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
-# As in recipe/tokenizer.py: vocabularies of models are often padded, a wider gap means another tokenizer.
-MAX_UNUSED_IDS = 1024
-
 OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
 
@@ -141,31 +138,55 @@ def check_tokenizers(config: Config, models: Mapping[str, Model]) -> LightTokeni
         return None
     with located(f"{field}={directory!r}"):
         files = LightTokenizer(directory)
-        if files.eos_token is None:
-            raise UserError("the tokenizer has no eos_token; set it to the token that closes an answer")
         if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
+        check_turns(files)
     for model_field, (path, model) in models.items():
         _check_fit(field, files, model_field, model)
         if path != directory and (Path(path) / "tokenizer.json").exists():
             with located(f"{model_field}={path!r}"):
                 own = LightTokenizer(path)
-            if own.vocabulary != files.vocabulary:
+            if difference := _difference(files, own):
                 raise UserError(
-                    f"{model_field}={path!r} has another tokenizer than {field}={directory!r}; "
+                    f"{model_field}={path!r} has another tokenizer than {field}={directory!r} ({difference}); "
                     "give models that share one tokenizer"
                 )
     return files
 
 
+def check_turns(tokenizer: LightTokenizer) -> None:
+    """The template closes answers with one token and takes dialogues of one exchange and of several.
+
+    Raises:
+        UserError: as `data.chat.encode_dialogue`.
+    """
+    from rlhf_ray.data.chat import check_template
+    from rlhf_ray.data.template import settle_eos
+
+    as_real: Any = tokenizer  # it has what encoding needs
+    settle_eos(as_real)
+    for exchanges in (1, 2):
+        check_template(as_real, ("user", "assistant") * exchanges)
+        check_template(as_real, (*("user", "assistant") * exchanges, "user"))
+
+
+def _difference(files: LightTokenizer, own: LightTokenizer) -> str | None:
+    """In what a model's tokenizer differs from the run's, whose tokens it must know; more of its own do no harm."""
+    known = own.vocabulary
+    for token, number in files.vocabulary.items():
+        if known.get(token) != number:
+            return f"{token!r} is {known.get(token, 'none of its tokens')} there and {number} here"
+    if own.chat_template is not None and own.eos_token != files.eos_token:
+        return f"its answers end in {own.eos_token!r}, not in {files.eos_token!r}"
+    return None
+
+
 def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> None:
     size = max(files.vocabulary.values()) + 1
-    if not size <= model.vocab_size < size + MAX_UNUSED_IDS:
+    if size > model.vocab_size:
         raise UserError(
-            f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of "
-            f"{field}, which has "
-            f"{size} ids: it must have as many, or fewer than {MAX_UNUSED_IDS} more; use the model's "
-            "own tokenizer"
+            f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of {field}, which "
+            f"has {size} ids: it must have as many, or more; use the model's own tokenizer"
         )
 
 
@@ -316,6 +337,7 @@ def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
         files = LightTokenizer(path)
         if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
+        check_turns(files)
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
     if max_new_tokens >= model.max_seq_len:
         raise UserError(

@@ -16,7 +16,7 @@ class Completion:
     """One sampled answer."""
 
     tokens: list[int]
-    """Sampled token ids, EOS included where it was sampled."""
+    """Sampled token ids, the one that ended the answer included."""
     logprobs: list[float]
     """Log-prob of each token at the sampling temperature."""
     finished: bool
@@ -47,6 +47,9 @@ class Engine:
         self._llm: Any = LLM(
             model=checkpoint,
             skip_tokenizer_init=True,  # token ids in, token ids out
+            generation_config="vllm",  # what ends an answer is told with each request
+            config_format="hf",  # files of other formats may lie beside ours
+            load_format="safetensors",
             dtype="bfloat16" if precision == "bf16" else "float32",
             max_model_len=max_seq_len,
             max_num_seqs=max_num_seqs,
@@ -67,12 +70,12 @@ class Engine:
         seeds: Sequence[int],
         temperature: float,
         max_new_tokens: int,
-        stop_token_id: int | None,
+        end_ids: Sequence[int],
     ) -> list[Completion]:
         """Samples one answer per prompt; temperature 0 is greedy, top-p and top-k are off.
 
         Args:
-            stop_token_id: ends an answer; None ends none before `max_new_tokens`, and EOS is a token like others.
+            end_ids: tokens that end an answer; without any none ends before `max_new_tokens`.
         """
         from vllm import SamplingParams
 
@@ -82,8 +85,8 @@ class Engine:
                 max_tokens=max_new_tokens,
                 seed=seed,
                 logprobs=0,  # the sampled token's own
-                stop_token_ids=None if stop_token_id is None else [stop_token_id],
-                ignore_eos=stop_token_id is None,  # the engine knows the model's EOS by itself
+                stop_token_ids=list(end_ids),
+                ignore_eos=True,  # the engine's own, from the checkpoint's config.json
                 detokenize=False,
             )
             for seed in seeds

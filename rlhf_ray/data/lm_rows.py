@@ -65,7 +65,8 @@ class LMData:
 
 
 def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
-    """A corpus table as full rows; each document stands between BOS and EOS.
+    """A corpus table as full rows; each document stands between BOS and EOS, or before EOS alone where the tokenizer
+    has no BOS of its own.
 
     Raises:
         UserError: the table is broken, or a part is empty.
@@ -73,7 +74,8 @@ def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: flo
     tokenizer = load_tokenizer(tokenizer_directory)
     texts = read_table(path, CORPUS)["text"].to_pylist()
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    documents = [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token not in (None, tokenizer.eos_token) else []
+    documents = [[*begin, *tokens, tokenizer.eos_token_id] for tokens in encoded]
     train, rest = split_held_out(documents, texts, held_out, path)
     return LMData(LMRows(pack_stream(train, seq_len=seq_len)), LMRows(pack_stream(rest, seq_len=seq_len)))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
 from rlhf_ray.data.schemas import Kind, row_problems
+from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import UserError
 from rlhf_ray.light_tokenizer import LightTokenizer
 
@@ -47,20 +48,23 @@ def token_problems(
     Args:
         limit: most tokens of a row, and none for no limit.
         reason: why it is the limit, and the remedy.
-        patience: rows are measured from the longest text down until this many in turn are well; None measures all.
+        patience: rows are measured from the longest text down until this many in turn are well, and then the first of
+            each order of roles, which a template may refuse; None measures all.
     Raises:
         UserError: the tokenizer itself cannot be used.
     """
-    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spelt = re.compile("|".join(special) or r"(?!)")
+    spelt = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
     rows = [row for row in enumerate(table.to_pylist()) if not any(row_problems(kind, row[1]))]
     texts = {number: "\0".join(_texts(row)) for number, row in rows}
     problems: dict[int, str] = {}
-    well = 0
+    shapes, well = set[tuple[str, ...]](), 0
     for number, row in sorted(rows, key=lambda row: -len(texts[row[0]])):
         if found := spelt.search(texts[number]):
             problems[number] = f" holds the special token {found[0]!r}, which would end or fake a turn; remove it"
-        elif patience is None or well < patience:
+            continue
+        roles = tuple(message["role"] for message in row["messages"])
+        if patience is None or well < patience or roles not in shapes:
+            shapes.add(roles)
             try:
                 length = _num_tokens(tokenizer, row)
                 if limit is not None and length > limit:

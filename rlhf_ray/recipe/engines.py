@@ -80,7 +80,7 @@ def check_swappable(field: str, checkpoint: Path, first: Path) -> None:
     Raises:
         UserError: it has another shape.
     """
-    if read_config(checkpoint) != read_config(first):
+    if read_config(checkpoint).shape() != read_config(first).shape():
         raise UserError(
             f"{field}={str(checkpoint)!r}: has another shape than {first}, and the engine that answers with one "
             f"takes the other's weights; give a checkpoint of the same shape"

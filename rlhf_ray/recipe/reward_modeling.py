@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect
-from model.checkpoint_files import read_config
 from rlhf_ray.config import RewardSection
 from rlhf_ray.data.batching import steps_per_epoch
-from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_pairs import reward_pairs
 from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.tokenizer import save_tokenizer
 from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
@@ -87,7 +84,6 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
         if not (work / "model").exists():  # one from before an interruption is the same and stays
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
-        pad_as_model(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
         console.print(f"reward-{name}: held-out accuracy {told(accuracy, name)}")
 
@@ -133,14 +129,6 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
         begun += roles.begin_training(name, optim=section.optim, num_steps=total, state=step.latest_state()[1])
     collect(begun, timeout_s=timeout_s, step="reward start")
     return sizes
-
-
-def pad_as_model(checkpoint: Path) -> None:
-    """Makes a reward model's tokenizer pad with the model's own padding token (`score_pad_token_id`)."""
-    tokenizer, pad = load_tokenizer(checkpoint), read_config(checkpoint).pad_token_id
-    if pad is not None and tokenizer.pad_token_id != pad:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        save_tokenizer(tokenizer, checkpoint)
 
 
 def held_out(context: Context) -> str | float:
