@@ -24,6 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCORE = "score.weight"
 
+_LANGUAGE_MODELS, _CLASSIFIER = ("LlamaForCausalLM", "LLaMAForCausalLM"), "LlamaForSequenceClassification"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
@@ -68,13 +69,18 @@ def is_reward_model(directory: str | Path) -> bool:
     """Whether a checkpoint directory holds a scalar-head model, by its config.json.
 
     Raises:
-        CheckpointError: As read_config; or a classifier with more than one label.
+        CheckpointError: As read_config; or a classifier with more than one label, or another class of model.
     """
     directory = Path(directory)
     hf = _read_hf_config(directory)
-    architecture = (hf.get("architectures") or ["LlamaForCausalLM"])[0]
-    if not str(architecture).endswith("ForSequenceClassification"):
+    architecture = (hf.get("architectures") or [_LANGUAGE_MODELS[0]])[0]
+    if architecture in _LANGUAGE_MODELS:
         return False
+    if architecture != _CLASSIFIER:
+        raise CheckpointError(
+            f"{directory}: {CONFIG_FILE}: architectures names {architecture!r}; it must be {_LANGUAGE_MODELS[0]} or "
+            f"{_CLASSIFIER}"
+        )
     labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), dict) else hf.get("num_labels", 2)
     if labels != 1:
         raise CheckpointError(f"{directory}: {architecture} has {labels} labels; a reward model has exactly 1")

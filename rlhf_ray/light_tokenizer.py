@@ -116,11 +116,12 @@ class LightTokenizer:
 
         if not all(isinstance(token, str) for token in self._extra_tokens):
             raise TypeError("additional_special_tokens must be a list of texts")
-        own = {repr(token) for token in self.added_tokens_decoder.values()}
-        tokens = [
-            AddedToken(**{"special": False} | token) for _, token in sorted(listed.items(), key=lambda i: int(i[0]))
-        ]
-        self._tokenizer.add_tokens([token for token in tokens if repr(token) not in own])
+        own, named = {repr(token) for token in self.added_tokens_decoder.values()}, set(self.marks.values())
+        for _, fields in sorted(listed.items(), key=lambda item: int(item[0])):
+            token = AddedToken(**{"special": False} | fields)
+            if repr(token) not in own:
+                token.special = token.special or str(token) in named
+                self._tokenizer.add_tokens([token])
         known = {str(token) for token in self.added_tokens_decoder.values()}
         self._tokenizer.add_special_tokens([token for token in self.all_special_tokens if token not in known])
 

@@ -11,6 +11,7 @@ from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, writ
 
 from rlhf_ray import preflight
 from rlhf_ray.config import STAGES, parse_config
+from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.schemas import GUIDELINES
 from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
@@ -248,9 +249,66 @@ def test_models_of_different_tokenizers(tmp_path, files):
     write_tokenizer(other, texts=["quite other words here, and there too."] * 9)
     given = config(inputs={**inputs(files, "chat"), "helpfulness": str(other)})
     assert complaint(given, tmp_path / "new") == (
-        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat'; "
-        "give models that share one tokenizer"
+        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat' ('6' is 271 there and 270 "
+        "here); give models that share one tokenizer"
     )
+
+
+def test_a_reward_model_may_know_tokens_that_the_policy_never_emits(tmp_path, files):
+    reward = write_checkpoint(tmp_path / "reward", reward_model=True, vocab_size=301)
+    tokenizer = load_tokenizer(write_tokenizer(reward))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(reward)
+    check_run(config(inputs={**inputs(files, "chat"), "helpfulness": str(reward)}), tmp_path / "new", ["testbed"])
+    # The other way round the policy could emit what the reward model has never heard of.
+    chat = write_checkpoint(tmp_path / "chat", vocab_size=301)
+    tokenizer.save_pretrained(chat)
+    given = config(inputs={"chat": str(chat), **inputs(files, "safety")})
+    assert "inputs.safety: the model's vocab_size=300 does not fit" in complaint(given, tmp_path / "new")
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "pad_token")
+    tokenizer.save_pretrained(reward)
+    given = config(inputs={**inputs(files, "chat"), "helpfulness": str(reward)})
+    assert "(its answers end in '[PAD]', not in '</s>')" in complaint(given, tmp_path / "new")
+
+
+def test_vocabularies_may_be_padded_to_any_size(tmp_path, files):
+    wide = write_checkpoint(tmp_path / "wide", vocab_size=5000)
+    write_tokenizer(wide)
+    check_run(config(inputs={"base": str(wide)}), tmp_path / "new", ["testbed"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("message['content'] + eos_token", "message['content'] + 'the end.'", "closes an answer with no special token"),
+        ("message['content'] + '[/INST]'", "message['content'][:5] + '[/INST]'", "messages[0].content (role user)"),
+        ("bos_token + '[INST]'", "(messages | length | string) + '[INST]'", "rewrites earlier turns"),
+        ("bos_token + '[INST]'", "bos_token + nothing + '[INST]'", "cannot be rendered ('nothing' is undefined)"),
+    ],
+)
+def test_a_template_that_training_could_not_use_is_told_before(tmp_path, files, old, new, line):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text().replace(old, new))
+    told = complaint(config(inputs={"tokenizer": str(directory), **inputs(files, "base")}), tmp_path / "new")
+    assert told.startswith(f"inputs.tokenizer='{directory}': ") and line in told
+
+
+def test_a_template_that_drops_system_messages_is_told_where_there_are_some(tmp_path, files):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text().replace("messages[0]['content']", "''"))
+    rows = [{"messages": [USER, ANSWER], "kind": "k"}] * 4
+    # Shorter than the marks around it, and a part of the question.
+    rows.append({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "kind": "k"})
+    for number, count in ((1, 4), (2, 5)):
+        table = write_rows(tmp_path / f"{number}.parquet", "demonstrations", rows[:count])
+        given = config(inputs={"tokenizer": str(directory), **inputs(files, "base")}, data={"demonstrations": table})
+        if count == 4:
+            check_run(given, tmp_path / "new", ["sft"])
+        else:
+            line = f"data.demonstrations: {table} row 4: messages[0].content (role system)"
+            assert complaint(given, tmp_path / "new", "sft").startswith(line)
 
 
 def test_a_tokenizer_without_a_template(tmp_path, files):

@@ -93,9 +93,16 @@ def settle_eos(tokenizer: Any) -> None:
     """Makes the token that closes an answer the tokenizer's EOS, whatever its files call so.
 
     Raises:
-        UserError: as `turn_end`; or the template also writes the other one, elsewhere.
+        UserError: as `turn_end`; the template also writes the other one, elsewhere; or after a text the tokenizer does
+            not take the end for the one token that it is.
     """
     end, declared = turn_end(tokenizer), tokenizer.eos_token
+    alone, word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (end, "a", f"a{end}"))
+    if len(alone) != 1 or both != word + alone:
+        raise UserError(
+            f"{tokenizer.name_or_path}: {end!r}, which closes an answer in the chat template, is split into others; "
+            "set special=true and normalized=false for it in tokenizer.json"
+        )
     if end == declared:
         return
     prompt = dialogue_of(("user", "assistant", "user"))
