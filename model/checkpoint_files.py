@@ -152,18 +152,24 @@ def check_checkpoint(directory: str | Path) -> CheckpointInfo:
     return CheckpointInfo(config, reward_model, files)
 
 
-@contextlib.contextmanager
-def only_named_files(directory: str | Path) -> Iterator[str]:
-    """The directory, or, where it holds safetensors that are none of the checkpoint's (an adapter, another format's
-    copy), one of links without them for as long as the context is open: other readers take every file they find.
+def stray_files(directory: str | Path) -> set[Path]:
+    """Safetensors that are none of the checkpoint's: an adapter, a copy in another format.
 
     Raises:
-        CheckpointError, UnsupportedModelError: As `check_checkpoint`.
+        CheckpointError: As `check_checkpoint`, of the index.
+    """
+    directory = Path(directory)
+    named = {*_weight_files(directory), directory / INDEX_FILE}
+    return {path for path in directory.glob("*.safetensors*") if path not in named}
+
+
+@contextlib.contextmanager
+def only_named_files(directory: str | Path) -> Iterator[str]:
+    """The directory, or, where it holds stray files, one of links to the others for as long as the context is open:
+    other readers take every file they find.
     """
     directory = Path(directory).absolute()
-    named = {*check_checkpoint(directory).files, directory / INDEX_FILE}
-    strays = {path for path in directory.glob("*.safetensors*") if path not in named}
-    if not strays:
+    if not (strays := stray_files(directory)):
         yield str(directory)
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as links:

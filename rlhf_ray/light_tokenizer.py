@@ -41,6 +41,8 @@ class LightTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again") from error
+        self._tokenizer.no_truncation()  # as transformers, where a caller asks for none, whatever the file says
+        self._tokenizer.no_padding()
         self._settings = read_settings(directory)
         self.eos_token = _content(self._settings.get("eos_token"))
         """The token that ends an answer."""

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from model.checkpoint_files import check_checkpoint
+from model.checkpoint_files import check_checkpoint, stray_files
 from model.config import ModelConfig
 from rlhf_ray.config import Config
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.light_tokenizer import LightTokenizer
+from rlhf_ray.metrics import console
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,6 +121,12 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
             f"{field}={path!r} is a language model (LlamaForCausalLM) where a reward model is needed; "
             "give a LlamaForSequenceClassification checkpoint with one label"
         )
+    if strays := stray_files(path):
+        names = ", ".join(sorted(stray.name for stray in strays))
+        read = ", ".join(sorted(file.name for file in info.files)[:2])
+        console.print(
+            f"{field}={path!r}: {names}: not read, only {read}; an adapter must be merged into the model first"
+        )
     return info.config
 
 
@@ -173,7 +180,7 @@ def check_turns(tokenizer: LightTokenizer) -> None:
 def _difference(files: LightTokenizer, own: LightTokenizer) -> str | None:
     """In what a model's tokenizer differs from the run's, whose tokens it must know; more of its own do no harm."""
     known = own.vocabulary
-    for token, number in files.vocabulary.items():
+    for token, number in sorted(files.vocabulary.items(), key=lambda item: item[1]):
         if known.get(token) != number:
             return f"{token!r} is {known.get(token, 'none of its tokens')} there and {number} here"
     if own.chat_template is not None and own.eos_token != files.eos_token:

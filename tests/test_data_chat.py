@@ -120,6 +120,11 @@ def test_a_sampled_answer_decodes_to_text_that_encodes_to_the_same_tokens(ours):
     assert encode_answer(ours, text, finished=True) == sampled
 
 
+def test_decoding_keeps_spaces_before_punctuation(ours):
+    ours.clean_up_tokenization_spaces = True
+    assert decode_answer(ours, encode_answer(ours, "a cat , is n't it ?", finished=True)) == "a cat , is n't it ?"
+
+
 def test_the_prompt_ends_with_the_generation_prompt(ours, chatml):
     assert text_of(ours, encode_prompt(ours, [USER])) == "<s>[INST]▁hello▁cat[/INST]"
     assert text_of(chatml, encode_prompt(chatml, [USER])).endswith("<|im_start|>▁assistant\n")

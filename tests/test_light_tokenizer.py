@@ -85,9 +85,14 @@ def listed(**flags):
             "special_tokens_map.json": {"additional_special_tokens": ["<tool>"]},
         },
         {"added_tokens.json": {"<new>": 303}},
+        {
+            "tokenizer.json": {
+                "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+            }
+        },
         {"tokenizer_config.json": {"chat_template": "of no account"}, "additional_chat_templates/tool_use.jinja": "x"},
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_special_tokens_are_those_of_transformers_wherever_they_are_named(tmp_path, files):
     directory = write_tokenizer(tmp_path / "t")

@@ -249,7 +249,7 @@ def test_models_of_different_tokenizers(tmp_path, files):
     write_tokenizer(other, texts=["quite other words here, and there too."] * 9)
     given = config(inputs={**inputs(files, "chat"), "helpfulness": str(other)})
     assert complaint(given, tmp_path / "new") == (
-        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat' ('6' is 271 there and 270 "
+        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat' ('0' is 265 there and 264 "
         "here); give models that share one tokenizer"
     )
 
@@ -269,6 +269,15 @@ def test_a_reward_model_may_know_tokens_that_the_policy_never_emits(tmp_path, fi
     tokenizer.save_pretrained(reward)
     given = config(inputs={**inputs(files, "chat"), "helpfulness": str(reward)})
     assert "(its answers end in '[PAD]', not in '</s>')" in complaint(given, tmp_path / "new")
+
+
+def test_weights_that_nobody_reads_are_told(tmp_path, files, capsys):
+    model = write_checkpoint(tmp_path / "m")
+    write_tokenizer(model)
+    (model / "adapter_model.safetensors").write_bytes(b"x")
+    check_run(config(inputs={"base": str(model)}), tmp_path / "new", ["testbed"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "adapter_model.safetensors: not read, only model.safetensors; an adapter must be merged" in told
 
 
 def test_vocabularies_may_be_padded_to_any_size(tmp_path, files):

@@ -147,7 +147,9 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", roles: Sequence[str]) -
 def decode_answer(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
     """Text of an answer's tokens, without those that are no text."""
     control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
-    return str(tokenizer.decode([token for token in tokens if token not in control], skip_special_tokens=True)).strip()
+    kept = [token for token in tokens if token not in control]
+    # The clean-up that some settings ask for takes spaces before punctuation away.
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
 def _parts(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> list[tuple[str, bool]]:

@@ -125,18 +125,22 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: Any, template: str, eos: str | None) -> tuple[str, ...]:
-    flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     frame = ""
     for roles in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):
         try:
             frame += render(tokenizer, dialogue_of(roles), add_generation_prompt=True)
         except UserError:
             continue  # told where such a dialogue is met
-    return tuple(dict.fromkeys([*flagged, *tokenizer.all_special_tokens, *_tokens_in(tokenizer, frame)]))
+    return tuple(dict.fromkeys([*_flagged(tokenizer), *_tokens_in(tokenizer, frame)]))
 
 
 def _tokens_in(tokenizer: Any, text: str) -> list[str]:
-    """Added and special tokens that stand in a text; words and white space that were added are text like other."""
+    """Special and added tokens that stand in a text; words and white space that were added are text like other."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    tokens = dict.fromkeys([*added, *tokenizer.all_special_tokens])
-    return [token for token in tokens if token.strip() and not token.strip().isalnum() and token in text]
+    marks = [token for token in added if token.strip() and not token.strip().isalnum()]
+    return [token for token in dict.fromkeys([*_flagged(tokenizer), *marks]) if token in text]
+
+
+def _flagged(tokenizer: Any) -> list[str]:
+    flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*flagged, *tokenizer.all_special_tokens]

@@ -26,7 +26,14 @@ SHARED_CODE = (
     "rlhf_ray.recipe.engines",
 )
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
 
 WHO_MAKES = {
     "tokenizer": ("tokenizer", "inputs.tokenizer"),
