@@ -303,6 +303,17 @@ def test_a_template_that_training_could_not_use_is_told_before(tmp_path, files, 
     assert told.startswith(f"inputs.tokenizer='{directory}': ") and line in told
 
 
+def test_a_template_that_takes_one_exchange_alone_is_told_where_there_are_more(tmp_path, files):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text("{%- if messages | length > 2 -%}{{- 'x' -}}{%- endif -%}" + template.read_text())
+    one, two = [USER, ANSWER], [USER, ANSWER] * 2
+    table = write_rows(tmp_path / "d", "demonstrations", [{"messages": rows, "kind": "k"} for rows in (one, one, two)])
+    given = config(inputs={"tokenizer": str(directory), **inputs(files, "base")}, data={"demonstrations": table})
+    line = complaint(given, tmp_path / "new", "sft")
+    assert line.startswith(f"data.demonstrations: {table} row 2: ") and "rewrites earlier turns" in line
+
+
 def test_a_template_that_drops_system_messages_is_told_where_there_are_some(tmp_path, files):
     directory = write_tokenizer(tmp_path / "tokenizer")
     template = directory / "chat_template.jinja"
