@@ -24,6 +24,9 @@ LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
 SCORED = ("ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
+WIDE_GAP = 1024
+"""Ids of a model that its tokenizer does not use, from which on padding is not the likeliest reason."""
+
 OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
 
@@ -149,11 +152,18 @@ def check_tokenizers(config: Config, models: Mapping[str, Model]) -> LightTokeni
             raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
         check_turns(files)
     for model_field, (path, model) in models.items():
-        _check_fit(field, files, model_field, model)
-        if path != directory and (Path(path) / "tokenizer.json").exists():
+        size = _check_fit(field, files, model_field, model)
+        if not (Path(path) / "tokenizer.json").exists():
+            if model.vocab_size - size >= WIDE_GAP:
+                console.print(
+                    f"{model_field}: vocab_size={model.vocab_size} is far more than the {size} ids of the tokenizer of "
+                    f"{field}: right for a padded vocabulary, wrong for a model of another tokenizer"
+                )
+        elif path != directory:
             with located(f"{model_field}={path!r}"):
                 own = LightTokenizer(path)
-            if difference := _difference(files, own):
+            reads_answers = model_field.removeprefix("inputs.") in REWARD_MODELS
+            if difference := _difference(files, own, reads_answers=reads_answers):
                 raise UserError(
                     f"{model_field}={path!r} has another tokenizer than {field}={directory!r} ({difference}); "
                     "give models that share one tokenizer"
@@ -176,24 +186,26 @@ def check_turns(tokenizer: LightTokenizer) -> None:
     check_template(as_real, ("user", "assistant"))
 
 
-def _difference(files: LightTokenizer, own: LightTokenizer) -> str | None:
+def _difference(files: LightTokenizer, own: LightTokenizer, *, reads_answers: bool) -> str | None:
     """In what a model's tokenizer differs from the run's, whose tokens it must know; more of its own do no harm."""
     known = own.vocabulary
     for token, number in sorted(files.vocabulary.items(), key=lambda item: item[1]):
         if known.get(token) != number:
             return f"{token!r} is {known.get(token, 'none of its tokens')} there and {number} here"
-    if own.chat_template is not None and own.eos_token != files.eos_token:
+    if reads_answers and own.chat_template is not None and own.eos_token != files.eos_token:
         return f"its answers end in {own.eos_token!r}, not in {files.eos_token!r}"
     return None
 
 
-def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> None:
+def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> int:
+    """The tokenizer's size, which the model's vocabulary has room for."""
     size = max(files.vocabulary.values()) + 1
     if size > model.vocab_size:
         raise UserError(
             f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of {field}, which "
             f"has {size} ids: it must have as many, or more; use the model's own tokenizer"
         )
+    return size
 
 
 def check_tables(

@@ -280,10 +280,23 @@ def test_weights_that_nobody_reads_are_told(tmp_path, files, capsys):
     assert "adapter_model.safetensors: not read, only model.safetensors; an adapter must be merged" in told
 
 
-def test_vocabularies_may_be_padded_to_any_size(tmp_path, files):
+def test_vocabularies_may_be_padded_to_any_size(tmp_path, files, capsys):
     wide = write_checkpoint(tmp_path / "wide", vocab_size=5000)
     write_tokenizer(wide)
     check_run(config(inputs={"base": str(wide)}), tmp_path / "new", ["testbed"])
+    assert "padded" not in capsys.readouterr().err
+    (wide / "tokenizer.json").unlink()  # then nothing but the size tells
+    given = config(inputs={"base": str(wide), "tokenizer": str(files / "base")})
+    check_run(given, tmp_path / "new", ["testbed"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "vocab_size=5000 is far more than the 300 ids of the tokenizer of inputs.tokenizer: right for a pad" in told
+
+
+def test_a_tokenizer_with_a_template_of_its_own_may_be_given_to_a_language_model(tmp_path, files):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "pad_token")
+    tokenizer.save_pretrained(tmp_path / "t")
+    check_run(config(inputs={"tokenizer": str(tmp_path / "t"), **inputs(files, "base")}), tmp_path / "new", ["testbed"])
 
 
 @pytest.mark.parametrize(
