@@ -14,7 +14,7 @@ import typer
 from rlhf_ray.cli_data import data_app
 from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import Stopped, stopping_on_signals
+from rlhf_ray.stopping import saying, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
@@ -37,10 +37,10 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
     from rlhf_ray.config import load_config
     from rlhf_ray.preflight import check_run
 
-    config = load_config(config_path, overrides)
-    check_run(config, out, stages)
-
-    made = _run_recipe(config, out, stages)
+    with saying("stopped; the same command goes on from the last checkpoint"):
+        config = load_config(config_path, overrides)
+        check_run(config, out, stages)
+        made = _run_recipe(config, out, stages)
     if "evaluation" in made:
         from rlhf_ray.evaluate.policies import print_evaluation
 
@@ -159,11 +159,9 @@ def bench(
     from rlhf_ray.bench.report import print_report
     from rlhf_ray.run_state import write_json
 
-    with _cluster_failures("the same command starts anew"):
+    with _cluster_failures("the same command starts anew"), saying("stopped; a benchmark keeps nothing"):
         try:
             found = run_bench(work)
-        except Stopped as stopped:
-            raise Stopped(stopped.args[0], "stopped; a benchmark keeps nothing, and starts anew") from None
         except OSError as error:
             raise RunFailure(
                 f"{error.filename or 'the temporary directory'}: {error.strerror or error}; set TMPDIR to a directory "

@@ -85,6 +85,7 @@ def launch(role: str, num_ranks: int, worker: type[TrainerWorker] = TrainingWork
         num_ranks=num_ranks,
         resources={"CPU": 0.1},
         env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
+        rendezvous=True,
         call_timeout_s=120,
     )
 

@@ -134,6 +134,7 @@ class Roles:
             num_ranks=num_ranks,
             resources=resources,
             env=worker_environment(threads=max(1, self.cores // num_ranks), on_gpu=on_gpu),
+            rendezvous=isinstance(settings, TrainRole),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
         )
