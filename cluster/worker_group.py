@@ -41,6 +41,11 @@ class WorkerError(RuntimeError):
         """Whether a process was lost: trying again may end otherwise."""
         return isinstance(self.cause, RayActorError)
 
+    @property
+    def late(self) -> bool:
+        """Whether there was no answer in time."""
+        return isinstance(self.cause, GetTimeoutError)
+
 
 class Worker:
     """One rank of a role. Public methods of derived classes count the seconds that they run."""
@@ -150,7 +155,7 @@ def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "", start
             if starts is not None and (failure := starts.failure()):
                 raise _error(late, step, failure)
             if left_s == 0.0:
-                raise _error(late, step, f"gave no answer within {timeout_s:.0f} s")
+                raise _error(late, step, f"gave no answer within {timeout_s:.0f} s", GetTimeoutError())
             continue
         # A failed call takes its dependants down with it: take all that is done, first submitted first.
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)

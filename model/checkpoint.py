@@ -199,6 +199,14 @@ def save_checkpoint(
     sync_files(directory.parent, below=False)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that the umask gives; safetensors' own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 class _ShardWriter:
     """Collects tensors and writes a shard whenever the next tensor would make it too large."""
 
@@ -236,7 +244,7 @@ class _ShardWriter:
         _write_json(self._directory / INDEX_FILE, index)
 
     def _flush(self) -> None:
-        save_file(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
+        save_tensors(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
 

@@ -109,12 +109,14 @@ def _quiet() -> Iterator[None]:
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         before = [(number, os.dup(number)) for number in (1, 2)]
-        failed = True
+        failed = False
         try:
             for number, _ in before:
                 os.dup2(said.fileno(), number)
             yield
-            failed = False
+        except Exception:  # not where a signal ends it
+            failed = True
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

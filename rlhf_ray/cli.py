@@ -50,32 +50,36 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
 def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
     """`run_recipe`, with its failures as those that `main` prints."""
     from rlhf_ray.recipe.run import run_recipe
+    from rlhf_ray.remedies import GOES_ON, disk_remedy
 
-    with _cluster_failures("the same command goes on from the last checkpoint"):
+    with _cluster_failures(GOES_ON):
         try:
             return run_recipe(config, out, stages=stages)
         except OSError as error:  # the disk is full, or the run directory has gone
-            raise RunFailure(
-                f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the "
-                "same command goes on from it once the disk is in order"
-            ) from error
+            told = (f"{error.filename or out}: {error.strerror or error}", disk_remedy(error))
+            raise RunFailure("; ".join(filter(None, told))) from error
 
 
 @contextmanager
-def _cluster_failures(remedy: str) -> Iterator[None]:
+def _cluster_failures(goes_on: str) -> Iterator[None]:
     """The cluster's exceptions as those that `main` prints."""
+    from ray.exceptions import RayError
+
+    from cluster.deaths import why_dead
     from cluster.placement import PlacementError
-    from cluster.session import log_directory
     from cluster.worker_group import WorkerError
+    from rlhf_ray.remedies import what_helps
 
     try:
         yield
     except WorkerError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
-        raise RunFailure(f"{error}; the workers' logs are in {log_directory()}, and {remedy}") from error
+        raise RunFailure(f"{error}; {what_helps(error, goes_on=goes_on)}") from error
     except PlacementError as error:
         raise RunFailure(str(error)) from error
+    except RayError as error:  # Ray itself: its node or its store has gone
+        raise RunFailure(f"{type(error).__name__}: {why_dead(error, None)}") from error
 
 
 @app.command()

@@ -170,7 +170,12 @@ def _check_unused(client: "Client", out: Path) -> None:
 def _copy_packages(directory: Path) -> None:
     root = Path(__file__).resolve().parent.parent
     for package in PACKAGES:
-        shutil.copytree(root / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            root / package,
+            directory / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+            copy_function=shutil.copyfile,
+        )
 
 
 def _entrypoint(config: str, out: Path, overrides: Sequence[str], *, ship: bool) -> str:

@@ -74,6 +74,8 @@ class RunSection(Section):
     """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models live; "auto" takes CUDA where the driver's machine has it."""
+    save_every_s: Positive | None = 600.0
+    """Seconds after which a checkpoint is written, whatever a section's `save_every`; none goes by steps alone."""
 
 
 class ClusterSection(Section):

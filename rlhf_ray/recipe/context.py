@@ -1,7 +1,6 @@
 """What the stages of one run share: its directory, the outputs so far, and the workers."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from rlhf_ray.data.reward_function import function_version, is_function
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console
-from rlhf_ray.run_state import RunDir, Step, code_version, fingerprint
+from rlhf_ray.run_state import RunDir, Step, code_version, copy_file, fingerprint
 
 SHARED_CODE = (
     "model",
@@ -196,5 +195,5 @@ class Context:
         """Copies the run's tokenizer into a checkpoint; others load it as it is, and end answers as the run does."""
         for pattern in TOKENIZER_FILES:
             for file in self.outputs["tokenizer"].glob(pattern):
-                shutil.copy(file, checkpoint / file.name)
+                copy_file(file, checkpoint / file.name)
         write_ids(checkpoint)
