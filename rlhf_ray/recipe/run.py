@@ -63,7 +63,7 @@ def run_stage(context: Context, stage: str) -> Outputs:
         RunFailure: workers died a second time at the same place, and nothing was done in between.
     """
     repairs, limit = 0, context.config.cluster.max_repairs
-    before: tuple[Any, ...] = ()
+    places: list[tuple[Any, ...]] = []
     while True:
         try:
             return RUNNERS[stage](context)
@@ -71,12 +71,12 @@ def run_stage(context: Context, stage: str) -> Outputs:
             if repairs == limit or not (dead := context.roles.drop_dead()):
                 raise
             place = (dead, error.step, progress(context.run))
-            if place == before:
+            if place in places:
                 raise RunFailure(
                     f"{error}; it is the second time at the same place with no checkpoint between, so it is not tried "
                     f"again; {what_helps(error, again=True)}"
                 ) from error
-            before = place
+            places.append(place)
             repairs += 1
             console.print(f"{error}\n{stage}: rebuilding {' and '.join(dead)}, repair {repairs} of {limit}")
 
