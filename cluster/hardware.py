@@ -1,5 +1,9 @@
-"""Facts of the machine that a process runs on: its CPU's arithmetic, the memory it may use. No torch, no Ray."""
+"""Facts of the machine that a process runs on: its CPU's arithmetic, its GPUs, the memory it may use.
 
+No torch, no Ray.
+"""
+
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -41,6 +45,16 @@ def cpu(root: Path = ROOT) -> Cpu:
         vectors=vectors or platform.machine(),
         has_bf16=bool(flags & {"amx_bf16", "avx512_bf16"}),
     )
+
+
+def count_gpus(root: Path = ROOT) -> int:
+    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
+    found = max(len(list(root.glob("dev/nvidia[0-9]*"))), len(list(root.glob("proc/driver/nvidia/gpus/*"))))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    shown = itertools.takewhile(lambda part: part not in ("", "-1"), (part.strip() for part in visible.split(",")))
+    return min(found, len(list(shown)))  # CUDA reads the list up to its first name that is no device's
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int:

@@ -29,8 +29,8 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     """A Ray session for the length of a `with` block.
 
     Args:
-        address: of a running cluster ("auto" or "host:port"); None starts an embedded Ray on this machine,
-            which ends with the block, its workers included.
+        address: of a running cluster ("auto" or "host:port"); "local" or None starts an embedded Ray on this
+            machine, which listens on its loopback alone and ends with the block, its workers included.
         num_cpus: CPUs the embedded Ray offers; None for what the process may use.
     Raises:
         ConnectionError: the cluster at `address` does not answer.
@@ -43,10 +43,11 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # After a repair nobody reads the results of calls that waited for the dead rank. Ray would print a page for each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_terminate = signal.getsignal(signal.SIGTERM)
-    if address is None:
+    if address in (None, "local"):
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,

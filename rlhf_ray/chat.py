@@ -10,8 +10,10 @@ from pathlib import Path
 
 from model.checkpoint_files import read_config
 from model.flops import kv_cache_bytes_per_token
+from rlhf_ray.config import Config
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import settled
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Dialogue = list[dict[str, str]]
@@ -19,18 +21,21 @@ Dialogue = list[dict[str, str]]
 
 def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
     """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it."""
-    model = read_config(checkpoint)
+    model, config = read_config(checkpoint), settled(Config())
     worker = RolloutWorker("rollout", 0, 1)  # a plain class: no cluster is needed for one engine
-    _say(f"starting the engine on {checkpoint}; an empty line ends the dialogue")
+    _say(
+        f"starting the engine on {checkpoint}, in {config.run.precision} on {config.run.device}; "
+        "an empty line ends the dialogue"
+    )
     with _quiet():
         worker.start(
             str(checkpoint),
             tokenizer=str(checkpoint),
-            precision="bf16",
+            precision=config.run.precision,
             max_num_seqs=8,
             # A whole dialogue, and a tenth more: the cache is made of blocks.
             kv_cache_gib=max(1.0, 1.1 * model.max_seq_len * kv_cache_bytes_per_token(model) / 2**30),
-            on_gpu=_has_cuda(),
+            on_gpu=config.run.device == "cuda",
         )
         worker.set_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(checkpoint)
@@ -131,9 +136,3 @@ def _quiet() -> Iterator[None]:
 def _say(line: str) -> None:
     """A line that is neither question nor answer."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

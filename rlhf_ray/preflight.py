@@ -10,14 +10,18 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from cluster import hardware
 from model.config import PRESETS
+from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
-from rlhf_ray.recipe.context import WHO_MAKES, no_cluster
+from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
 NEEDS: Mapping[str, Sequence[str]] = {
@@ -42,6 +46,8 @@ ROLES: Mapping[str, Sequence[str]] = {
 }
 """Stage -> the roles it starts."""
 
+TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
+
 SMALLEST_VOCABULARY = 286
 """Pieces `train_tokenizer` needs: special tokens, bytes, and room for digits to be learnt."""
 
@@ -54,6 +60,7 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     Raises:
         UserError: the first thing that is wrong.
     """
+    config = settled(config)
     wanted = tuple(stages or config.run.stages)
     check_stages(wanted)
     running = stages_to_run(config, wanted)
@@ -134,18 +141,19 @@ def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
 
 def check_cluster(config: Config) -> None:
     """A cluster given by address answers."""
-    if (config.cluster.address or "").startswith("ray://"):
+    address = config.cluster.address or EMBEDDED
+    if address.startswith("ray://"):
         raise UserError(
-            f"cluster.address={config.cluster.address!r}: is one of Ray Client, whose drivers run outside the cluster; "
+            f"{address_field(address)}={address!r}: is one of Ray Client, whose drivers run outside the cluster; "
             "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
         )
-    host, _, port = (config.cluster.address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host:
         return  # an embedded cluster, or one that Ray finds by itself
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise no_cluster(config.cluster.address, error) from error
+        raise no_cluster(address, error) from error
 
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
@@ -165,16 +173,37 @@ def on_device(config: Config, roles: Sequence[str]) -> list[str]:
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
-    """As `check_ranks`, for roles that are up together."""
-    if config.cluster.address is not None:
+    """As `check_ranks`, for roles of a settled config that are up together."""
+    if config.run.device == "cuda":
+        _check_shares(config, roles)
+    if config.cluster.address != EMBEDDED:
         return  # the cluster's own resources are checked when it is reached
-    gpus = count_gpus()
-    if config.run.device == "cuda" and not gpus:
-        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
-    if config.run.device == "cpu" or not gpus:
+    if config.run.device == "cpu":
         _check_cores(config, roles)
+    elif not (gpus := hardware.count_gpus()):
+        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
+    elif machine.is_cpu_build():
+        raise UserError(
+            "run.device='cuda': the torch installed here is built for CPUs; run DEVICE=cuda scripts/install.sh"
+        )
     else:
         _check_gpus(config, roles, gpus)
+
+
+def _check_shares(config: Config, roles: Sequence[str]) -> None:
+    """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
+    for role in roles:
+        settings: Any = getattr(config.roles, role)
+        share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
+        if share > 1 and share % 1:
+            raise UserError(
+                f"{field}={share:g} must be a whole number, or at most 1: a fraction shares one GPU; set it to 1"
+            )
+        if role in TRAINED_ROLES and settings.num_ranks > 1 and share <= 0.5:
+            raise UserError(
+                f"{field}={share:g} must be above 0.5 with roles.{role}.num_ranks={settings.num_ranks}: two ranks of a "
+                "trained role would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
+            )
 
 
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
@@ -195,8 +224,10 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    held = on_device(config, roles)
-    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in held}
+    needed = {
+        role: _num_ranks(config, role) * (getattr(config.roles, role).gpus_per_rank or 1.0)
+        for role in on_device(config, roles)
+    }
     if "rollout" in roles and rollout.tensor_parallel_size > 1:
         needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
@@ -210,13 +241,6 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
 def _num_ranks(config: Config, role: str) -> int:
     settings = getattr(config.roles, role)
     return int(settings.num_engines if role == "rollout" else settings.num_ranks)
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
-    found = max(len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:

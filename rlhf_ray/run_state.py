@@ -40,6 +40,8 @@ class RunDir:
             UserError: it cannot be written.
         """
         self.path = Path(path).resolve()
+        self.machine: Mapping[str, Any] = {}
+        """What the run's steps are computed on; recorded with each."""
         try:
             (self.path / "steps").mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -122,6 +124,7 @@ class Step:
 
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
+        facts = {"machine": dict(self._run.machine), **facts}
         write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
         sync_files(self.partial)
         os.rename(self.partial, self.path)

@@ -60,12 +60,12 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
 
 say "installing for $DEVICE; this takes a few minutes the first time"
 if [[ $DEVICE == cpu ]]; then
-    # The +cpu build is not in every index; PyTorch's own index for it is asked for torch and nothing else. Where that is
-    # out of reach the usual build serves: it wants CUDA's libraries for GPUs only.
+    # The +cpu build is not in every index; PyTorch's own index for it is asked for torch and nothing else. Where neither
+    # has it the usual build serves, which does not load without CUDA's libraries.
     torch=$(grep '^torch==' requirements/cpu.txt)
     pip install --no-deps "$torch" 2>/dev/null \
         || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null \
-        || pip install --no-deps "${torch%+cpu}"
+        || { say "no index has ${torch#torch==} of torch; taking the larger ${torch%+cpu}"; pip install "${torch%+cpu}"; }
     grep -v '^torch==' requirements/cpu.txt >.venv/others.txt
     pip install --no-deps -r .venv/others.txt
 else

@@ -13,7 +13,9 @@ INPUTS = {"config": {"sft": {"lr": 1e-5}}, "seed": 0, "parents": {"base": "pretr
 
 
 def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
-    step = RunDir(tmp_path).step("sft", INPUTS)
+    run = RunDir(tmp_path)
+    run.machine = {"precision": "fp32"}
+    step = run.step("sft", INPUTS)
     (step.begin() / "model").write_text("weights")
     assert not step.done and not RunDir(tmp_path).step("sft", INPUTS).done
     assert step.finish(loss=0.5) == step.path
@@ -21,7 +23,13 @@ def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
     assert again.done and (again.path / "model").read_text() == "weights"
     assert not again.partial.exists()
     recorded = json.loads((again.path / "step.json").read_text())
-    assert recorded == {"name": "sft", "key": again.key, "inputs": INPUTS, "loss": 0.5}
+    assert recorded == {
+        "name": "sft",
+        "key": again.key,
+        "inputs": INPUTS,
+        "machine": {"precision": "fp32"},
+        "loss": 0.5,
+    }
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["steps"][again.path.name]["loss"] == 0.5
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,10 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM  # a heavy import, and the variables above must come before it
+
+        # vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that
+        # has not asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
+        getattr(torch.cpu, "_init_amx", bool)()
 
         self._llm: Any = LLM(
             model=checkpoint,

@@ -101,7 +101,8 @@ def evaluate(context: Context) -> Path:
                     answer_row(prompt, label, Answer(*made)) for prompt, made in zip(prompts, answers, strict=True)
                 ]
         judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
-        write_json(work / "evaluation.json", {"testbed": judged, "prompts": len(prompts), "models": results})
+        facts = {"testbed": judged, "prompts": len(prompts), "machine": context.run.machine}
+        write_json(work / "evaluation.json", {**facts, "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path

@@ -11,6 +11,7 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.reward_function import function_version, is_function
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import machine_facts, ray_address, settled
 from rlhf_ray.metrics import console
 from rlhf_ray.run_state import RunDir, Step, code_version, copy_file, fingerprint
 
@@ -52,11 +53,16 @@ WHO_MAKES = {
 """Output name -> the stage that makes it, and the config key that names one from elsewhere."""
 
 
+def address_field(address: str | None) -> str:
+    """Where a settled config's cluster address is from."""
+    return "RAY_ADDRESS" if address == ray_address() else "cluster.address"
+
+
 def no_cluster(address: str | None, error: Exception) -> UserError:
-    """What is wrong where `cluster.address` leads nowhere."""
+    """What is wrong where the cluster's address leads nowhere."""
     return UserError(
-        f"cluster.address={address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
-        "start one with `ray start --head`, or leave it out for an embedded one"
+        f"{address_field(address)}={address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
+        "start one with `ray start --head`, or set cluster.address=local for an embedded one"
     )
 
 
@@ -115,6 +121,7 @@ class Context:
     """One run."""
 
     config: Config
+    """Settled (`rlhf_ray.machine`) whatever was given."""
     run: RunDir
     outputs: Outputs = field(init=False)
     may_run: bool = True
@@ -124,6 +131,8 @@ class Context:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
+        self.config = settled(self.config)
+        self.run.machine = machine_facts(self.config)
         self.outputs = Outputs(self.config)
 
     @property

@@ -8,6 +8,7 @@ from cluster.worker_group import WorkerError
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.evaluate.policies import evaluate
+from rlhf_ray.machine import opening_lines
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
 from rlhf_ray.recipe.ppo import ppo
@@ -112,8 +113,11 @@ def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None 
 
 
 def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str, Path]:
-    run.record(config=config.model_dump(mode="json"), packages=package_versions())
     context = Context(config, run)
+    config = context.config
+    run.record(config=config.model_dump(mode="json"), machine=run.machine, packages=package_versions())
+    for line in opening_lines(config):
+        console.print(line, highlight=False, soft_wrap=True)
     made: dict[str, Path] = {}
     try:
         for stage in STAGES:

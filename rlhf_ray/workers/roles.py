@@ -37,7 +37,8 @@ class Roles:
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
         self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
-        self.runtime = Runtime(precision=config.run.precision, device=resolve_device(config.run.device))
+        # Of a settled config (rlhf_ray.machine): neither is "auto" any more.
+        self.runtime = Runtime(precision=config.run.precision, device=config.run.device)
 
     def __getitem__(self, role: str) -> WorkerGroup:
         """The role's group, started at first use."""
@@ -124,9 +125,9 @@ class Roles:
         on_gpu = self.runtime.device == "cuda" and not is_function(getattr(self._config.inputs, role, ""))
         if isinstance(settings, RolloutRole):
             size = settings.tensor_parallel_size
-            gpus = float(size) if size > 1 else settings.gpus_per_rank
+            gpus = float(size) if size > 1 else settings.gpus_per_rank or 1.0
         else:
-            gpus = settings.gpus_per_rank
+            gpus = settings.gpus_per_rank or 1.0
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
@@ -180,15 +181,6 @@ def _allocator() -> dict[str, str]:
         return {}
     # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once.
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000"}
-
-
-def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda" for a configured device."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _set_threads(role: str) -> Any:
