@@ -6,6 +6,7 @@ No torch, no Ray.
 import itertools
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,18 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
         _number(group / name) for group in _memory_groups(root) for name in ("memory.max", "memory.limit_in_bytes")
     ]
     return min([total, *(limit for limit in limits if limit is not None and limit < _UNLIMITED)])
+
+
+SMALL_SHARED_BYTES = 2**30
+"""Free bytes of /dev/shm below which it is no place for Ray's object store."""
+
+
+def shared_memory_bytes() -> int:
+    """What is free of the memory that processes share by files, /dev/shm; 0 without it."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
 
 
 def oom_kills(root: Path = ROOT) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from cluster.hardware import SMALL_SHARED_BYTES, memory_limit_bytes, shared_memory_bytes
+
 logger = logging.getLogger(__name__)
 
 _logs = ""
@@ -22,6 +24,19 @@ def log_directory() -> str:
 
 def _log_report(data: dict[str, Any], ignore_prefix: bool) -> None:
     logger.debug("%s: %s", data["pid"], "\n".join(data["lines"]))
+
+
+def object_store_bytes(memory: int, shared: int) -> int | None:
+    """Size of an embedded Ray's object store; None leaves it to Ray, which takes 30 % of the memory.
+
+    Where /dev/shm is smaller than that Ray would keep the whole store in a file on disk. A smaller one is better,
+    unless it held nothing.
+
+    Args:
+        memory: bytes that this machine's processes may use.
+        shared: bytes that are free in /dev/shm.
+    """
+    return int(0.95 * shared) if SMALL_SHARED_BYTES <= shared < 0.32 * memory else None
 
 
 @contextmanager
@@ -43,12 +58,19 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
     # After a repair nobody reads the results of calls that waited for the dead rank. Ray would print a page for each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_terminate = signal.getsignal(signal.SIGTERM)
-    if address in (None, "local"):
+    embedded = address in (None, "local")
+    # What Ray does by default where firewalls ask: nodes are at 127.0.0.1, and listen there alone. An address that is
+    # given as loopback Ray would turn into the machine's own.
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = not embedded
+    if embedded:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # where ranks meet; workers inherit it
+            os.environ.setdefault(variable, "lo")
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
             address="local",
-            _node_ip_address="127.0.0.1",
             num_cpus=cpus,
+            object_store_memory=object_store_bytes(memory_limit_bytes(), shared_memory_bytes()),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",

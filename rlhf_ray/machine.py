@@ -99,4 +99,9 @@ def opening_lines(config: Config) -> list[str]:
             f"warning: run.precision=bf16: {cpu.name} has no units for it, and multiplies matrices some 60 times "
             "slower than in fp32 (0.8 against 51 GFLOP/s on AVX2); leave it out, or set run.precision=fp32"
         )
+    if config.cluster.address == EMBEDDED and (free := hardware.shared_memory_bytes()) < hardware.SMALL_SHARED_BYTES:
+        lines.append(
+            f"warning: /dev/shm has {free / 2**20:.0f} MiB free, too few for Ray's object store: what roles pass on "
+            "goes through a file in TMPDIR, on disk; give a container more (docker run --shm-size=4g)"
+        )
     return lines

@@ -21,6 +21,7 @@ from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
+from rlhf_ray.preflight_machine import check_machine
 from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
@@ -64,6 +65,7 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     wanted = tuple(stages or config.run.stages)
     check_stages(wanted)
     running = stages_to_run(config, wanted)
+    check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
     check_batches(config, running)

@@ -164,12 +164,13 @@ def test_ranks_are_processes_of_their_own_with_a_common_rendezvous(group: Worker
 
 def test_ranks_on_cpu_take_memory_from_rays_jemalloc(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = worker_environment(threads=1, on_gpu=False)
+    assert environment["LD_PRELOAD"].endswith("libjemalloc.so")
     group = WorkerGroup.launch(Rank, role="policy", resources={"CPU": 0.1}, env=environment | ENV)
     assert group.call(Rank.maps, environment["LD_PRELOAD"]) == [True]
     # Nobody to meet, and a library that finds these would look for others.
     assert group.call(Rank.environment, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") == [[None] * 4]
     group.stop()
-    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=True)
+    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=False, embedded=False)  # on machines of others
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libmine.so")  # inherited by the ranks
     assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=False)
 

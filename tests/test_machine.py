@@ -110,6 +110,28 @@ def test_the_opening_line_names_arithmetic_and_cpu_and_a_warning_the_factor(comp
     ]
 
 
+def test_little_shared_memory_is_told_where_ray_is_of_the_runs_own(monkeypatch):
+    monkeypatch.setattr(hardware, "shared_memory_bytes", lambda: 64 * 2**20)
+    assert opening_lines(settled(parse_config({})))[-1].startswith("warning: /dev/shm has 64 MiB free, too few for Ray")
+    assert len(opening_lines(settled(parse_config({"cluster": {"address": "auto"}})))) == 1
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "shared_gib", "expected_gib"),
+    [
+        (24, 24, None),  # Ray's 30 % fit
+        (24, 4, 3.8),  # Ray would want 7.2 and take a file on disk for all of it
+        (24, 1 / 16, None),  # a container's default: nothing would fit
+        (2, 1, None),
+    ],
+)
+def test_the_object_store_fits_shared_memory(memory_gib, shared_gib, expected_gib):
+    from cluster.session import object_store_bytes
+
+    found = object_store_bytes(int(memory_gib * 2**30), int(shared_gib * 2**30))
+    assert found == (None if expected_gib is None else int(expected_gib * 2**30))
+
+
 def test_a_run_says_and_records_what_it_computes_on(tmp_path, monkeypatch, capsys):
     config = tmp_path / "run.toml"
     config.write_text(

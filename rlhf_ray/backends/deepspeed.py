@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +44,20 @@ def init_distributed(device: torch.device) -> None:
         # An all-reduce for inference, unused here. Building it takes g++ and ten seconds, and a process killed in
         # the middle leaves a lock for which every later one waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes what is there
+
+
+def _store(rank: int, world_size: int) -> dist.TCPStore:
+    """Where the ranks find each other. torch's own, by the same variables, would listen on every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening: dict[str, Any] = {}
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening["master_listen_fd"] = socket.create_server((host, port), family=family).detach()
+    return dist.TCPStore(host, port, world_size, rank == 0, **listening)
 
 
 def learning_rate_scale(

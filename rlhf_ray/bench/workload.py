@@ -13,6 +13,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
 from rlhf_ray.preflight import check_batches, check_cluster, check_model, check_output, check_roles
 from rlhf_ray.preflight_inputs import REWARD_MODELS, check_models, check_tokenizers
+from rlhf_ray.preflight_machine import check_machine
 
 Benchmark = Literal["rollout", "score", "train", "sync", "round"]
 
@@ -79,6 +80,7 @@ def check_bench(
         raise UserError(
             f"inputs.{rewards[0]} is given without inputs.chat; give both, since they share a tokenizer, or neither"
         )
+    check_machine(config)
     check_cluster(config)
     check_roles(config, ROLES[what])
     check_batches(config, ["ppo"])
