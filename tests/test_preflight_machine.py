@@ -38,7 +38,7 @@ def short_directory(length):
 
 
 def test_a_temporary_directory_too_long_for_sockets_is_refused_and_the_longest_holds_one():
-    # 107 bytes for a socket's path; Ray adds 68: /ray, /session_ with 19 + 1 + 6 + 1 + 7 characters, /sockets/plasma_store.
+    # Of a socket's 107 bytes Ray takes 68: /ray/session_, 19 + 1 + 6 + 1 + 7 for time and process, /sockets/plasma_store.
     longest = short_directory(39)
     try:
         os.environ["TMPDIR"] = str(longest)
@@ -53,8 +53,8 @@ def test_a_temporary_directory_too_long_for_sockets_is_refused_and_the_longest_h
     try:
         os.environ["TMPDIR"] = str(longer)
         assert complaint() == (
-            f"TMPDIR='{longer}': has 40 bytes and may have 39: Ray's sockets below it may have 107; set RAY_TMPDIR to a "
-            "shorter one, for Ray alone"
+            f"TMPDIR='{longer}': has 40 bytes and may have 39: Ray's sockets below it may have 107; set RAY_TMPDIR to "
+            "a shorter one, for Ray alone"
         )
         check_machine(settled(parse_config({"cluster": {"address": "10.0.0.1:6379"}})))  # its Ray runs already
         os.environ["RAY_TMPDIR"] = "/tmp"  # the remedy
