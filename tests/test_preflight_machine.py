@@ -38,7 +38,7 @@ def short_directory(length):
 
 
 def test_a_temporary_directory_too_long_for_sockets_is_refused_and_the_longest_holds_one():
-    # Of a socket's 107 bytes Ray takes 68: /ray/session_, 19 + 1 + 6 + 1 + 7 for time and process, /sockets/plasma_store.
+    # Of a socket's 107 bytes Ray takes 68: /ray/session_, 34 for time and process, /sockets/plasma_store.
     longest = short_directory(39)
     try:
         os.environ["TMPDIR"] = str(longest)

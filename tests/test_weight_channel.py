@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -153,6 +154,18 @@ def gap(roles) -> float:
     collect([probe, trainer], timeout_s=300)
     gaps = roles["rollout"].call_one(0, UnpluggableRollout.own_gap, probe.data[0], trainer.data[0])
     return float(gaps)
+
+
+@pytest.mark.slow
+def test_nothing_of_an_embedded_ray_its_trainers_and_engines_listens_beyond_this_machine(run):
+    me = psutil.Process()
+    open_to_others = {
+        (process.name(), connection.laddr)
+        for process in [me, *me.children(recursive=True)]
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")
+    }
+    assert open_to_others == set()
 
 
 @pytest.mark.slow
