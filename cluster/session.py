@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -66,6 +67,8 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # where ranks meet; workers inherit it
             os.environ.setdefault(variable, "lo")
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # where Ray would write a token for its processes
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = num_cpus or len(os.sched_getaffinity(0))
         ray.init(
             address="local",

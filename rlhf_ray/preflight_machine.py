@@ -61,4 +61,7 @@ def give_caches_a_home() -> str | None:
     caches.mkdir(mode=0o700, exist_ok=True)
     for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE"):
         os.environ.setdefault(variable, str(caches))
+    if home == "~":  # neither a variable nor an entry in the list of users says where it is
+        os.environ["HOME"] = str(caches)
+        return f"HOME is not set: it is {caches} for this run"
     return f"HOME={home!r} cannot be written: caches of libraries go to {caches}"

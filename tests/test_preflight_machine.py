@@ -88,4 +88,12 @@ def test_caches_move_where_home_cannot_be_written(tmp_path):
     caches = Path(os.environ["XDG_CACHE_HOME"])
     assert said == f"HOME='/nonexistent' cannot be written: caches of libraries go to {caches}"
     assert caches.is_dir() and caches.name == f"rlhf-ray-caches-{os.getuid()}"
+    assert os.environ["HOME"] == "/nonexistent", "code of users may look there"
     assert os.environ["TRITON_HOME"] == "/mine" and os.environ["USER"] == f"uid-{os.getuid()}"
+
+
+def test_a_user_without_a_home_gets_one(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry in passwd
+    os.environ.pop("HOME", None)
+    assert (give_caches_a_home() or "").startswith("HOME is not set: it is ")
+    assert os.environ["HOME"] == os.environ["XDG_CACHE_HOME"]

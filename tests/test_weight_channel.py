@@ -163,7 +163,8 @@ def test_nothing_of_an_embedded_ray_its_trainers_and_engines_listens_beyond_this
         (process.name(), connection.laddr)
         for process in [me, *me.children(recursive=True)]
         for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     }
     assert open_to_others == set()
 
