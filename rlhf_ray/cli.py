@@ -40,7 +40,7 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
     with saying("stopped; the same command goes on from the last checkpoint"):
         config = load_config(config_path, overrides)
         check_run(config, out, stages)
-        _give_caches_a_home()
+        _mend_environment()
         made = _run_recipe(config, out, stages)
     if "evaluation" in made:
         from rlhf_ray.evaluate.policies import print_evaluation
@@ -48,11 +48,11 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
         print_evaluation(made["evaluation"])
 
 
-def _give_caches_a_home() -> None:
+def _mend_environment() -> None:
     """Before libraries are imported, which read where their caches are."""
-    from rlhf_ray.preflight_machine import give_caches_a_home
+    from rlhf_ray.preflight_machine import mend_environment
 
-    if line := give_caches_a_home():
+    if line := mend_environment():
         print(line, file=sys.stderr)
 
 
@@ -126,7 +126,7 @@ def chat(
     from rlhf_ray.preflight_inputs import check_chat_checkpoint
 
     check_chat_checkpoint(checkpoint, max_new_tokens=max_new_tokens)
-    _give_caches_a_home()
+    _mend_environment()
 
     from rlhf_ray.chat import talk
 
@@ -168,7 +168,7 @@ def bench(
         response_tokens=response_tokens,
         out=out,
     )
-    _give_caches_a_home()
+    _mend_environment()
 
     from rlhf_ray.bench.measure import run_bench
     from rlhf_ray.bench.report import print_report

@@ -47,18 +47,23 @@ def _check_directory(variable: str, directory: str, *, unset: bool = False) -> N
         ) from error
 
 
-def give_caches_a_home() -> str | None:
+def mend_environment() -> str | None:
     """Where HOME cannot be written, libraries keep their caches in the temporary directory; returns a line saying so.
 
-    And a user without a name gets one: torch asks for it. Variables that are set stay.
+    And a user without a name gets one, since torch asks for it, and directories that this user may not enter go from
+    PATH: DeepSpeed looks for a program and takes "permission denied" for a failure. Cache variables that are set stay.
     """
     home, user = os.path.expanduser("~"), os.getuid()
     if not any(name in os.environ for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         os.environ["USER"] = f"uid-{user}"
+    directories = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join(path for path in directories if os.access(path, os.X_OK))
     if os.access(home, os.W_OK | os.X_OK):
         return None
     caches = Path(tempfile.gettempdir()) / f"rlhf-ray-caches-{user}"
     caches.mkdir(mode=0o700, exist_ok=True)
+    if caches.stat().st_uid != user:  # code is among what is cached
+        caches = Path(tempfile.mkdtemp(prefix="rlhf-ray-caches-"))
     for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE"):
         os.environ.setdefault(variable, str(caches))
     if home == "~":  # neither a variable nor an entry in the list of users says where it is

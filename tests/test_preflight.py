@@ -707,7 +707,7 @@ def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
     for stages in (("reward",), ("sft", "reward")):
         assert run_recipe(given, tmp_path / "run", stages=stages) == {}
         said = [line for line in " ".join(capsys.readouterr().err.split()).split(")") if "nothing to do" in line]
-        assert [line.split(":")[0].strip() for line in said] == list(stages)
+        assert [line.split(":")[-2].split()[-1] for line in said] == list(stages)
         assert "reward: nothing to do, the config names what it would make (helpfulness, safety" in said[-1]
 
 

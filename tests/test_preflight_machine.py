@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
-from rlhf_ray.preflight_machine import check_machine, give_caches_a_home
+from rlhf_ray.preflight_machine import check_machine, mend_environment
 
 VARIABLES = ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS", "LOGNAME", "USER", "LNAME", "USERNAME")
 CACHES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE", "MPLCONFIGDIR")
@@ -79,12 +79,13 @@ def test_a_temporary_directory_that_cannot_be_used_is_refused(tmp_path, variable
 
 
 def test_caches_move_where_home_cannot_be_written(tmp_path):
-    os.environ |= {"HOME": str(tmp_path), "USER": "somebody"}
-    assert give_caches_a_home() is None
+    os.environ |= {"HOME": str(tmp_path), "USER": "somebody", "PATH": f"{tmp_path}:/nowhere/bin:/usr/bin"}
+    assert mend_environment() is None
+    assert os.environ["PATH"] == f"{tmp_path}:/usr/bin"
     assert not [name for name in CACHES if name in os.environ]
     os.environ |= {"HOME": "/nonexistent", "TRITON_HOME": "/mine"}
     del os.environ["USER"]
-    said = give_caches_a_home()
+    said = mend_environment()
     caches = Path(os.environ["XDG_CACHE_HOME"])
     assert said == f"HOME='/nonexistent' cannot be written: caches of libraries go to {caches}"
     assert caches.is_dir() and caches.name == f"rlhf-ray-caches-{os.getuid()}"
@@ -95,5 +96,5 @@ def test_caches_move_where_home_cannot_be_written(tmp_path):
 def test_a_user_without_a_home_gets_one(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry in passwd
     os.environ.pop("HOME", None)
-    assert (give_caches_a_home() or "").startswith("HOME is not set: it is ")
+    assert (mend_environment() or "").startswith("HOME is not set: it is ")
     assert os.environ["HOME"] == os.environ["XDG_CACHE_HOME"]
