@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,12 @@ def object_store_bytes(memory: int, shared: int) -> int | None:
         shared: bytes that are free in /dev/shm.
     """
     return int(0.95 * shared) if SMALL_SHARED_BYTES <= shared < 0.32 * memory else None
+
+
+def _runtime_env(python: str) -> dict[str, str] | None:
+    """What has ranks start where the interpreter's path has a space: Ray hands it to a shell as it is."""
+    quoted = shlex.quote(python)
+    return None if quoted == python else {"py_executable": quoted}
 
 
 @contextmanager
@@ -75,6 +83,7 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
             num_cpus=cpus,
             object_store_memory=object_store_bytes(memory_limit_bytes(), shared_memory_bytes()),
             include_dashboard=False,
+            runtime_env=_runtime_env(sys.executable),
             log_to_driver=False,
             logging_level="ERROR",
         )
