@@ -1,9 +1,12 @@
 """What of a machine's environment would end a run: directories that cannot be written, names too long for sockets."""
 
 import os
+import re
+import sys
 import tempfile
 from pathlib import Path
 
+from cluster.hardware import count_gpus
 from rlhf_ray.config import Config
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED
@@ -27,8 +30,16 @@ def check_machine(config: Config) -> None:
         _check_directory("TMPDIR", "/tmp", unset=True)
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"  # Ray's order
     directory = os.environ.get(variable, "/tmp")
+    if config.cluster.address != EMBEDDED:
+        return
+    left = Path(directory) / "ray"
+    if left.exists() and not os.access(left, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{variable}={directory!r}: {left} cannot be written, perhaps another user's; set RAY_TMPDIR to a directory "
+            "of your own, for Ray alone"
+        )
     longest, length = SOCKET_PATH_BYTES - _BELOW, len(os.fsencode(directory))
-    if config.cluster.address == EMBEDDED and length > longest:
+    if length > longest:
         raise UserError(
             f"{variable}={directory!r}: has {length} bytes and may have {longest}: Ray's sockets below it may have "
             f"{SOCKET_PATH_BYTES}; set RAY_TMPDIR to a shorter one, for Ray alone"
@@ -51,13 +62,16 @@ def mend_environment() -> str | None:
     """Where HOME cannot be written, libraries keep their caches in the temporary directory; returns a line saying so.
 
     And a user without a name gets one, since torch asks for it, and directories that this user may not enter go from
-    PATH: DeepSpeed looks for a program and takes "permission denied" for a failure. Cache variables that are set stay.
+    PATH: DeepSpeed looks for a program and takes "permission denied" for a failure. Where a path has a space torch
+    compiles nothing, since its commands are cut there. Variables that are set stay.
     """
     home, user = os.path.expanduser("~"), os.getuid()
     if not any(name in os.environ for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         os.environ["USER"] = f"uid-{user}"
     directories = os.environ.get("PATH", os.defpath).split(os.pathsep)
     os.environ["PATH"] = os.pathsep.join(path for path in directories if os.access(path, os.X_OK))
+    if not count_gpus() and any(re.search(r"\s", path) for path in (sys.prefix, tempfile.gettempdir())):
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # on CPU vLLM compiles one small function of the sampler
     if os.access(home, os.W_OK | os.X_OK):
         return None
     caches = Path(tempfile.gettempdir()) / f"rlhf-ray-caches-{user}"

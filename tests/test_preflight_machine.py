@@ -1,6 +1,7 @@
 """What of the environment is refused before a run, and what is mended: temporary directories, homes."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_temporary_directory_too_long_for_sockets_is_refused_and_the_longest_h
         with socket.socket(socket.AF_UNIX) as unix:
             unix.bind(path)
     finally:
-        __import__("shutil").rmtree(longest)
+        shutil.rmtree(longest)
     longer = short_directory(40)
     try:
         os.environ["TMPDIR"] = str(longer)
@@ -78,6 +79,20 @@ def test_a_temporary_directory_that_cannot_be_used_is_refused(tmp_path, variable
     assert complaint().startswith(f"{variable}='tmp': must be an absolute path; for example /")
 
 
+def test_a_directory_of_another_users_ray_is_refused(tmp_path, monkeypatch):
+    directory = short_directory(20)
+    try:
+        (directory / "ray").mkdir()
+        os.environ["TMPDIR"] = str(directory)
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != directory / "ray")  # root may write anywhere
+        assert complaint() == (
+            f"TMPDIR='{directory}': {directory}/ray cannot be written, perhaps another user's; set RAY_TMPDIR to a "
+            "directory of your own, for Ray alone"
+        )
+    finally:
+        shutil.rmtree(directory)
+
+
 def test_caches_move_where_home_cannot_be_written(tmp_path):
     os.environ |= {"HOME": str(tmp_path), "USER": "somebody", "PATH": f"{tmp_path}:/nowhere/bin:/usr/bin"}
     assert mend_environment() is None
@@ -91,6 +106,14 @@ def test_caches_move_where_home_cannot_be_written(tmp_path):
     assert caches.is_dir() and caches.name == f"rlhf-ray-caches-{os.getuid()}"
     assert os.environ["HOME"] == "/nonexistent", "code of users may look there"
     assert os.environ["TRITON_HOME"] == "/mine" and os.environ["USER"] == f"uid-{os.getuid()}"
+
+
+@pytest.mark.parametrize("prefix, disabled", [("/opt/env", None), ("/home/me/my projects/.venv", "1")])
+def test_nothing_is_compiled_where_the_environments_path_has_a_space(monkeypatch, prefix, disabled):
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    monkeypatch.setattr("sys.prefix", prefix)
+    mend_environment()
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == disabled
 
 
 def test_a_user_without_a_home_gets_one(monkeypatch):
