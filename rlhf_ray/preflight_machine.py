@@ -35,8 +35,8 @@ def check_machine(config: Config) -> None:
     left = Path(directory) / "ray"
     if left.exists() and not os.access(left, os.W_OK | os.X_OK):
         raise UserError(
-            f"{variable}={directory!r}: {left} cannot be written, perhaps another user's; set RAY_TMPDIR to a directory "
-            "of your own, for Ray alone"
+            f"{variable}={directory!r}: {left} cannot be written, perhaps another user's; set RAY_TMPDIR to a "
+            "directory of your own, for Ray alone"
         )
     longest, length = SOCKET_PATH_BYTES - _BELOW, len(os.fsencode(directory))
     if length > longest:

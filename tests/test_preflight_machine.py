@@ -33,8 +33,8 @@ def complaint(**cluster):
 
 def short_directory(length):
     """A directory of a name so long, not that of the tests, which may be too long itself."""
-    directory = Path("/tmp") / ("t" * (length - len("/tmp/")))
-    directory.mkdir(exist_ok=True)
+    directory = Path("/tmp") / str(os.getpid()).ljust(length - len("/tmp/"), "t")
+    directory.mkdir()
     return directory
 
 
