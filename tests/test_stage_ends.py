@@ -74,7 +74,7 @@ class Roles(dict[str, Group]):
     def __init__(self, checkpoint: Path):
         super().__init__({name: Group(checkpoint) for name in ("policy", "value", "helpfulness", "safety", "rollout")})
 
-    def work_together(self, *roles: str) -> None: ...
+    def work_together(self, *roles: str, **options: Any) -> None: ...
 
     start = work_together
 
@@ -110,7 +110,6 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Con
         "ppo": {"num_steps": STEPS, "eval_every": 1, "patience": 2},
     }
     monkeypatch.setattr(reward_modeling, "collect", lambda calls, **_: calls)
-    monkeypatch.setattr(reward_modeling, "pad_as_model", lambda _: None)
 
     def make() -> Context:
         context = Context(parse_config(config), RunDir(tmp_path / "run"))
