@@ -28,6 +28,7 @@ from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import (
     MAX_SYNCED_GAP,
     WeightChannelError,
+    generate,
     open_prompts,
     start_engines,
     sync_weights,
@@ -175,6 +176,20 @@ def test_other_weights_are_found_out(run, world):
     buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=1)]
     with pytest.raises(WeightChannelError, match="after a weight sync its log-probs differ"):
         verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [("tied", "fp32")], indirect=True, ids="-".join)
+def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run):
+    sampled = []
+    for num_chunks in (1, 4):
+        options = {"num_chunks": num_chunks, "seed": (0, 0), "temperature": 1.0, "max_new_tokens": 6}
+        calls = generate(run.roles, "prompts_train", [3, 1, 3, 3], **options)
+        collect(calls, timeout_s=300)
+        chunks = [ray.get(call.data[0]) for call in calls]
+        sampled.append([r.tokens[i][r.response_mask[i]].tolist() for r in chunks for i in range(len(r.tokens))])
+    assert sampled[0] == sampled[1]
+    assert len({tuple(sampled[0][place]) for place in (0, 2, 3)}) == 3
 
 
 @pytest.mark.slow
