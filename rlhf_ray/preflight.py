@@ -149,9 +149,14 @@ def check_cluster(config: Config) -> None:
             f"{address_field(address)}={address!r}: is one of Ray Client, whose drivers run outside the cluster; "
             "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
         )
-    host, _, port = address.rpartition(":")
-    if not host:
+    if address in (EMBEDDED, "auto"):
         return  # an embedded cluster, or one that Ray finds by itself
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address_field(address)}={address!r}: must read HOST:PORT, or auto for the cluster of this machine; "
+            "`ray start --head` prints it"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:

@@ -130,6 +130,7 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
         ({"tokenizer": {"vocab_size": 285}}, "tokenizer.vocab_size=285 must be at least 286"),
         ({"pretrain": {"seq_len": 300}}, "pretrain.seq_len=300 must be at most 256: the model's context"),
         ({"ppo": {"max_new_tokens": 256}}, "ppo.max_new_tokens=256 must be at most 255: the model's context"),
+        ({"cluster": {"address": "head"}}, "cluster.address='head': must read HOST:PORT, or auto for the cluster of"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address='127.0.0.1:1': no cluster answers there"),
         ({"cluster": {"address": "ray://127.0.0.1:1"}}, "cluster.address='ray://127.0.0.1:1': is one of Ray Client"),
     ],
