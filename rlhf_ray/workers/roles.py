@@ -113,15 +113,17 @@ class Roles:
         if isinstance(settings, RolloutRole):
             size = settings.tensor_parallel_size
             num_ranks, gpus = settings.num_engines, float(size) if size > 1 else settings.gpus_per_rank
+            num_processes = num_ranks * size
         else:
             num_ranks, gpus = settings.num_ranks, settings.gpus_per_rank
+            num_processes = num_ranks
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             role=role,
             num_ranks=num_ranks,
             resources=resources,
-            env=worker_environment(threads=max(1, self.cores // num_ranks), on_gpu=on_gpu),
+            env=worker_environment(threads=max(1, self.cores // num_processes), on_gpu=on_gpu),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
         )
