@@ -17,8 +17,8 @@ from torch import Tensor
 
 from model.checkpoint_files import (
     CONFIG_FILE,
+    GENERATION_FILE,
     INDEX_FILE,
-    LM_HEAD,
     WEIGHTS_FILE,
     CheckpointError,
     CheckpointInfo,
@@ -28,8 +28,9 @@ from model.checkpoint_files import (
     read_config,
     sync_files,
 )
+from model.checkpoint_redundant import LM_HEAD
 from model.checkpoint_values import not_finite
-from model.config import ModelConfig, to_hf_config
+from model.config import TOKEN_ID_FIELDS, ModelConfig, to_hf_config
 from model.llama import Head, Llama
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 
 WriteParameter = Callable[[Tensor, Tensor], None]
 # Fields in which a model may differ from the checkpoint that it loads: they change no computation.
-_FREE_FIELDS = {"max_seq_len", "bos_token_id", "eos_token_id", "pad_token_id"}
+_FREE_FIELDS = {"max_seq_len", *TOKEN_ID_FIELDS}
 
 
 def _copy(parameter: Tensor, tensor: Tensor) -> None:
@@ -194,7 +195,7 @@ def save_checkpoint(
         writer.finish()
         _write_json(partial / CONFIG_FILE, to_hf_config(config, num_labels=num_labels, dtype=writer.dtype))
         if num_labels is None:
-            _write_json(partial / "generation_config.json", _generation_config(config))
+            _write_json(partial / GENERATION_FILE, _generation_config(config))
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
         sync_files(partial)
@@ -249,13 +250,14 @@ class _ShardWriter:
         return self._directory / f"part-{number}.safetensors"
 
 
-def _generation_config(config: ModelConfig) -> dict[str, int]:
+def _generation_config(config: ModelConfig) -> dict[str, int | list[int]]:
+    ends = [token_id for token_id in (config.eos_token_id, *config.other_eos_token_ids) if token_id is not None]
     ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _write_json(path: Path, content: object) -> None:

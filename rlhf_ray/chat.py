@@ -1,6 +1,7 @@
 """A dialogue with a checkpoint at the terminal, through the same engine that makes rollouts."""
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def converse(
         count: tokens of such a dialogue; raises UserError for one that cannot be encoded.
         room: most tokens that leave the model room for an answer.
     """
-    opening: Dialogue = [{"role": "system", "content": system}] if system else []
+    opening: Dialogue = [{"role": "system", "content": system}] if system and system.strip() else []
     dialogue = list(opening)
     for text in _lines():
         message = {"role": "user", "content": text}
@@ -79,15 +80,22 @@ def _lines() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - gives input() editing and history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # bad bytes are told, and end nothing
     while True:
         try:
-            text = input("you> " if is_terminal else "").strip()
+            text = input("you> " if is_terminal else "").strip("\ufeff \t\r\n\0")
         except EOFError:
             if is_terminal:
                 print()
             return
         if not text:
             return
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            _say(f"error: character {error.start + 1} of this message is not UTF-8; write it in UTF-8")
+            continue
         yield text
 
 

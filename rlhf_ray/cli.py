@@ -1,5 +1,8 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
+import io
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,9 +242,10 @@ def plan(
 
 def main() -> None:
     """Entry point: bad input is one line and exit code 2, a failed run one line and 1, signals end well."""
+    _speak_utf8()
     try:
         with stopping_on_signals():
-            code = app(prog_name="rlhf-ray", standalone_mode=False) or 0
+            code = app([_expanded(word) for word in sys.argv[1:]], prog_name="rlhf-ray", standalone_mode=False) or 0
     except typer.TyperException as error:
         code = _explain_usage(error)
     except UserError as error:
@@ -249,6 +253,22 @@ def main() -> None:
     except RunFailure as error:
         code = _say(f"failed: {error}", 1)
     sys.exit(code)
+
+
+def _speak_utf8() -> None:
+    """Arguments, paths, terminal and workers are in UTF-8 whatever the locale; no sign of a text ends a run."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # read at the start of Python alone, so this program starts again
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _expanded(word: str) -> str:
+    """An argument with a leading ~ as a home directory, which shells leave alone in quotes and in --option=~/path."""
+    option, path = re.fullmatch(r"(--[a-z-]+=)?(.*)", word, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    return option + os.path.expanduser(path)
 
 
 def _say(line: str, code: int) -> int:

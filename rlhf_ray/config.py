@@ -4,10 +4,13 @@ Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gi
 the field says so and docs/decisions.md says why. Imports no torch: `--help` and bad input answer at once.
 """
 
+import json
+import os.path
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -32,7 +35,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]  # both parts must get some rows
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
 Temperature = Annotated[float, AfterValidator(sampling_temperature)]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
@@ -43,6 +48,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, raw: Any) -> Any:
+        """TOML has no null: "none" stands for it where a value may be missing."""
+        if not isinstance(raw, Mapping):
+            return raw
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {name: None if value == "none" and name in optional else value for name, value in raw.items()}
 
     @model_validator(mode="before")
     @classmethod
@@ -143,38 +157,38 @@ class RolesSection(Section):
 class DataSection(Section):
     """Parquet files for a run that does not generate the testbed; see `rlhf-ray data check`."""
 
-    corpus: str | None = None
+    corpus: FilePath | None = None
     """Pretraining texts (column text)."""
-    public_demonstrations: str | None = None
+    public_demonstrations: FilePath | None = None
     """Dialogues from elsewhere to fine-tune on first, before `demonstrations` (§3.1)."""
-    demonstrations: str | None = None
+    demonstrations: FilePath | None = None
     """Dialogues for SFT (column messages)."""
-    comparisons: str | None = None
+    comparisons: FilePath | None = None
     """Human comparisons for the reward models, in place of what `collect` would make."""
-    comparisons_held_out: str | None = None
+    comparisons_held_out: FilePath | None = None
     """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`collect.held_out`)."""
-    prompts_train: str | None = None
+    prompts_train: FilePath | None = None
     """Prompts PPO samples from."""
-    prompts_early_stop: str | None = None
+    prompts_early_stop: FilePath | None = None
     """Held-out prompts on which PPO's early stopping looks at the reward models."""
-    prompts_annotation: str | None = None
+    prompts_annotation: FilePath | None = None
     """Prompts for preference collection."""
-    prompts_test: str | None = None
+    prompts_test: FilePath | None = None
     """Prompts of the final evaluation, seen by nothing else."""
 
 
 class InputsSection(Section):
     """Directories that replace what an earlier stage would have made."""
 
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A Hugging Face tokenizer."""
-    base: str | None = None
+    base: FilePath | None = None
     """A pretrained Llama checkpoint."""
-    chat: str | None = None
+    chat: FilePath | None = None
     """A fine-tuned Llama checkpoint, in place of the SFT stage's."""
-    helpfulness: str | None = None
+    helpfulness: FilePath | None = None
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
-    safety: str | None = None
+    safety: FilePath | None = None
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
 
 
@@ -263,7 +277,7 @@ class SFTSection(Section):
     seq_len: PositiveInt = 4096
     """Tokens of a packed row."""
     batch_size: PositiveInt = 64
-    """Rows of an optimizer step."""
+    """Rows of an optimizer step; the last of each pass takes what is left."""
     micro_batch_size: PositiveInt = 1
     """Rows a rank passes through the model at once."""
     epochs: PositiveInt = 2
@@ -280,7 +294,7 @@ class CollectSection(Section):
     Which versions and which temperatures, the paper does not say.
     """
 
-    versions: Names = ("previous", "newest")
+    versions: NamesOrPaths = ("previous", "newest")
     """Who answers: "newest" (the chat model), "previous" (an SFT epoch earlier) or directories."""
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
@@ -299,7 +313,7 @@ class RewardSection(Section):
 
     optim: OptimSection = OptimSection(lr=1e-5, warmup_steps=5, warmup_ratio=0.03)
     batch_size: PositiveInt = 512
-    """Pairs of an optimizer step."""
+    """Pairs of an optimizer step; the last of each pass takes what is left."""
     micro_batch_tokens: PositiveInt = 16_384
     """Padded tokens a rank passes through the model at once."""
     epochs: PositiveInt = 1
@@ -383,7 +397,7 @@ class EvaluateSection(Section):
     temperatures: Temperatures = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
-    controls: dict[str, str] = {}
+    controls: dict[str, FilePath] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
@@ -426,10 +440,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+        return tomllib.loads(content.decode(json.detect_encoding(content[:4])))  # UTF-8, or UTF-16 as Windows writes it
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not valid TOML, which is UTF-8 ({error}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.checkpoint_files import check_checkpoint
 from model.checkpoint_values import check_finite
+from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight_inputs import READ_THROUGH_BYTES
 from rlhf_ray.run_state import finished_files
@@ -49,6 +50,8 @@ def export_model(run: Path, to: Path, *, what: str) -> Path:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, partial)
+        if (partial / "tokenizer.json").exists():
+            write_ids(partial)  # models of earlier versions may name another EOS than they were trained with
         shutil.copy(source.parent / "step.json", partial / "lineage.json")
         os.rename(partial, to)
     except OSError as error:

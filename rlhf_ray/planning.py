@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.config import Config, TrainRole
 from rlhf_ray.memory import largest_matrix, scoring_memory, training_memory, training_work
-from rlhf_ray.preflight import ROLES, check_batches
+from rlhf_ray.preflight import ROLES, check_batches, on_device, stage_roles
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 FROZEN = ("reference", "helpfulness", "safety")
@@ -147,7 +147,7 @@ def _row_tokens(request: Request, config: Config) -> int:
 
 def _roles(request: Request, config: Config) -> list[Role]:
     roles = []
-    for name in ROLES[request.stage]:
+    for name in on_device(config, stage_roles(config, request.stage)):
         if name == "rollout":
             roles.append(_engine_role(request, config))
         elif request.stage == "ppo" and name in FROZEN:

@@ -172,7 +172,18 @@ def check_cluster(config: Config) -> None:
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
     """This machine has the cores or GPUs that the roles of an embedded cluster ask for."""
-    check_roles(config, sorted({role for stage in running for role in ROLES.get(stage, ())}))
+    check_roles(config, sorted({role for stage in running for role in stage_roles(config, stage)}))
+
+
+def stage_roles(config: Config, stage: str) -> list[str]:
+    """The roles that a stage starts: of the reward models it trains those that the config does not name."""
+    given = given_outputs(config) if stage == "reward" else set()
+    return [role for role in ROLES.get(stage, ()) if role not in given]
+
+
+def on_device(config: Config, roles: Sequence[str]) -> list[str]:
+    """Those of the roles that hold a model, and with it GPUs where there are some; a function does not."""
+    return [role for role in roles if not is_function(getattr(config.inputs, role, ""))]
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
@@ -204,7 +215,8 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in roles}
+    held = on_device(config, roles)
+    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in held}
     if "rollout" in roles and rollout.tensor_parallel_size > 1:
         needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
@@ -228,7 +240,7 @@ def count_gpus() -> int:
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:
-    """Batches divide into minibatches, chunks and ranks."""
+    """Batches divide into minibatches, chunks and ranks, and PPO has iterations in which the policy learns."""
     roles = config.roles
     values = {
         "pretrain.batch_size": config.pretrain.batch_size,
@@ -259,6 +271,11 @@ def check_batches(config: Config, running: Sequence[str]) -> None:
                 f"{field}={value} must be divisible by {divisor}={by}; change one of them, for example "
                 f"{field}={nearest}"
             )
+    if "ppo" in running and config.ppo.value_warmup_steps >= config.ppo.num_steps:
+        raise UserError(
+            f"ppo.value_warmup_steps={config.ppo.value_warmup_steps} must be less than ppo.num_steps="
+            f"{config.ppo.num_steps}: the policy learns only after them; lower it, or raise ppo.num_steps"
+        )
 
 
 def check_model(config: Config, running: Sequence[str]) -> None:
@@ -353,7 +370,7 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
 
 
 def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
-    inputs, now = json.loads(step_file.read_text())["inputs"], json.loads(config.model_dump_json())
+    inputs, now = json.loads(step_file.read_text(encoding="utf-8"))["inputs"], json.loads(config.model_dump_json())
     if stage == "testbed":  # seeds and precision of a run do not change its data
         return bool(inputs["config"] == now["testbed"])
     return (

@@ -42,7 +42,7 @@ class RunDir:
         try:
             (self.path / "steps").mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
-            probe.write_text("")
+            probe.write_text("", encoding="utf-8")
             probe.unlink()
         except OSError as error:
             raise UserError(
@@ -56,7 +56,7 @@ class RunDir:
         Raises:
             UserError: another process is in such a block.
         """
-        with (self.path / ".lock").open("a+") as file:
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -79,7 +79,7 @@ class RunDir:
     def record(self, **entries: Any) -> None:
         """Merges entries into the manifest."""
         path = self.path / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.exists() else {}
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for key, value in entries.items():
             if isinstance(value, dict) and isinstance(manifest.get(key), dict):
                 manifest[key].update(value)
@@ -225,5 +225,5 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,6 +1,8 @@
 """The command line as a user meets it: help, one line for bad input with code 2, failed runs 1, signals."""
 
 import contextlib
+import io
+import os
 import shutil
 import signal
 import subprocess
@@ -123,7 +125,11 @@ def test_configs_that_cannot_be_read(call, tmp_path):
 def test_data_commands(call, tmp_path):
     path = tmp_path / "p.parquet"
     write_rows(path, "prompts", [prompt(0)])
-    assert call("data", "check", "prompts", path) == (0, f"{path}: 1 row of prompts, all well\n", "")
+    assert call("data", "check", "prompts", path) == (
+        0,
+        f"{path}: 1 row of prompts, all well; --tokenizer DIR checks their tokens as well\n",
+        "",
+    )
     code, out, _ = call("data", "show", path)
     assert code == 0 and "user: which is a fish?" in out
     assert refused(call("data", "check", "prompt", path)).endswith("did you mean prompts?")
@@ -220,6 +226,40 @@ def test_the_end_of_input_ends_a_dialogue(monkeypatch):
 
     monkeypatch.setattr("builtins.input", end)
     chat.converse(lambda _: "", lambda _: 0, system=None, room=1)
+
+
+def test_messages_that_are_not_utf_8_are_told_and_the_dialogue_goes_on(monkeypatch, capsys):
+    text = b"\xef\xbb\xbfhi\r\ncaf\xe9 hello\nlone \xed\xa0\x80\nnul \0 in\n" + b"x" * 100_000 + b"\nno line end"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+    asked = []
+    chat.converse(lambda dialogue: asked.append(dialogue[-1]["content"]) or "", lambda _: 0, system=" ", room=1)
+    assert asked == ["hi", "nul \0 in", "x" * 100_000, "no line end"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: character {place} of this message is not UTF-8; write it in UTF-8" for place in (4, 6)
+    ]
+
+
+# --- texts of other places -------------------------------------------------------------------------------------
+
+
+def test_texts_and_paths_whatever_the_locale(tmp_path):
+    home = tmp_path / "Müller"
+    home.mkdir()
+    (home / "rows.jsonl").write_text(
+        '{"prompt": "Käse?", "chosen": "ja \\ud83e\\udd86", "rejected": "nein"}', encoding="utf-8"
+    )
+    # As Python starts where the locale is C and nothing makes up for it: text is ASCII then.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": str(home)}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "rlhf_ray.cli", "data", *arguments]
+        done = subprocess.run(command, env={**os.environ, **locale}, cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode()
+
+    assert f"to {home}/t.parquet" in run("import", "~/rows.jsonl", "--to=~/t.parquet", "--kind", "comparisons")
+    shown = run("show", "~/t.parquet")
+    assert "user: Käse?" in shown and "ja 🦆" in shown
 
 
 # --- signals ---------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """Micro-batch plans and draws of rows: every row once, within budget, from seed and step alone."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
 
 from rlhf_ray.data.batching import (
+    epoch_rows,
     minibatch_rows,
     mixture_rows,
     padding_share,
     plan_micro_batches,
     prompt_rows,
+    steps_per_epoch,
 )
 
 
@@ -113,6 +116,22 @@ def test_a_batch_larger_than_the_set_spans_epochs():
     assert sorted(counts.values()) == [2, 2, 3, 3]
     with pytest.raises(ValueError, match="num_prompts=0"):
         prompt_rows(0, 1, seed=0, step=0)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "sizes"), [(100, 64, [64, 36]), (128, 64, [64, 64]), (5, 64, [5]), (65, 64, [64, 1])]
+)
+def test_a_pass_takes_every_row_once_and_no_step_spans_two(num_rows, batch_size, sizes):
+    steps = steps_per_epoch(num_rows, batch_size)
+    assert steps == len(sizes)
+    drawn = [epoch_rows(num_rows, batch_size, seed=3, step=step) for step in range(3 * steps)]
+    assert [len(rows) for rows in drawn] == 3 * sizes
+    epochs = [list(chain(*drawn[start : start + steps])) for start in range(0, 3 * steps, steps)]
+    assert all(sorted(epoch) == list(range(num_rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert drawn[0] != epoch_rows(num_rows, batch_size, seed=4, step=0)
+    if num_rows % batch_size == 0:
+        assert drawn == [prompt_rows(num_rows, batch_size, seed=3, step=step) for step in range(3 * steps)]
 
 
 def test_a_mix_keeps_its_shares_and_repeats_small_sources_evenly():

@@ -1,12 +1,19 @@
 """Packed rows from a corpus and from dialogues, and the part that is held out."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tiny_inputs import ANSWER, USER, write_rows, write_tokenizer
 
+from rlhf_ray.data.batching import epoch_rows
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
-from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows, hash_share, split_held_out
+from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows
+from rlhf_ray.data.shares import hash_share, split_held_out
 from rlhf_ray.errors import UserError
+from rlhf_ray.recipe.sft import epoch_names
+from rlhf_ray.workers.policy import PolicyWorker
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +89,38 @@ def test_a_dialogue_that_is_too_long_is_named_by_its_row_in_the_file(tmp_path, t
     path = write_rows(tmp_path / "d", "demonstrations", rows)
     with pytest.raises(UserError, match=r"d row 17: the dialogue has \d+ tokens, sft.seq_len=64 is the limit"):
         dialogue_rows(path, tokenizer_directory, 64, 0.25)
+
+
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 4), (3, 4), (2, 64)])
+def test_a_pass_trains_on_every_row_once_in_equally_many_micro_batches_a_rank(
+    tmp_path, tokenizer_directory, num_ranks, batch_size
+):
+    path = write_rows(tmp_path / "d", "demonstrations", dialogues(40))
+    data = dialogue_rows(path, tokenizer_directory, 32, 0.3)
+    assert len(data.train) % 4  # the last step of a pass has fewer
+    steps, seen = -(-len(data.train) // batch_size), []
+    for step in range(steps):
+        given: list[list[list[int]]] = []
+        engine: Any = SimpleNamespace(step=lambda batches, loss, given=given: given.append(batches) or {})
+        for rank in range(num_ranks):
+            worker = PolicyWorker("policy", rank, num_ranks)
+            worker._data = data
+            worker._engine = engine
+            worker.train_lm(step, batch_size=batch_size, micro_batch_size=2, seed=3, draw=epoch_rows)
+        assert len({len(batches) for batches in given}) == 1  # or a sharded model's ranks wait for each other
+        seen += [row for batches in given for batch in batches for row in batch]
+    assert sorted(seen) == list(range(len(data.train)))
+
+
+def test_an_empty_selection_has_nothing_to_learn(tmp_path, tokenizer_directory):
+    path = write_rows(tmp_path / "d", "demonstrations", dialogues(40))
+    rows = dialogue_rows(path, tokenizer_directory, 32, 0.3).train
+    nothing = rows.select([], "cpu")
+    assert nothing.tokens.shape[0] == 1 and not nothing.target_mask.any()
+    assert rows.select([0], "cpu").target_mask.any()
+
+
+def test_versions_are_kept_at_the_ends_of_passes():
+    # 100 rows in batches of 64 are two steps a pass.
+    assert epoch_names(3)(6) == {2: "epoch-1", 4: "epoch-2", 6: "model"}
+    assert epoch_names(2)(2) == {1: "epoch-1", 2: "model"}

@@ -19,6 +19,7 @@ from rlhf_ray.recipe.ppo import experience_rule, update_rule
 from rlhf_ray.records import Rollouts
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
+from rlhf_ray.workers.value import ValueWorker
 
 ROWS = 8  # answers of a chunk
 SECTION = PPOSection(
@@ -65,14 +66,15 @@ def rollouts(seed: int, *, equal_lengths: bool = False) -> Rollouts:
 
 
 def scores(chunk: Rollouts, seed: int) -> list[Tensor]:
-    """Values, reference log-probs, helpfulness and safety scores."""
+    """Values (B, T + 1), reference log-probs, helpfulness and safety scores."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator)
 
     mask, each = chunk.response_mask, torch.zeros(ROWS)
-    return [0.3 * noise(mask) * mask, (0.2 * noise(mask) - 6.2) * mask, 2 * noise(each) + 1, 2 * noise(each)]
+    values = torch.nn.functional.pad(0.3 * noise(mask), (0, 1), value=0.4)
+    return [values, (0.2 * noise(mask) - 6.2) * mask, 2 * noise(each) + 1, 2 * noise(each)]
 
 
 def build(group, chunks, chunk_scores, section: PPOSection = SECTION):
@@ -206,13 +208,71 @@ def test_nan_on_one_rank_is_an_error_and_hangs_nothing(groups, fault):
     group.call(ScorerWorker.set_threads, 1)
 
 
-def test_a_score_that_is_nan_is_an_error(tmp_path):
+def test_a_cut_off_answer_goes_on_at_the_value_after_its_own_last_token(tmp_path):
+    """Values, advantages and returns against a loop over single unpadded answers."""
+    model = Llama(UNTIED, head="scalar")
+    model.init_weights(seed=1)
+    save_checkpoint(tmp_path / "value", UNTIED, model.named_parameters(), num_labels=1)
+    runtime = Runtime(precision="fp32", device="cpu")
+    value, policy = ValueWorker("value", 0, 1), PolicyWorker("policy", 0, 1)
+    value.load_frozen(str(tmp_path / "value"), head="scalar", runtime=runtime)
+    chunk = rollouts(1)
+    assert len(set(chunk.lengths[~chunk.finished].tolist())) > 1  # cut at different lengths
+    _, values = value.values(chunk, micro_batch_tokens=60)
+    _, reference, helpfulness, safety = scores(chunk, 2)
+    logprobs = chunk.rollout_logprobs
+    section = SECTION.model_copy(
+        update={"truncated": "bootstrap", "gamma": 0.9, "gae_lambda": 0.8, "whiten_advantages": False}
+    )
+    inputs = (chunk, logprobs, values, reference, helpfulness, safety)
+    _, experience = policy.build_experience(1, experience_rule(section), *inputs)
+    raw = torch.where(chunk.is_safety | (safety < math.log(0.15 / 0.85)), safety, helpfulness).double()
+    for row in range(ROWS):
+        length = int(chunk.lengths[row])
+        with torch.no_grad():
+            read = model(chunk.tokens[row : row + 1, :length])[0].double().tolist()  # after each token
+        after = 0.0 if chunk.finished[row] else read[-1]
+        reward = float((raw[row] - raw.mean()) / raw.std())
+        advantage = 0.0
+        for t in range(length - 1, 5, -1):  # prompts have six tokens
+            reward -= 0.05 * float(logprobs[row, t] - reference[row, t])
+            advantage = reward + 0.9 * after - read[t - 1] + 0.9 * 0.8 * advantage
+            after, reward = read[t - 1], 0.0
+            assert float(experience.values[row, t]) == pytest.approx(read[t - 1], abs=1e-5)
+            assert float(experience.advantages[row, t]) == pytest.approx(advantage, abs=1e-5)
+            assert float(experience.returns[row, t]) == pytest.approx(advantage + read[t - 1], abs=1e-5)
+    outside = ~chunk.response_mask
+    assert not any(tensor[outside].any() for tensor in (experience.values, experience.advantages, experience.returns))
+
+
+def test_what_a_cut_off_answer_is_worth_by_hand():
+    """Two tokens with values 1 and 2, and 5 after them; no other reward, gamma = 1/2, lambda = 1."""
+    chunk = Rollouts(
+        tokens=torch.tensor([[7, 8, 9, 0], [7, 8, 9, 0]]),
+        response_mask=torch.tensor([[False, True, True, False]] * 2),
+        rollout_logprobs=torch.zeros(2, 4),
+        finished=torch.tensor([False, True]),
+        is_safety=torch.zeros(2, dtype=torch.bool),
+        prompts="prompts.parquet",
+        prompt_rows=torch.arange(2),
+        policy_version=1,
+    )
+    values, nothing = torch.tensor([[9.0, 1.0, 2.0, 5.0, 9.0]] * 2), torch.zeros(2, 4)
+    changes = {"truncated": "bootstrap", "gamma": 0.5, "gae_lambda": 1.0, "whiten_advantages": False}
+    rule = experience_rule(SECTION.model_copy(update=changes))
+    inputs = (chunk, nothing, values, nothing, torch.zeros(2), torch.zeros(2))  # equal scores whiten to 0
+    _, experience = PolicyWorker("policy", 0, 1).build_experience(1, rule, *inputs)
+    assert experience.returns.tolist() == [[0.0, 1.25, 2.5, 0.0], [0.0] * 4]  # 5 / 4 and 5 / 2; an end is worth 0
+    assert experience.advantages[0].tolist() == [0.0, 0.25, 0.5, 0.0]
+
+
+def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     model = Llama(UNTIED, head="scalar")
     model.init_weights(seed=1)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    weights["score.weight"] *= torch.finfo(torch.float32).max  # weights themselves must be finite
     save_checkpoint(tmp_path / "reward", UNTIED, weights.items(), num_labels=1)
     worker = ScorerWorker("helpfulness", 0, 1)
     worker.load_frozen(str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu"))
-    with pytest.raises(NonFiniteError, match="helpfulness scored an answer nan"):
+    with pytest.raises(NonFiniteError, match=r"helpfulness scored an answer (-?inf|nan)"):
         worker.score(rollouts(1), micro_batch_tokens=1000)

@@ -1,17 +1,21 @@
 """Comparisons as pairs: what is held out, what is mixed, what the tensors hold."""
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_inputs import comparison, write_rows, write_tokenizer
 
+from rlhf_ray.config import RewardSection
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.reward_pairs import Pairs, reward_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe.reward_modeling import told
+from rlhf_ray.recipe.reward_modeling import num_steps, told
+from rlhf_ray.workers.reward import RewardWorker
 
-OPTIONS = {"margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
+OPTIONS = {"model": "safety", "margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +93,9 @@ def test_broken_rows_are_named(tokenizer):
 def test_all_own_rows_once_and_the_share_of_the_others(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(60, 60))
     data = reward_pairs(path, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
-    drawn = Counter(data.train.guidelines[row] for row in data.order)
+    drawn = Counter(data.train.guidelines[row] for row in data.order[0])
     own = [row for row in range(len(data.train)) if data.train.guidelines[row] == "safety"]
-    assert sorted(row for row in data.order if data.train.guidelines[row] == "safety") == own
+    assert sorted(row for row in data.order[0] if data.train.guidelines[row] == "safety") == own
     # n own rows are nine tenths of the mix, so the others are n / 9, to the rounding of the whole.
     assert abs(drawn["helpfulness"] - len(own) / 9) <= 1
 
@@ -101,9 +105,29 @@ def test_epochs_repeat_the_mix_in_another_order(tmp_path, tokenizer_directory):
     data = reward_pairs(
         path, tokenizer_directory, shares={"helpfulness": 1.0, "safety": 0.0}, **{**OPTIONS, "epochs": 2}
     )
-    half = len(data.order) // 2
-    assert sorted(data.order[:half]) == sorted(data.order[half:]) == list(range(len(data.train)))
-    assert data.order[:half] != data.order[half:]
+    first, second = data.order
+    assert sorted(first) == sorted(second) == list(range(len(data.train)))
+    assert first != second
+    assert data.sizes()["train"] == 2 * len(data.train)
+
+
+@pytest.mark.parametrize("batch_size", [4, 10, 512])
+def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory, batch_size):
+    path = write_rows(tmp_path / "c", "comparisons", mixed_rows(30, 0))
+    shares = {"helpfulness": 1.0, "safety": 0.0}
+    worker = RewardWorker("helpfulness", 0, 1)
+    worker._data = data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
+    assert len(data.train) % 4 and len(data.train) > 10  # a last step of an epoch has fewer
+    steps = []
+    engine: Any = SimpleNamespace(step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
+    worker._engine = engine
+    section = RewardSection(batch_size=batch_size, epochs=2)
+    options = {"batch_size": batch_size, "micro_batch_tokens": 100, "safety_loss_coef": 0.0}
+    for step in range(num_steps(data.sizes()["train"], section)):
+        worker.train_reward(step, **options)
+    per_epoch = len(steps) // 2
+    assert sum(steps[:per_epoch]) == sum(steps[per_epoch:]) == len(data.train)
+    assert max(steps) == min(batch_size, len(data.train))
 
 
 def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):
@@ -112,7 +136,7 @@ def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):
     data = reward_pairs(path, tokenizer_directory, shares={"helpfulness": 1.0, "safety": 0.0}, **OPTIONS)
     # Each prompt has four rows, so that both parts are whole fours.
     assert len(data.train) % 4 == 0 and len(data.held_out) % 4 == 0
-    assert data.sizes() == {"train": len(data.order), "held_out": len(data.held_out)}
+    assert data.sizes() == {"train": len(data.order[0]), "held_out": len(data.held_out)}
     sides = [{tuple(pair[0]) for pair in part._sides} for part in (data.train, data.held_out)]
     assert sides[0].isdisjoint(sides[1])
 
@@ -120,7 +144,7 @@ def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):
 def test_a_missing_guideline_is_made_up_for_by_the_other(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(40, 0))
     data = reward_pairs(path, tokenizer_directory, shares={"helpfulness": 0.5, "safety": 0.5}, **OPTIONS)
-    assert sorted(data.order) == list(range(len(data.train)))
+    assert sorted(data.order[0]) == list(range(len(data.train)))
     with pytest.raises(UserError, match=r"0 safety comparisons to train on"):
         reward_pairs(path, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
 
@@ -136,7 +160,7 @@ def test_a_table_of_its_own_is_held_out_whole(tokenizer_directory, tmp_path):
     rest = write_rows(tmp_path / "h.parquet", "comparisons", mixed_rows(3, 4))
     shares = {"helpfulness": 1.0, "safety": 0.0}
     data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "held_out": rest})
-    assert (len(data.train), len(data.held_out), sorted(data.order)) == (25, 7, list(range(20)))
+    assert (len(data.train), len(data.held_out), sorted(data.order[0])) == (25, 7, list(range(20)))
 
 
 def test_accuracies_are_told_by_guideline_the_models_own_first():

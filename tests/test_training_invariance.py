@@ -32,6 +32,7 @@ from training_world import (
 from cluster.session import session
 from model.llama import Llama
 from rlhf_ray.backends.deepspeed import learning_rate_scale
+from rlhf_ray.data.batching import epoch_rows
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -52,6 +53,7 @@ def plain():
         "lm": plain_lm,
         "lm-tied": lambda: plain_lm(TIED),
         "lm-full-batch": lambda: plain_lm(count=NUM_EXAMPLES, batch_size=NUM_EXAMPLES),
+        "lm-passes": lambda: plain_lm(count=2 * BATCH + 1, draw=epoch_rows),
         "policy": lambda: plain_ppo("lm"),
         "value": lambda: plain_ppo("scalar"),
         "reward": plain_reward,
@@ -106,6 +108,14 @@ def test_bf16_goes_the_way_of_fp32(groups, zero_stage):
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_tied_embeddings_train_as_the_plain_loop_does(groups, plain, zero_stage):
     assert_same(train_lm(groups[2], TIED, zero_stage=zero_stage), plain("lm-tied"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (2, 1), (2, 3)])
+def test_what_a_pass_leaves_over_is_a_step_with_its_own_mean(groups, plain, ranks, zero_stage):
+    # Steps of 8, 8 and 1 rows: the last leaves a second rank with nothing.
+    run = train_lm(groups[ranks], count=2 * BATCH + 1, draw=epoch_rows, zero_stage=zero_stage)
+    assert_same(run, plain("lm-passes"))
 
 
 @pytest.mark.slow

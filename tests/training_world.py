@@ -19,7 +19,7 @@ from model.config import PRESETS, ModelConfig
 from model.heads import state_values
 from model.llama import Head, Llama
 from rlhf_ray.config import OptimSection
-from rlhf_ray.data.batching import minibatch_rows, prompt_rows
+from rlhf_ray.data.batching import DrawRows, minibatch_rows, prompt_rows
 from rlhf_ray.data.lm_rows import LMBatch, LMData, LMRows
 from rlhf_ray.data.packing import Example, pack, unpacked
 from rlhf_ray.data.reward_pairs import Pairs, RewardData
@@ -181,22 +181,29 @@ def train_lm(
     layout: str = "unpacked",
     batch_size: int = BATCH,
     micro_batch_size: int = 2,
+    draw: DrawRows = prompt_rows,
     **options: Any,
 ) -> Trained:
     """A next-token training run."""
     begin(group, config, "lm", **options)
     group.call(TrainerWorker.open_data, lm_data, count, config.vocab_size, layout)
-    return train(group, PolicyWorker.train_lm, batch_size=batch_size, micro_batch_size=micro_batch_size, seed=3)
+    method = PolicyWorker.train_lm
+    return train(group, method, batch_size=batch_size, micro_batch_size=micro_batch_size, seed=3, draw=draw)
 
 
 def plain_lm(
-    config: ModelConfig = UNTIED, *, count: int = 3 * BATCH, batch_size: int = BATCH, scale: float = 1.0
+    config: ModelConfig = UNTIED,
+    *,
+    count: int = 3 * BATCH,
+    batch_size: int = BATCH,
+    draw: DrawRows = prompt_rows,
+    scale: float = 1.0,
 ) -> Trained:
     """The same run, one example at a time; with a `scale` other than 1 the gradients are wrong by it."""
     examples = lm_examples(count, config.vocab_size)
 
     def losses(model: Llama, step: int) -> list[Tensor]:
-        batch = [examples[row] for row in prompt_rows(count, batch_size, seed=3, step=step)]
+        batch = [examples[row] for row in draw(count, batch_size, seed=3, step=step)]
         num_targets = sum(sum(mask[1:]) for _, mask in batch)
         return [-_logprobs(model, t)[torch.tensor(m[1:])].sum() * scale / num_targets for t, m in batch]
 
@@ -364,7 +371,7 @@ def reward_data(num_steps: int) -> RewardData:
     tokenizer = train_tokenizer(["abcdefgh abcdefgh"] * 9, vocab_size=300)
     rows = comparison_rows(3 * BATCH)
     pairs = Pairs(rows, tokenizer, margin="small", max_length=100, path="comparisons")
-    return RewardData(pairs, [i % len(rows) for i in range(num_steps * BATCH)], pairs)
+    return RewardData(pairs, [[i % len(rows) for i in range(num_steps * BATCH)]], pairs)
 
 
 def train_reward(
@@ -390,7 +397,7 @@ def plain_reward() -> Trained:
     rows = comparison_rows(3 * BATCH)
 
     def losses(model: Llama, step: int) -> list[Tensor]:
-        numbers = data.order[step * BATCH : (step + 1) * BATCH]
+        numbers = data.order[0][step * BATCH : (step + 1) * BATCH]
         num_labelled = sum(rows[number]["safety_bin"] is not None for number in numbers)
         parts = []
         for number in numbers:

@@ -32,12 +32,12 @@ def write_state(
             held, num_files = {}, num_files + 1
     if held:
         save_file(held, directory / f"state-{num_files:05d}.safetensors")
-    (directory / _STEPS_FILE).write_text(json.dumps({"steps": steps}) + "\n")
+    (directory / _STEPS_FILE).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
 
 
 def read_steps(directory: Path) -> int:
     """Optimizer steps that the state has behind it."""
-    return int(json.loads((directory / _STEPS_FILE).read_text())["steps"])
+    return int(json.loads((directory / _STEPS_FILE).read_text(encoding="utf-8"))["steps"])
 
 
 def read_state(directory: Path, parts: Sequence[str] = PARTS) -> Iterator[tuple[str, dict[str, Tensor]]]:

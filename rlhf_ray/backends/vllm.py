@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint_files import EMBEDDING, LM_HEAD, expected_shapes
+from model.checkpoint_files import expected_shapes
+from model.checkpoint_redundant import EMBEDDING, LM_HEAD
 from model.config import ModelConfig
 from rlhf_ray.engine_limits import GIB, kv_cache_bytes
 from rlhf_ray.records import WeightBucket
@@ -28,7 +29,7 @@ class Completion:
     """One sampled answer."""
 
     tokens: list[int]
-    """Sampled token ids, EOS included where it was sampled."""
+    """Sampled token ids, the one that ended the answer included."""
     logprobs: list[float]
     """Log-prob of each token at the sampling temperature."""
     finished: bool
@@ -76,6 +77,8 @@ class Engine:
             skip_tokenizer_init=True,  # token ids in, token ids out
             load_format="dummy",  # one reader of checkpoints, ours
             hf_overrides={"vocab_size": num_ids},
+            generation_config="vllm",  # what ends an answer is told with each request
+            config_format="hf",  # files of other formats may lie beside ours
             dtype="bfloat16" if precision == "bf16" else "float32",
             max_model_len=config.max_seq_len,
             max_num_seqs=max_num_seqs,
@@ -99,12 +102,12 @@ class Engine:
         seeds: Sequence[int],
         temperature: float,
         max_new_tokens: int,
-        stop_token_id: int | None,
+        end_ids: Sequence[int],
     ) -> list[Completion]:
         """Samples one answer per prompt; temperature 0 is greedy, top-p and top-k are off.
 
         Args:
-            stop_token_id: ends an answer; None ends none before `max_new_tokens`, and EOS is a token like others.
+            end_ids: tokens that end an answer; without any none ends before `max_new_tokens`.
         """
         from vllm import SamplingParams
 
@@ -114,8 +117,8 @@ class Engine:
                 max_tokens=max_new_tokens,
                 seed=seed,
                 logprobs=0,  # the sampled token's own
-                stop_token_ids=None if stop_token_id is None else [stop_token_id],
-                ignore_eos=stop_token_id is None,  # the engine knows the model's EOS by itself
+                stop_token_ids=[end for end in end_ids if end < self._num_ids],  # vLLM refuses others
+                ignore_eos=True,  # the engine's own, from the checkpoint's config.json
                 detokenize=False,
             )
             for seed in seeds

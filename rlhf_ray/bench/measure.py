@@ -249,11 +249,11 @@ def given_scores(work: Workload) -> dict[str, list[Call[Any]]]:
     generator = torch.Generator().manual_seed(work.config.run.seed)
     num_chunks = work.config.ppo.num_chunks
     chunk, prompt = work.batch_size // num_chunks, work.prompt_tokens
-    per_token = torch.zeros(chunk, prompt + work.response_tokens)
-    likely = per_token.clone()
+    length = prompt + work.response_tokens
+    likely = torch.zeros(chunk, length)
     likely[:, prompt:] = -math.log(work.shape.vocab_size)
     return {
-        "value": [_given(per_token) for _ in range(num_chunks)],
+        "value": [_given(torch.zeros(chunk, length + 1)) for _ in range(num_chunks)],
         "reference": [_given(likely) for _ in range(num_chunks)],
         **{
             role: [_given(torch.randn(chunk, generator=generator)) for _ in range(num_chunks)]

@@ -84,7 +84,7 @@ def device_facts(work: Workload, kind: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -98,7 +98,7 @@ def commit() -> str:
         return UNKNOWN  # installed: a repository around it is another one
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     except OSError:
         return UNKNOWN
     return done.stdout.strip() or UNKNOWN

@@ -4,13 +4,16 @@ Pure functions of sizes, seed and step: nothing has to be saved for a resumed ru
 the draws do not depend on how many workers there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 Plan: TypeAlias = list[list[list[int]]]
 """plan[rank][micro_batch] holds row numbers."""
+DrawRows: TypeAlias = Callable[..., list[int]]
+"""`prompt_rows` or `epoch_rows`."""
 
 # One stream of random numbers per purpose, so that equal seeds do not tie unrelated draws together.
 _MINIBATCHES, _PROMPTS, _MIXTURE = 1, 2, 3
@@ -84,9 +87,33 @@ def prompt_rows(num_prompts: int, batch_size: int, *, seed: int, step: int) -> l
     start = step * batch_size
     while len(rows) < batch_size:
         epoch, offset = divmod(start + len(rows), num_prompts)
-        order = np.random.default_rng([_PROMPTS, seed, epoch]).permutation(num_prompts)
-        rows += order[offset : offset + batch_size - len(rows)].tolist()
+        rows += _epoch_order(num_prompts, seed, epoch)[offset : offset + batch_size - len(rows)].tolist()
     return rows
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Steps of a pass over all rows; the last one takes what the others leave."""
+    return -(-num_rows // batch_size)
+
+
+def epoch_part(num_rows: int, batch_size: int, step: int) -> tuple[int, slice]:
+    """The pass that a step belongs to, counted from 0, and its part of that pass: no step spans two passes."""
+    epoch, place = divmod(step, steps_per_epoch(num_rows, batch_size))
+    return epoch, slice(place * batch_size, (place + 1) * batch_size)
+
+
+def epoch_rows(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+    """The rows of a step of training in passes: each pass in its own random order, every row once.
+
+    Where `batch_size` divides the rows, the draw is that of `prompt_rows`.
+    """
+    epoch, part = epoch_part(num_rows, batch_size, step)
+    rows: list[int] = _epoch_order(num_rows, seed, epoch)[part].tolist()
+    return rows
+
+
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([_PROMPTS, seed, epoch]).permutation(num_rows)
 
 
 def mixture_rows(sizes: Sequence[int], shares: Sequence[float], num: int, seed: int) -> list[tuple[int, int]]:

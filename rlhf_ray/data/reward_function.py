@@ -10,15 +10,17 @@ threshold at logit(`ppo.safety_threshold`).
 
 import hashlib
 import importlib
-import inspect
+import itertools
 import re
+import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.errors import UserError
+from rlhf_ray.data.user_code import blamed, check_names_free, own_sources
+from rlhf_ray.errors import UserError, located
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +41,20 @@ def find_function(spec: str, *, root: str) -> Function:
     """The function `module:function`; modules are looked for in `root` too.
 
     Raises:
-        UserError: there is no such module or function.
+        UserError: there is no such module or function, importing it fails, or a module of `root` that it needs has the
+            name of another one.
     """
     module_name, _, name = spec.partition(":")
+    with located(spec):
+        check_names_free(module_name, Path(root))
     if root not in sys.path:
-        sys.path.insert(0, root)
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{spec}: cannot be imported ({error}); give module:function, found from {root}") from error
+        sys.path.append(root)  # last: what else lies there must not stand in for modules of Python and of libraries
+    remedy = f"correct it, or give another module:function, found from {root}"
+    with blamed(f"{spec}: cannot be imported", remedy=remedy):
+        module = importlib.import_module(module_name)
+    if not hasattr(module, name):
+        raise UserError(f"{spec}: cannot be imported ({module_name} has no {name}); {remedy}")
+    function = getattr(module, name)
     if not callable(function):
         raise UserError(f"{spec}: is no function but {type(function).__name__}; give module:function")
     found: Function = function
@@ -55,37 +62,65 @@ def find_function(spec: str, *, root: str) -> Function:
 
 
 def function_version(spec: str, *, root: str) -> str:
-    """A hash of the source of the function's module.
+    """A hash of the source of the function's module and of all that this imports from the user's own directory.
 
     Raises:
         UserError: as `find_function`.
     """
-    module = inspect.getmodule(find_function(spec, root=root))
-    source = Path(inspect.getfile(module)).read_bytes() if module is not None else b""
-    return hashlib.sha256(spec.encode() + source).hexdigest()[:12]
+    find_function(spec, root=root)
+    total = hashlib.sha256(spec.encode())
+    for name, file in sorted(own_sources(spec.partition(":")[0]).items()):
+        total.update(name.encode() + file.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def score_with(function: Function, rollouts: "Rollouts", tokenizer: Any, *, name: str) -> "Tensor":
     """(B,) float32 scores of the rollouts' answers.
 
     Raises:
-        UserError: the function does not return one number for each answer.
+        UserError: the function raises, or does not return one finite number for each answer.
     """
     import torch
 
-    dialogues = _dialogues(rollouts.prompts)
+    from rlhf_ray.data.chat import decode_answer
+
     answers = [
-        tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True).strip()
+        decode_answer(tokenizer, tokens[mask].tolist())
         for tokens, mask in zip(rollouts.tokens, rollouts.response_mask, strict=True)
     ]
-    scores = function([dialogues[row] for row in rollouts.prompt_rows.tolist()], answers)
+    # Copies: what a function does to its arguments must not reach the next batch.
+    table = _dialogues(rollouts.prompts)
+    dialogues = [[dict(message) for message in table[row]] for row in rollouts.prompt_rows.tolist()]
+    most = len(answers) + 1  # an iterator may have no end
+    with blamed(f"{name} failed", remedy="correct the function"):
+        scores: Any = function(dialogues, list(answers))
+        if isinstance(scores, Iterator):
+            scores = list(itertools.islice(scores, most))
     try:
-        result = torch.tensor([float(score) for score in scores])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} returned {scores!r:.80}; return a list of numbers, one for each answer") from error
-    if len(result) != len(answers):
-        raise UserError(f"{name} returned {len(result)} scores for {len(answers)} answers; return one for each")
+        numbers = [_number(score) for score in itertools.islice(_in_order(scores), most)]
+    except Exception as error:  # the objects are the user's, and raise what they like
+        returned = " ".join(reprlib.repr(scores).split())
+        raise UserError(f"{name} returned {returned}; return a list of numbers, one for each answer") from error
+    if len(numbers) != len(answers):
+        count = len(numbers) if len(numbers) < most else f"more than {len(answers)}"
+        raise UserError(f"{name} returned {count} scores for {len(answers)} answers; return one for each")
+    result = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # whatever defaults the function sets
+    for row in (~torch.isfinite(result)).nonzero().flatten().tolist()[:1]:
+        raise UserError(f"{name} returned {numbers[row]:g} for the answer {answers[row]!r:.60}; return finite numbers")
     return result
+
+
+def _in_order(scores: Any) -> Iterator[Any]:
+    """The elements, of what has them in an order."""
+    if isinstance(scores, str | bytes | Mapping | Set):
+        raise TypeError
+    return iter(scores)
+
+
+def _number(score: Any) -> float:
+    if isinstance(score, str | bytes):  # which float() would read
+        raise TypeError
+    return float(score)
 
 
 @cache

@@ -10,9 +10,9 @@ from torch import Tensor
 from rlhf_ray.algo.ranking import safety_labels, strength_margin
 from rlhf_ray.data.batching import mixture_rows
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
-from rlhf_ray.data.lm_rows import hash_share
 from rlhf_ray.data.schemas import COMPARISONS, read_table
-from rlhf_ray.errors import UserError, located
+from rlhf_ray.data.shares import check_mix, split_comparisons
+from rlhf_ray.errors import RowErrors, UserError
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,27 @@ class Pairs:
         self.guidelines = [row["guideline"] for row in rows]
         self._strengths = [row["strength"] for row in rows]
         self._sides: list[tuple[list[int], list[int]]] = []
+        errors = RowErrors(path)
         for row in rows:
-            with located(f"{path} {row['comparison_id']}"):
+            with errors.of(row["comparison_id"]):
                 prompt = encode_prompt(tokenizer, row["messages"])
                 sides = [
                     prompt + encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"])
                     for side in ("chosen", "rejected")
                 ]
-            longest = max(len(tokens) for tokens in sides)
-            if longest > max_length:
-                raise UserError(
-                    f"{path} {row['comparison_id']}: dialogue and answer have {longest} tokens, "
-                    f"reward.max_length={max_length} is the limit; raise it or shorten the row"
-                )
-            self._sides.append((sides[0], sides[1]))
-            if margin != "none" and row["strength"] is None:
-                raise UserError(
-                    f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs "
-                    f"it; fill the column in, or set reward.margin=none"
-                )
+                longest = max(len(tokens) for tokens in sides)
+                if longest > max_length:
+                    raise UserError(
+                        f"dialogue and answer have {longest} tokens, reward.max_length={max_length} is the limit; "
+                        "raise it or shorten the row"
+                    )
+                self._sides.append((sides[0], sides[1]))
+                if margin != "none" and row["strength"] is None:
+                    raise UserError(
+                        f"strength is missing and reward.margin={margin} needs it; fill the column in, or set "
+                        "reward.margin=none"
+                    )
+        errors.raise_any()
         self._margin = strength_margin(self._strengths, kind=margin)
         self._labels = safety_labels([row["safety_bin"] for row in rows])
 
@@ -120,19 +122,20 @@ class RewardData:
     """Pairs to train on in a fixed order, and pairs to measure on."""
 
     train: Pairs
-    order: list[int]
-    """Numbers of `train` pairs, all epochs one after another."""
+    order: list[list[int]]
+    """Numbers of `train` pairs, epoch by epoch; each has as many."""
     held_out: Pairs
 
     def sizes(self) -> dict[str, int]:
         """Pairs of each part; a pair repeated by the mix or by epochs counts each time."""
-        return {"train": len(self.order), "held_out": len(self.held_out)}
+        return {"train": sum(map(len, self.order)), "held_out": len(self.held_out)}
 
 
 def reward_pairs(
     path: str,
     tokenizer_directory: str,
     *,
+    model: str,
     shares: Mapping[str, float],
     margin: Literal["none", "small", "large"],
     epochs: int,
@@ -148,28 +151,18 @@ def reward_pairs(
     Raises:
         UserError: a part is empty, a row is too long, or a margin is asked for without strengths.
     """
-    kept = read_table(path, COMPARISONS).to_pylist()
     tokenizer = load_tokenizer(tokenizer_directory)
-    if isinstance(held_out, str):
-        rest = read_table(held_out, COMPARISONS).to_pylist()
-    else:
-        shares_of_hash = [hash_share(str(row["messages"])) for row in kept]
-        rest = [row for row, share in zip(kept, shares_of_hash, strict=True) if share < held_out]
-        kept = [row for row, share in zip(kept, shares_of_hash, strict=True) if share >= held_out]
+    elsewhere = read_table(held_out, COMPARISONS).to_pylist() if isinstance(held_out, str) else held_out
+    kept, rest = split_comparisons(read_table(path, COMPARISONS).to_pylist(), elsewhere)
+    check_mix(model, shares, kept, rest, path)
     by_guideline = {name: [i for i, row in enumerate(kept) if row["guideline"] == name] for name in shares}
     main = max(shares, key=lambda name: shares[name])
-    if not by_guideline[main] or not rest:
-        held_out_key = "data.comparisons_held_out" if isinstance(held_out, str) else "collect.held_out"
-        raise UserError(
-            f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; "
-            f"both must be there, give more rows or change {held_out_key}={held_out}"
-        )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
     options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}
-    order: list[int] = []
+    order = []
     for epoch in range(epochs):
         num = round(len(by_guideline[main]) / (used[main] / sum(used.values())))
         mix = mixture_rows([len(by_guideline[n]) for n in used], list(used.values()), num, seed * 1000 + epoch)
         names = list(used)
-        order += [by_guideline[names[source]][row] for source, row in mix]
+        order.append([by_guideline[names[source]][row] for source, row in mix])
     return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))

@@ -202,7 +202,7 @@ def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:
 
 def print_evaluation(path: Path) -> None:
     """Prints an evaluation.json as a table on stdout."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     title = f"{report['prompts']} held-out prompts"
     if report["testbed"]:
         title += f", testbed {report['testbed']}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_ray.config import Config
 from rlhf_ray.data.reward_function import function_version, is_function
+from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console
 from rlhf_ray.run_state import RunDir, Step, code_version, fingerprint
@@ -20,11 +21,19 @@ SHARED_CODE = (
     "rlhf_ray.backends",
     "rlhf_ray.data",
     "rlhf_ray.workers",
+    "rlhf_ray.light_tokenizer",
     "rlhf_ray.records",
     "rlhf_ray.recipe.engines",
 )
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
 
 WHO_MAKES = {
     "tokenizer": ("tokenizer", "inputs.tokenizer"),
@@ -186,7 +195,8 @@ class Context:
         return step.done
 
     def add_tokenizer(self, checkpoint: Path) -> None:
-        """Copies the run's tokenizer into a checkpoint, so that others can load it as it is."""
+        """Copies the run's tokenizer into a checkpoint; others load it as it is, and end answers as the run does."""
         for pattern in TOKENIZER_FILES:
             for file in self.outputs["tokenizer"].glob(pattern):
                 shutil.copy(file, checkpoint / file.name)
+        write_ids(checkpoint)

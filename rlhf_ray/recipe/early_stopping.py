@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config import PPOSection
 from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -29,7 +30,13 @@ class EarlyStopping:
     @classmethod
     def load(cls, state: Path | None) -> "EarlyStopping":
         """From a checkpoint of the stage, or afresh."""
-        return cls(**json.loads((state / "early_stopping.json").read_text())) if state else cls()
+        return cls(**json.loads((state / "early_stopping.json").read_text(encoding="utf-8"))) if state else cls()
+
+
+def look_is_due(section: PPOSection, index: int) -> bool:
+    """Whether the policy is looked at after iteration `index`; never while it waits for the value model."""
+    at_end = index + 1 == section.num_steps
+    return index >= section.value_warmup_steps and (at_end or (index + 1) % section.eval_every == 0)
 
 
 def best_directory(work: Path, index: int) -> Path:

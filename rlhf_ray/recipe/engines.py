@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def check_swappable(field: str, checkpoint: Path, first: Path) -> None:
     Raises:
         UserError: it has another shape.
     """
-    if read_config(checkpoint) != read_config(first):
+    if read_config(checkpoint).shape() != read_config(first).shape():
         raise UserError(
             f"{field}={str(checkpoint)!r}: has another shape than {first}, and the engine that answers with one "
             f"takes the other's weights; give a checkpoint of the same shape"
@@ -97,8 +98,9 @@ def generate(
     temperature: float,
     max_new_tokens: int,
 ) -> list[Call[dict[str, float]]]:
-    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and row alone."""
+    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and rows alone."""
     engines = roles["rollout"]
+    seeds = request_seeds(seed, rows)
     bounds = [len(rows) * chunk // num_chunks for chunk in range(num_chunks + 1)]
     calls: list[Call[Any]] = []
     for chunk, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -109,7 +111,7 @@ def generate(
                 RolloutWorker.generate,
                 prompts,
                 part,
-                seeds=[request_seed(*seed, row) for row in part],
+                seeds=seeds[start:end],
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 num_data=1,
@@ -172,6 +174,22 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
     return worst
 
 
-def request_seed(seed: int, step: int, row: int) -> int:
-    """The sampling seed of one answer."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:4], "big") >> 1
+def request_seeds(seed: tuple[int, int], rows: Sequence[int]) -> list[int]:
+    """The sampling seed of each prompt's answer: another one each time that a prompt occurs in `rows`.
+
+    Args:
+        seed: of the run, and the step.
+        rows: of the whole batch, so that chunks and engines change nothing.
+    """
+    occurred: Counter[int] = Counter()
+    seeds = []
+    for row in rows:
+        seeds.append(request_seed(*seed, row, occurred[row]))
+        occurred[row] += 1
+    return seeds
+
+
+def request_seed(seed: int, step: int, row: int, sample: int = 0) -> int:
+    """The sampling seed of one answer; `sample` counts the answers to one prompt."""
+    text = f"{seed} {step} {row}" + (f" {sample}" if sample else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.worker_group import collect
 from model.config import ModelConfig
 from rlhf_ray.config import PretrainSection, SFTSection
+from rlhf_ray.data.batching import DrawRows
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.run_state import Step
@@ -22,6 +23,7 @@ def train_language_model(
     source: str | ModelConfig,
     *,
     num_steps: Callable[[dict[str, int]], int],
+    draw: DrawRows,
     versions: Callable[[int], dict[int, str]],
     builder: Callable[..., Any],
     builder_args: tuple[Any, ...],
@@ -31,6 +33,7 @@ def train_language_model(
     Args:
         source: a checkpoint, or a config for fresh weights.
         num_steps: optimizer steps, from the sizes of the data.
+        draw: the rows of a step.
         versions: steps done -> name of a checkpoint to keep, from the number of steps; the last is the result.
         builder: makes the rows, on every rank.
     Returns:
@@ -65,6 +68,7 @@ def train_language_model(
                 batch_size=section.batch_size,
                 micro_batch_size=section.micro_batch_size,
                 seed=config.run.seed,
+                draw=draw,
                 step=f"{name} step {index}",
             )[0]
             num_tokens += row["tokens"]

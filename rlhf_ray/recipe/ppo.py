@@ -19,7 +19,7 @@ from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.early_stopping import EarlyStopping, best_directory, drop_others, keep_best
+from rlhf_ray.recipe.early_stopping import EarlyStopping, best_directory, drop_others, keep_best, look_is_due
 from rlhf_ray.recipe.engines import (
     SCORED_BY,
     generate,
@@ -88,7 +88,7 @@ def ppo(context: Context) -> Path:
     with progress_bar("ppo", total=section.num_steps, done=steps_done) as bar:
         for index in range(steps_done, section.num_steps):
             row = iteration(roles, section, index, num_prompts=num_prompts, seed=seed)
-            if (index + 1) % section.eval_every == 0 or index + 1 == section.num_steps:
+            if look_is_due(section, index):
                 row |= evaluate_held_out(roles, section, num_held_out)
                 if stopping.look(index, row["held_out/reward_combined"]):
                     keep_best(roles, work, index)
@@ -248,7 +248,6 @@ def load_models(context: Context, state: Path | None, *, roles_used: Sequence[st
     """Puts the roles' models in place: from the stage's parents, or from a checkpoint of this stage."""
     config, roles, outputs = context.config, context.roles, context.outputs
     section, runtime = config.ppo, roles.runtime
-    updates = section.num_steps * section.inner_epochs * (section.batch_size // section.minibatch_size)
     label = "loading models"
     roles.work_together(*roles_used)
     trained = {"policy": section.optim, "value": section.value_optim}
@@ -268,8 +267,15 @@ def load_models(context: Context, state: Path | None, *, roles_used: Sequence[st
         roles["value"].call(TrainerWorker.zero_head, step=label)
     begun = []
     for role, optim in trained.items():
+        updates = num_updates(section, role)
         begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
     collect(begun, timeout_s=roles.timeout_s, step=label)
+
+
+def num_updates(section: PPOSection, role: str) -> int:
+    """Optimizer steps of policy or value over all of PPO: the length of its learning-rate schedule."""
+    iterations = section.num_steps - (section.value_warmup_steps if role == "policy" else 0)
+    return iterations * section.inner_epochs * (section.batch_size // section.minibatch_size)
 
 
 def load_frozen(context: Context, roles_used: Sequence[str] = FROZEN_ROLES) -> list[Call[None]]:

@@ -1,17 +1,17 @@
 """Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect
-from model.checkpoint_files import read_config
 from rlhf_ray.config import RewardSection
-from rlhf_ray.data.chat import load_tokenizer
+from rlhf_ray.data.batching import steps_per_epoch
 from rlhf_ray.data.reward_pairs import reward_pairs
+from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.tokenizer import save_tokenizer
 from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
@@ -36,15 +36,15 @@ def train_reward_models(context: Context) -> dict[str, Path]:
     }
     missing = {name: step for name, step in steps.items() if not context.skip(step)}
     if missing:
-        _train(context, section, missing)
+        _train(context, section, missing, among=tuple(steps))
     return {name: step.path for name, step in steps.items()}
 
 
-def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> None:
+def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, among: Sequence[str]) -> None:
+    """Trains the models of `steps`, side by side; `among` are those too that an earlier attempt has finished."""
     roles, timeout_s = context.roles, context.roles.timeout_s
     with console.status("reward: starting workers, reading comparisons"):
-        # Both, even where one model is done already: the number of threads is a part of what makes bits equal.
-        roles.work_together(*GUIDELINES)
+        roles.work_together(*steps, among=among)
         sizes = _begin(context, section, steps)
     progress = {name: step.latest_state()[0] for name, step in steps.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
@@ -84,7 +84,6 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
         if not (work / "model").exists():  # one from before an interruption is the same and stays
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
-        pad_as_model(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
         console.print(f"reward-{name}: held-out accuracy {told(accuracy, name)}")
 
@@ -112,6 +111,7 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             reward_pairs,
             str(context.outputs["comparisons"]),
             str(context.outputs["tokenizer"]),
+            model=name,
             shares=mix(name, section),
             margin=section.margin,
             epochs=section.epochs,
@@ -131,14 +131,6 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
     return sizes
 
 
-def pad_as_model(checkpoint: Path) -> None:
-    """Makes a reward model's tokenizer pad with the model's own padding token (`score_pad_token_id`)."""
-    tokenizer, pad = load_tokenizer(checkpoint), read_config(checkpoint).pad_token_id
-    if pad is not None and tokenizer.pad_token_id != pad:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        save_tokenizer(tokenizer, checkpoint)
-
-
 def held_out(context: Context) -> str | float:
     """What accuracy is measured on: a table of its own, or a share of the table trained on."""
     return str(context.outputs[HELD_OUT]) if HELD_OUT in context.outputs else context.config.collect.held_out
@@ -156,13 +148,6 @@ def with_interval(accuracy: dict[str, float], group: str) -> str:
     return f"{share:.3f} ± {1.96 * math.sqrt(share * (1 - share) / count):.3f} ({count:.0f} pairs)"
 
 
-def mix(name: str, section: RewardSection) -> dict[str, float]:
-    """Share of each guideline's comparisons in a model's training data (§3.2.2)."""
-    if name == "helpfulness":
-        return {"helpfulness": section.helpfulness_share, "safety": 1 - section.helpfulness_share}
-    return {"safety": section.safety_share, "helpfulness": 1 - section.safety_share}
-
-
 def num_steps(pairs: int, section: RewardSection) -> int:
     """Optimizer steps over `pairs` training pairs, all epochs counted in."""
-    return max(1, pairs // section.batch_size)
+    return section.epochs * steps_per_epoch(pairs // section.epochs, section.batch_size)

@@ -100,7 +100,10 @@ def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str,
     try:
         for stage in STAGES:
             if all(name in context.outputs for name in MAKES[stage]):
-                continue  # the config names all of it
+                if stage in wanted:
+                    names = ", ".join(MAKES[stage])
+                    console.print(f"{stage}: nothing to do, the config names what it would make ({names})")
+                continue
             context.may_run = stage in wanted
             try:
                 outputs = run_stage(context, stage)

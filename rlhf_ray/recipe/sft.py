@@ -7,6 +7,7 @@ The paper starts with public instruction data and goes on with its own, fewer an
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhf_ray.data.batching import epoch_rows, steps_per_epoch
 from rlhf_ray.data.lm_rows import dialogue_rows
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.language_modeling import train_language_model
@@ -38,6 +39,7 @@ def fine_tune(context: Context, name: str, *, demonstrations: str, start: str) -
             section,
             str(context.outputs[start]),
             num_steps=lambda sizes: section.epochs * steps_per_epoch(sizes["train"], section.batch_size),
+            draw=epoch_rows,
             versions=epoch_names(section.epochs),
             builder=dialogue_rows,
             builder_args=(
@@ -49,11 +51,6 @@ def fine_tune(context: Context, name: str, *, demonstrations: str, start: str) -
         )
         step.finish(**facts)
     return step.path
-
-
-def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Whole optimizer steps in one pass, at least one."""
-    return max(1, rows // batch_size)
 
 
 def epoch_names(epochs: int) -> Callable[[int], dict[int, str]]:

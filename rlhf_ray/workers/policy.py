@@ -15,7 +15,7 @@ from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.backends.weights import fill_buckets
-from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.data.batching import DrawRows, prompt_rows
 from rlhf_ray.records import Experience, Rollouts
 from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
 from rlhf_ray.workers.trainer import TrainerWorker
@@ -45,12 +45,16 @@ class PolicyWorker(TrainerWorker):
 
     # --- pretraining and supervised fine-tuning -------------------------------------------------------------
 
-    def train_lm(self, step: int, *, batch_size: int, micro_batch_size: int, seed: int) -> dict[str, float]:
+    def train_lm(
+        self, step: int, *, batch_size: int, micro_batch_size: int, seed: int, draw: DrawRows = prompt_rows
+    ) -> dict[str, float]:
         """One optimizer step on packed rows; which rows depends on (seed, step) alone."""
-        rows = prompt_rows(len(self._data.train), batch_size, seed=seed, step=step)
-        targets = self._data.train.num_targets(rows)
+        rows = draw(len(self._data.train), batch_size, seed=seed, step=step)
+        targets = max(1, self._data.train.num_targets(rows))  # a row may hold the first token of a document and no more
         own = rows[self.rank :: self.num_ranks]
-        micro_batches = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+        # As many on every rank, by the first one's rows: where rows do not deal out evenly, some are empty.
+        starts = range(0, -(-len(rows) // self.num_ranks), micro_batch_size)
+        micro_batches = [own[start : start + micro_batch_size] for start in starts]
 
         def loss(model: Any, batch: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
             packed = self._data.train.select(batch, self._runtime.device)
@@ -103,7 +107,7 @@ class PolicyWorker(TrainerWorker):
         """Rewards, KL, advantages and returns of this rank's chunks, with moments over all ranks.
 
         Args:
-            inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T), reference log-probs
+            inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T + 1), reference log-probs
                 (B, T), helpfulness scores (B,) and safety scores (B,) of each: 6 x num_chunks.
         Returns:
             (metrics, experience_1, ..., experience_num_chunks); metrics are over the whole batch.
@@ -238,17 +242,17 @@ def _draft(
 def _advantages(
     rollouts: Rollouts, draft: _Draft, values: Tensor, moments: Moments, rule: ExperienceRule
 ) -> tuple[Experience, dict[str, Tensor]]:
-    """One chunk's experience and the sums its metrics are made of."""
+    """One chunk's experience and the sums its metrics are made of; `values` as `ValueWorker.values` gives them."""
     mask = rollouts.response_mask
+    after_last = values.gather(1, rollouts.lengths[:, None]).squeeze(1)
+    values = torch.where(mask, values[:, :-1], 0.0)
     whitened = masked_whiten(draft.scores, torch.ones_like(draft.scores, dtype=torch.bool), moments=moments)
     if rule.truncated == "penalty":
         whitened = torch.where(rollouts.finished, whitened, whitened - rule.truncation_penalty)
     rewards = token_rewards(whitened, draft.kl, mask, kl_coef=rule.kl_coef)
     bootstrap = None
     if rule.truncated == "bootstrap":
-        # The state after a cut-off answer has no value estimate of its own: the last token's state stands in.
-        last = values.gather(1, (rollouts.lengths - 1).unsqueeze(1)).squeeze(1)
-        bootstrap = torch.where(rollouts.finished, torch.zeros_like(last), last)
+        bootstrap = torch.where(rollouts.finished, 0.0, after_last)
     advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
     weights = torch.ones_like(values)
     if rule.importance_cap is not None:

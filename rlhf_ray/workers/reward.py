@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.heads import last_token_scores
 from rlhf_ray.algo.ranking import ranking_loss, safety_loss
-from rlhf_ray.data.batching import plan_micro_batches
+from rlhf_ray.data.batching import epoch_part, plan_micro_batches
 from rlhf_ray.workers.trainer import TrainerWorker
 
 
@@ -19,7 +19,8 @@ class RewardWorker(TrainerWorker):
     ) -> dict[str, float]:
         """One optimizer step on pairs; chosen and rejected answers go through one forward (§3.2.2)."""
         pairs = self._data.train
-        rows = self._data.order[step * batch_size : (step + 1) * batch_size]
+        epoch, part = epoch_part(len(self._data.order[0]), batch_size, step)
+        rows = self._data.order[epoch][part]
         # A pair is two rows of the length of its longer one.
         lengths = [2 * pairs.length(row) for row in rows]
         plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)

@@ -1,7 +1,7 @@
 """The run's roles: each a group of ranks, started when a stage first needs it and alive until the run ends."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import ray
 
 from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
+from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -50,16 +51,25 @@ class Roles:
                 self._groups.update(zip(missing, pool.map(self._launch, missing), strict=True))
         return [self._groups[role] for role in roles]
 
-    def work_together(self, *roles: str) -> None:
+    def work_together(self, *roles: str, among: Sequence[str] = ()) -> None:
         """Divides the cores between roles whose ranks are about to compute at the same time.
 
         On CPU more runnable compute threads than cores are several times slower than too few, because threads spin
         at every barrier.
+
+        Args:
+            among: the roles between which cores are divided, where these are more than the ones to be started. The
+                number of threads is a part of what makes bits equal, so it must not depend on what is done already.
         """
         groups = self.start(*roles)
-        threads = max(1, self.cores // sum(group.num_ranks for group in groups))
+        threads = max(1, self.cores // sum(self.num_ranks(role) for role in among or roles))
         for group in groups:
             group.call(_set_threads(group.role), threads, step=self.step)
+
+    def num_ranks(self, role: str) -> int:
+        """Ranks of a role, started or not."""
+        settings: Any = getattr(self._config.roles, role)
+        return int(settings.num_engines if isinstance(settings, RolloutRole) else settings.num_ranks)
 
     @property
     def timeout_s(self) -> float:
@@ -109,21 +119,21 @@ class Roles:
 
     def _launch(self, role: str) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)
-        on_gpu = self.runtime.device == "cuda"
+        num_ranks = self.num_ranks(role)
+        # A reward that is a function holds no model.
+        on_gpu = self.runtime.device == "cuda" and not is_function(getattr(self._config.inputs, role, ""))
         if isinstance(settings, RolloutRole):
             size = settings.tensor_parallel_size
-            num_ranks, gpus = settings.num_engines, float(size) if size > 1 else settings.gpus_per_rank
-            num_processes = num_ranks * size
+            gpus = float(size) if size > 1 else settings.gpus_per_rank
         else:
-            num_ranks, gpus = settings.num_ranks, settings.gpus_per_rank
-            num_processes = num_ranks
+            size, gpus = 1, settings.gpus_per_rank
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             role=role,
             num_ranks=num_ranks,
             resources=resources,
-            env=worker_environment(threads=max(1, self.cores // num_processes), on_gpu=on_gpu),
+            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
         )

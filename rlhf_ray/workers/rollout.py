@@ -12,8 +12,10 @@ from model.checkpoint import iterate_tensors
 from model.checkpoint_files import read_config
 from rlhf_ray.backends.vllm import Completion, Engine
 from rlhf_ray.backends.weights import fill_buckets
-from rlhf_ray.data.chat import encode_prompt, load_tokenizer
+from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
+from rlhf_ray.data.special_ids import special_ids
+from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.records import Rollouts, WeightBucket
 
 _PROBED_PROMPTS = 8
@@ -47,14 +49,13 @@ class RolloutWorker(Worker):
         if self._engine is not None:
             self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
             return
-        self._tokenizer = load_tokenizer(tokenizer)
+        self._tokenizer, self._light = load_tokenizer(tokenizer), LightTokenizer(tokenizer)
         config = read_config(checkpoint)
-        known = max(self._tokenizer.get_vocab().values()) + 1
+        known = max(self._light.vocabulary.values()) + 1
         self._num_ids = config.vocab_size if every_id else min(known, config.vocab_size)
         self._engine = Engine(checkpoint, config, num_ids=self._num_ids, **engine_options)
         self.load_checkpoint(checkpoint)
-        stop = self._stop_token
-        self._engine.generate([[stop]], seeds=[0], temperature=1.0, max_new_tokens=2, stop_token_id=stop)
+        self._engine.generate([self._ends[:1]], seeds=[0], temperature=1.0, max_new_tokens=2, end_ids=self._ends)
 
     def open_prompts(self, name: str, path: str, *, max_new_tokens: int, context: int) -> int:
         """Reads and tokenises a prompts table under a name; returns how many.
@@ -88,7 +89,7 @@ class RolloutWorker(Worker):
             seeds=seeds,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            stop_token_id=self._stop_token if prompt_set.ends_at_eos else None,
+            end_ids=self._ends if prompt_set.ends_at_eos else (),
         )
         rollouts = to_rollouts(
             prompt_set, rows, prompt_tokens, completions, policy_version=self._version, num_ids=self._num_ids
@@ -101,8 +102,7 @@ class RolloutWorker(Worker):
         for tokens, mask, finished in zip(
             rollouts.tokens, rollouts.response_mask, rollouts.finished.tolist(), strict=True
         ):
-            text = self._tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)
-            answers.append((text.strip(), finished))
+            answers.append((decode_answer(self._tokenizer, tokens[mask].tolist()), finished))
         return answers
 
     def chat(self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int) -> str:
@@ -112,9 +112,9 @@ class RolloutWorker(Worker):
             seeds=[seed],
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            stop_token_id=self._stop_token,
+            end_ids=self._ends,
         )
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
+        return decode_answer(self._tokenizer, completion.tokens)
 
     def load_weights(self, buckets: list[Any]) -> int:
         """Takes a version of the weights from the channel; returns its number."""
@@ -123,6 +123,7 @@ class RolloutWorker(Worker):
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
+        self._ends = special_ids(self._light, read_config(checkpoint)).ends
         self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=0))
 
     def probe(self, prompts: str) -> tuple[None, Rollouts]:
@@ -170,10 +171,6 @@ class RolloutWorker(Worker):
         """The vLLM engine."""
         assert self._engine is not None, f"{self.role}: start comes first"
         return self._engine
-
-    @property
-    def _stop_token(self) -> int:
-        return int(self._tokenizer.eos_token_id)
 
 
 def to_rollouts(

@@ -18,6 +18,7 @@ from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.data.batching import plan_micro_batches
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_function import find_function, score_with
+from rlhf_ray.errors import located
 from rlhf_ray.records import Rollouts
 
 logging.getLogger("ray").setLevel(logging.ERROR)
@@ -66,7 +67,8 @@ class ScorerWorker(Worker):
             UserError: there is no such function.
         """
         self.unload()
-        function, loaded = find_function(spec, root=root), load_tokenizer(tokenizer)
+        with located(f"inputs.{self.role}"):
+            function, loaded = find_function(spec, root=root), load_tokenizer(tokenizer)
         self._function = lambda rollouts: score_with(function, rollouts, loaded, name=spec)
 
     def unload(self) -> None:
@@ -95,10 +97,12 @@ class ScorerWorker(Worker):
         """(B,) float32 raw scores, read at the last token of each answer (`scored_lengths`), cut-off answers included.
 
         Raises:
-            NonFiniteError: a score is NaN or infinite.
+            NonFiniteError: a model's score is NaN or infinite.
+            UserError: as `score_with`.
         """
         if self._function is not None:
-            scores = self._function(rollouts)
+            with located(f"inputs.{self.role}"):
+                scores = self._function(rollouts)
         else:
             assert self._config is not None
             scores = torch.zeros(rollouts.tokens.shape[0])

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model.heads import state_values
 from rlhf_ray.algo.losses import value_loss
@@ -16,11 +17,18 @@ class ValueWorker(TrainerWorker):
     """One data-parallel rank of the value model."""
 
     def values(self, rollouts: Rollouts, *, micro_batch_tokens: int) -> tuple[None, Tensor]:
-        """(B, T) float32 values of the states before each response token, zero elsewhere."""
-        out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
+        """(B, T + 1) float32 values of the states before each response token, and at `lengths` after the last.
+
+        Zero elsewhere.
+        """
+        num_rows, num_tokens = rollouts.tokens.shape
+        out = torch.zeros(num_rows, num_tokens + 1)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
-            out[rows, : tokens.shape[1]] = state_values(self._forward(tokens)).float().cpu()
-        return None, out * rollouts.response_mask
+            # What is read at a token is the value of the state after it.
+            out[rows, 1 : tokens.shape[1] + 1] = self._forward(tokens).float().cpu()
+        wanted = pad(rollouts.response_mask, (0, 1))
+        wanted[torch.arange(num_rows), rollouts.lengths] = True
+        return None, out * wanted
 
     def train_value(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
         """The value model's optimizer steps over one batch, on the minibatches the policy has."""
