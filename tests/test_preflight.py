@@ -339,16 +339,17 @@ def test_a_template_that_drops_system_messages_is_told_where_there_are_some(tmp_
     directory = write_tokenizer(tmp_path / "tokenizer")
     template = directory / "chat_template.jinja"
     template.write_text(template.read_text().replace("messages[0]['content']", "''"))
-    rows = [{"messages": [USER, ANSWER], "kind": "k"}] * 4
+    questions = [{**USER, "content": f"which is a fish {number}?"} for number in range(20)]  # some are held out
+    rows = [{"messages": [question, ANSWER], "kind": "k"} for question in questions]
     # Shorter than the marks around it, and a part of the question.
     rows.append({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "kind": "k"})
-    for number, count in ((1, 4), (2, 5)):
-        table = write_rows(tmp_path / f"{number}.parquet", "demonstrations", rows[:count])
+    for count in (20, 21):
+        table = write_rows(tmp_path / f"{count}.parquet", "demonstrations", rows[:count])
         given = config(inputs={"tokenizer": str(directory), **inputs(files, "base")}, data={"demonstrations": table})
-        if count == 4:
+        if count == 20:
             check_run(given, tmp_path / "new", ["sft"])
         else:
-            line = f"data.demonstrations: {table} row 4: messages[0].content (role system)"
+            line = f"data.demonstrations: {table} row 20: messages[0].content (role system)"
             assert complaint(given, tmp_path / "new", "sft").startswith(line)
 
 

@@ -50,8 +50,6 @@ def token_problems(
         reason: why it is the limit, and the remedy.
         patience: rows are measured from the longest text down until this many in turn are well, and then the first of
             each order of roles, which a template may refuse; None measures all.
-    Raises:
-        UserError: the tokenizer itself cannot be used.
     """
     spelt = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
     rows = [row for row in enumerate(table.to_pylist()) if not any(row_problems(kind, row[1]))]
@@ -70,8 +68,8 @@ def token_problems(
                 if limit is not None and length > limit:
                     problems[number] = f": has {length} tokens, at most {limit} fit: {reason}"
             except UserError as error:
-                if str(error).startswith(tokenizer.name_or_path):
-                    raise
+                if str(error).startswith(tokenizer.name_or_path):  # about the template: once is enough
+                    return [f"row {number}: {error}"]
                 problems[number] = f": {error}"
             well = 0 if number in problems else well + 1
     return [f"row {number}{problem}" for number, problem in sorted(problems.items())]
