@@ -283,7 +283,9 @@ def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, how):
     if run.config.roles.rollout.tensor_parallel_size > 1:
         pytest.skip("the other processes cannot be made to lose one")
     precision, buckets = run.config.run.precision, sync_weights(run.roles)
-    for kind in KINDS:
+    tied = read_config(run.config.inputs.chat).tie_embeddings
+    # A tied matrix arrives under both names, and the engine keeps the later one for both.
+    for kind in KINDS[1:] if tied and how == "stays scrambled" else KINDS:
         run.roles["rollout"].call(UnpluggableRollout.lose, kind, how)
         with pytest.raises((WeightChannelError, WorkerError)) as caught:
             verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
