@@ -18,6 +18,7 @@ from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
@@ -74,6 +75,24 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_output(out)
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
+    check_rollout(config, running, models)
+
+
+def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
+    """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
+    if not any("rollout" in ROLES.get(stage, ()) for stage in running):
+        return
+    field = next((name for name in ("inputs.chat", "inputs.base") if name in models), None)
+    if field is not None:
+        shape = models[field].config
+    elif config.model.preset in PRESETS:
+        field, shape = f"model.preset={config.model.preset!r}", PRESETS[config.model.preset]
+        shape = shape.model_copy(update={"max_seq_len": config.model.max_seq_len or shape.max_seq_len})
+    else:
+        return
+    check_engine(
+        config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
+    )
 
 
 def check_submission(config: Config, out: Path) -> None:
@@ -214,15 +233,13 @@ def _check_shares(config: Config, roles: Sequence[str]) -> None:
 
 
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
-    tensor_parallel = config.roles.rollout.tensor_parallel_size
-    if "rollout" in roles and tensor_parallel > 1:
-        raise UserError(
-            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set it to 1"
-        )
     cores = config.cluster.cores or len(os.sched_getaffinity(0))
     for role in roles:
         field = f"roles.{role}." + ("num_engines" if role == "rollout" else "num_ranks")
-        if (ranks := _num_ranks(config, role)) > cores:
+        size = config.roles.rollout.tensor_parallel_size if role == "rollout" else 1
+        if size > 1:
+            field += " x tensor_parallel_size"
+        if (ranks := _num_ranks(config, role) * size) > cores:
             raise UserError(
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
                 "compute at the same time; lower it, or give cluster.address of a larger cluster"

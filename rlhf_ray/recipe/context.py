@@ -126,6 +126,8 @@ class Context:
     outputs: Outputs = field(init=False)
     may_run: bool = True
     """Whether stages may do work, or only look for what was done before."""
+    every_id: bool = False
+    """Whether engines may sample ids that the tokenizer does not know, as benchmarks with a stand-in for it do."""
     _roles: Any = None
     _at: str = ""
     _stack: ExitStack = field(default_factory=ExitStack)

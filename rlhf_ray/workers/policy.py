@@ -146,7 +146,9 @@ class PolicyWorker(TrainerWorker):
         def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = batch.tokens.to(self._runtime.device)
             mask = batch.response_mask.to(self._runtime.device)
-            result = model(tokens, target_mask=mask, temperature=rule.temperature, with_entropy=True)
+            result = model(
+                tokens, target_mask=mask, temperature=rule.temperature, with_entropy=True, num_ids=batch.num_ids
+            )
             value, metrics = policy_loss(
                 result.logprobs,
                 batch.logprobs.to(tokens.device),
@@ -265,6 +267,7 @@ def _advantages(
         weights=weights,
         lengths=rollouts.lengths,
         policy_version=rollouts.policy_version,
+        num_ids=rollouts.num_ids,
     )
     error = (returns - values) * mask
     return experience, {

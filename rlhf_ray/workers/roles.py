@@ -131,14 +131,14 @@ class Roles:
             size = settings.tensor_parallel_size
             gpus = float(size) if size > 1 else settings.gpus_per_rank or 1.0
         else:
-            gpus = settings.gpus_per_rank or 1.0
+            size, gpus = 1, settings.gpus_per_rank or 1.0
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             role=role,
             num_ranks=num_ranks,
             resources=resources,
-            env=worker_environment(threads=max(1, self.cores // num_ranks), on_gpu=on_gpu, embedded=embedded),
+            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu, embedded=embedded),
             rendezvous=isinstance(settings, TrainRole),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,

@@ -89,7 +89,7 @@ class ScorerWorker(Worker):
         out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
-            result = self._forward(tokens, target_mask=mask, temperature=temperature)
+            result = self._forward(tokens, target_mask=mask, temperature=temperature, num_ids=rollouts.num_ids)
             out[rows, : tokens.shape[1]] = result.logprobs.cpu()
         return None, out
 
