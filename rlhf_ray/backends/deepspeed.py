@@ -4,6 +4,7 @@ The only file that imports DeepSpeed. Every stage trains through `TrainEngine.st
 """
 
 import gc
+import inspect
 import logging
 import math
 import os
@@ -289,7 +290,19 @@ class TrainEngine:
     def destroy(self) -> None:
         """Frees the optimizer and what DeepSpeed hooked into the model."""
         self._engine.destroy()
+        if self.zero_stage == 3:
+            _forget_sharded_models()
         gc.collect()
+
+
+def _forget_sharded_models() -> None:
+    """Clears where DeepSpeed's ZeRO-3 keeps models of this process for ever, optimizers and all: none is in use."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()  # an lru_cache on a method, keyed by `self`
 
 
 def _details(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
