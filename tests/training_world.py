@@ -112,10 +112,13 @@ def begin(
     optim: OptimSection = OPTIM,
     seed: int = 1,
     state: str | None = None,
+    zeroed: bool = False,
 ) -> None:
-    """Puts a model under DeepSpeed on every rank."""
+    """Puts a model under DeepSpeed on every rank, with its scalar head at zero where `zeroed`."""
     runtime = Runtime(precision=precision, device="cpu")
     group.call(TrainerWorker.build, source, head=head, seed=seed, runtime=runtime)
+    if zeroed:
+        group.call(TrainerWorker.zero_head)
     group.call(TrainerWorker.begin_training, optim=optim, num_steps=STEPS, zero_stage=zero_stage, state=state)
 
 
