@@ -17,6 +17,7 @@ from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
+from rlhf_ray.preflight_memory import check_memory
 from rlhf_ray.recipe.context import WHO_MAKES, no_cluster
 from rlhf_ray.run_state import finished_files
 
@@ -65,6 +66,8 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_output(out)
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
+    if config.cluster.address is None and not (config.run.device != "cpu" and count_gpus()):
+        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
 
 
 def check_submission(config: Config, out: Path) -> None:

@@ -9,6 +9,7 @@ from training_world import BATCH, RTOL, STEPS, TIED, UNTIED, TrainingWorker, beg
 from cluster.session import session
 from cluster.worker_group import WorkerError, collect
 from model.checkpoint import save_checkpoint
+from model.flops import num_parameters
 from model.llama import Llama
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.backends.train_state import read_state
@@ -167,3 +168,16 @@ def test_fresh_weights_are_those_of_the_seed_on_every_rank(group, zero_stage):
     begin(group, UNTIED, "lm", zero_stage=zero_stage, precision="bf16")
     for weights in group.call(TrainingWorker.copy_weights):
         assert all(torch.equal(weights[name], weight.bfloat16()) for name, weight in start.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3, None], ids=["0", "1", "2", "3", "frozen"])
+def test_a_model_that_was_unloaded_leaves_no_memory_behind(group, tmp_path, zero_stage):
+    # Nearly 4 million parameters: of a whole model that stayed, weights alone would be 2 % of the process each time.
+    config = UNTIED.model_copy(update={"hidden_size": 256, "ffn_size": 768, "num_layers": 4, "vocab_size": 2048})
+    assert num_parameters(config) > 3.5e6
+    checkpoint = tmp_path / "model"
+    save_checkpoint(checkpoint, config, Llama(config, head="lm").state_dict().items())
+    options = (config, str(checkpoint), zero_stage)
+    for resident in group.call(TrainingWorker.resident_after_unload, 10, *options):
+        assert resident[9] < 1.02 * resident[2], [f"{number / 2**20:.0f} MiB" for number in resident]

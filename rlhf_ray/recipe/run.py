@@ -61,7 +61,9 @@ def run_stage(context: Context, stage: str) -> Outputs:
     repairs, limit = 0, context.config.cluster.max_repairs
     while True:
         try:
-            return RUNNERS[stage](context)
+            outputs = RUNNERS[stage](context)
+            context.unload()
+            return outputs
         except WorkerError as error:
             if repairs == limit or not (dead := context.roles.drop_dead()):
                 raise
