@@ -23,6 +23,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
 from rlhf_ray.preflight_machine import check_machine
+from rlhf_ray.preflight_memory import check_memory, model_shape
 from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
@@ -76,20 +77,17 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
     check_rollout(config, running, models)
+    if config.cluster.address == EMBEDDED and config.run.device == "cpu":
+        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
     """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
     if not any("rollout" in ROLES.get(stage, ()) for stage in running):
         return
-    field = next((name for name in ("inputs.chat", "inputs.base") if name in models), None)
-    if field is not None:
-        shape = models[field].config
-    elif config.model.preset in PRESETS:
-        field, shape = f"model.preset={config.model.preset!r}", PRESETS[config.model.preset]
-        shape = shape.model_copy(update={"max_seq_len": config.model.max_seq_len or shape.max_seq_len})
-    else:
+    if (shape := model_shape(config, models)) is None:
         return
+    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
     check_engine(
         config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
     )

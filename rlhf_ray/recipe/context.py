@@ -154,6 +154,11 @@ class Context:
             self._stack.callback(self._roles.stop)
         return self._roles
 
+    def unload(self) -> None:
+        """Frees what roles hold; to be called when a stage has ended."""
+        if self._roles is not None:
+            self._roles.unload()
+
     def close(self) -> None:
         """Ends the workers and Ray."""
         self._stack.close()

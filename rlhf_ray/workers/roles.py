@@ -110,6 +110,12 @@ class Roles:
             self._groups.pop(role).stop()
         return ended
 
+    def unload(self) -> None:
+        """Frees models, optimizers and data of all roles but the engines, whose weights later stages replace."""
+        groups = [group for role, group in self._groups.items() if role != "rollout"]
+        calls = [call for group in groups for call in group.submit(ScorerWorker.unload)]
+        collect(calls, timeout_s=self.timeout_s, step=f"{self.step} end")
+
     def stop(self) -> None:
         """Ends all roles."""
         for group in self._groups.values():
@@ -187,8 +193,9 @@ def _allocator() -> dict[str, str]:
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if "LD_PRELOAD" in os.environ or not library.exists():
         return {}
-    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once.
-    settings = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000"
+    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once. The background thread
+    # gives back what an idle process does not use; without it, that happens only while a process allocates.
+    settings = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:0,background_thread:true"
     return {"LD_PRELOAD": _one_word(library), "MALLOC_CONF": settings}
 
 
