@@ -38,7 +38,7 @@ class StampingRollout(RolloutWorker):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         answers = super().generate(*args, **kwargs)
-        with Path(os.environ[STAMPS]).open("a") as stamps:
+        with Path(os.environ[STAMPS]).open("a", encoding="utf-8") as stamps:
             stamps.write(f"{time.time()}\n")
         return answers
 
@@ -74,7 +74,7 @@ def command(work: Work, tables: dict[str, Path], out: Path) -> list[str]:
         "ppo.micro_batch_tokens": ppo.micro_batch_tokens,
         "ppo.max_new_tokens": ppo.max_new_tokens,
     }
-    config.write_text("")
+    config.write_text("", encoding="utf-8")
     overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
     return ["ppo", str(config), "--out", str(out), *overrides]
 
@@ -94,14 +94,17 @@ def seconds_of(arguments: list[str], stamps: Path, log: Path) -> dict[str, float
             env=os.environ | {STAMPS: str(stamps)},
         )
     try:
-        while not stamps.exists() or len(stamps.read_text().splitlines()) < len(MOMENTS):
+        while not stamps.exists() or len(stamps.read_text(encoding="utf-8").splitlines()) < len(MOMENTS):
             if process.poll() is not None or time.time() - start > TIMEOUT_S:
-                raise SystemExit(f"error: the run gave no answers; it said:\n{log.read_text()[-2000:]}")
+                raise SystemExit(f"error: the run gave no answers; it said:\n{log.read_text(encoding='utf-8')[-2000:]}")
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    return {name: float(text) - start for name, text in zip(MOMENTS, stamps.read_text().splitlines(), strict=False)}
+    return {
+        name: float(text) - start
+        for name, text in zip(MOMENTS, stamps.read_text(encoding="utf-8").splitlines(), strict=False)
+    }
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def _is_agent(process: psutil.Process) -> bool:
 def finish(driver: subprocess.Popen[bytes], log: Path) -> None:
     """Waits for a driver to end well."""
     if driver.wait() != 0:
-        raise SystemExit(f"exit code {driver.returncode}:\n{log.read_text()[-2000:]}")
+        raise SystemExit(f"exit code {driver.returncode}:\n{log.read_text(encoding='utf-8')[-2000:]}")
 
 
 def run_and_kill(arguments: list[str], out: Path, *, rows: int, delay_s: float) -> dict[str, Any] | None:
@@ -143,7 +143,7 @@ def contents(step: Path) -> dict[str, str]:
         if name == "step.json":
             continue  # counts what the last attempt did
         if path.name == "metrics.jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             kept = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
             found[name] = json.dumps(kept)
         elif path.name == "comparisons.parquet":

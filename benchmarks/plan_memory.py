@@ -221,14 +221,14 @@ def state_bytes(engine: Any) -> dict[str, int]:
 
 def resident_bytes() -> int:
     """Resident memory of this process."""
-    fields = Path("/proc/self/statm").read_text().split()
+    fields = Path("/proc/self/statm").read_text(encoding="utf-8").split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_fresh_process(name: str) -> dict[str, int]:
     """`measure` in a process of its own, so that memory starts from the same place."""
     command = [sys.executable, __file__, "--measure", name]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=600)
     if run.returncode:
         raise SystemExit(f"{name}: {run.stderr[-2000:]}")
     counted: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
@@ -271,10 +271,10 @@ def main() -> None:
         print(json.dumps(measure(options.measure)))
         return
     if options.predict_only:
-        on_file = json.loads(result.read_text())
+        on_file = json.loads(result.read_text(encoding="utf-8"))
         for name, row in on_file["configurations"].items():
             row |= compared(name, row["measured"])
-        result.write_text(json.dumps(on_file, indent=2) + "\n")
+        result.write_text(json.dumps(on_file, indent=2) + "\n", encoding="utf-8")
         print(table(on_file["configurations"]))
         return
     rows: dict[str, Any] = {}

@@ -48,14 +48,14 @@ def control_epochs(config: Config, made: dict[str, Path]) -> tuple[int, dict[str
 
 def run_control(run: Path) -> dict[str, Any]:
     """Trains and evaluates one run's control."""
-    raw = json.loads((run / "manifest.json").read_text())["config"]
+    raw = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"]
     config = parse_config(raw)
     made = run_recipe(config, run, stages=("evaluate",))
     epochs, counts = control_epochs(config, made)
     longer = parse_config({**raw, "sft": {**raw["sft"], "epochs": epochs}})
     control = run_recipe(longer, run, stages=("sft",))["chat"]
     compared = parse_config({**raw, "evaluate": {**raw["evaluate"], "controls": {LABEL: str(control)}}})
-    evaluation = json.loads(run_recipe(compared, run, stages=("evaluate",))["evaluation"].read_text())
+    evaluation = json.loads(run_recipe(compared, run, stages=("evaluate",))["evaluation"].read_text(encoding="utf-8"))
     losses = {
         name: [row["held_out_loss"] for row in read_metrics(path.parent) if "held_out_loss" in row]
         for name, path in (("SFT", made["chat"]), (LABEL, control))

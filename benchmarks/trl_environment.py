@@ -22,17 +22,17 @@ WARMUP = 3
 def make_environment(directory: Path, *, trl: str) -> Path:
     """Creates the virtual environment with that version of TRL unless it is there; returns its interpreter."""
     python, stamp, pins = directory / "bin" / "python", directory / ".pins", directory / "requirements.txt"
-    text = PINS.read_text() + f"trl=={trl}\n"
-    if stamp.exists() and stamp.read_text() == text:
+    text = PINS.read_text(encoding="utf-8") + f"trl=={trl}\n"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == text:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    pins.write_text(text)
+    pins.write_text(text, encoding="utf-8")
     [torch] = [line for line in text.splitlines() if line.startswith("torch==")]
     if subprocess.run([*pip, torch], stderr=subprocess.DEVNULL, check=False).returncode != 0:
         subprocess.run([*pip, "--index-url", TORCH_INDEX, torch], check=True)
     subprocess.run([*pip, "-r", str(pins)], check=True)
-    stamp.write_text(text)
+    stamp.write_text(text, encoding="utf-8")
     return python
 
 
@@ -40,7 +40,9 @@ def run_variant(python: Path, script: str, job: dict[str, Any], *, threads: int)
     """Seconds of each step after warm-up, measured by `script --job FILE` in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="trl-") as scratch:
         out, description = Path(scratch) / "seconds.json", Path(scratch) / "job.json"
-        description.write_text(json.dumps({**job, "threads": threads, "out": str(out), "scratch": scratch}))
+        description.write_text(
+            json.dumps({**job, "threads": threads, "out": str(out), "scratch": scratch}), encoding="utf-8"
+        )
         # TRL's own packages alone, none of this project's.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "HF_HUB_OFFLINE": "1",
@@ -50,12 +52,12 @@ def run_variant(python: Path, script: str, job: dict[str, Any], *, threads: int)
             "ACCELERATE_MIXED_PRECISION": "bf16" if job["variant"] == "autocast" else "no",
         }
         command = [str(python), str(Path(script).resolve()), "--job", str(description)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
         if done.returncode != 0:
             raise SystemExit(
                 f"error: TRL, {job['variant']}, ended with exit code {done.returncode}:\n{done.stderr[-3000:]}"
             )
-        return [float(value) for value in json.loads(out.read_text())]
+        return [float(value) for value in json.loads(out.read_text(encoding="utf-8"))]
 
 
 def step_clock(ends: list[float]) -> Any:
@@ -91,7 +93,7 @@ def wordless_tokenizer(vocabulary: int) -> Any:
 def write_seconds(job: dict[str, Any], ends: list[float]) -> None:
     """Writes the seconds of each step after warm-up, from when training began and each step ended."""
     seconds = [after - before for before, after in itertools.pairwise(ends)]
-    Path(job["out"]).write_text(json.dumps(seconds[WARMUP:]))
+    Path(job["out"]).write_text(json.dumps(seconds[WARMUP:]), encoding="utf-8")
 
 
 def trl_parser(doc: str | None, *, environment: str, steps: int) -> argparse.ArgumentParser:

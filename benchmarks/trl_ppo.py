@@ -135,6 +135,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--job"]:
-        train(json.loads(Path(sys.argv[2]).read_text()))
+        train(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
     else:
         main()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from model.checkpoint_files import (
     CONFIG_FILE,
+    GENERATION_FILE,
     INDEX_FILE,
-    LM_HEAD,
     WEIGHTS_FILE,
     CheckpointError,
     CheckpointInfo,
@@ -28,12 +28,15 @@ from model.checkpoint_files import (
     read_config,
     sync_files,
 )
-from model.config import ModelConfig, to_hf_config
+from model.checkpoint_redundant import LM_HEAD
+from model.checkpoint_values import not_finite
+from model.config import TOKEN_ID_FIELDS, ModelConfig, to_hf_config
 from model.llama import Head, Llama
 
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "empty_model",
     "is_reward_model",
     "iterate_tensors",
     "load_checkpoint",
@@ -44,7 +47,7 @@ __all__ = [
 
 WriteParameter = Callable[[Tensor, Tensor], None]
 # Fields in which a model may differ from the checkpoint that it loads: they change no computation.
-_FREE_FIELDS = {"max_seq_len", "bos_token_id", "eos_token_id", "pad_token_id"}
+_FREE_FIELDS = {"max_seq_len", *TOKEN_ID_FIELDS}
 
 
 def _copy(parameter: Tensor, tensor: Tensor) -> None:
@@ -59,17 +62,22 @@ def load_model(
     device: str | torch.device = "cpu",
     fresh_head: bool = False,
     seed: int = 0,
-    activation_checkpointing: bool = False,
 ) -> Llama:
     """Build the model of a checkpoint directory and load it, without initialising weights in vain.
 
     Args and Raises: see `load_checkpoint`.
     """
+    model = empty_model(read_config(directory), head=head, dtype=dtype, device=device)
+    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
+    return model
+
+
+def empty_model(config: ModelConfig, *, head: Head, dtype: torch.dtype, device: str | torch.device = "cpu") -> Llama:
+    """A model whose weights are whatever its memory holds, until somebody writes them."""
     with torch.device("meta"):
-        model = Llama(read_config(directory), head=head, activation_checkpointing=activation_checkpointing)
+        model = Llama(config, head=head)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
     return model
 
 
@@ -92,7 +100,8 @@ def load_checkpoint(
         seed: Of the fresh head.
         write: How a tensor gets into a parameter; under ZeRO-3 the caller gathers the parameter first.
     Raises:
-        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model.
+        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model, or holds
+            NaN or infinity.
         UnsupportedModelError: As `read_config`.
     """
     info = check_checkpoint(directory)
@@ -109,7 +118,8 @@ def iterate_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor (on CPU, in the stored dtype) of a checked checkpoint, one at a time.
 
     Raises:
-        CheckpointError, UnsupportedModelError: As `check_checkpoint`, before the first tensor.
+        CheckpointError, UnsupportedModelError: As `check_checkpoint`, before the first tensor; or a tensor holds NaN
+            or infinity.
     """
     return _iterate(check_checkpoint(directory))
 
@@ -119,7 +129,10 @@ def _iterate(info: CheckpointInfo) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+                        raise not_finite(path, name)
+                    yield name, tensor
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
@@ -188,7 +201,7 @@ def save_checkpoint(
         writer.finish()
         _write_json(partial / CONFIG_FILE, to_hf_config(config, num_labels=num_labels, dtype=writer.dtype))
         if num_labels is None:
-            _write_json(partial / "generation_config.json", _generation_config(config))
+            _write_json(partial / GENERATION_FILE, _generation_config(config))
         for path in extra_files:
             shutil.copyfile(path, partial / path.name)
         sync_files(partial)
@@ -196,6 +209,14 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
     sync_files(directory.parent, below=False)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that the umask gives; safetensors' own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 class _ShardWriter:
@@ -235,7 +256,7 @@ class _ShardWriter:
         _write_json(self._directory / INDEX_FILE, index)
 
     def _flush(self) -> None:
-        save_file(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
+        save_tensors(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
 
@@ -243,13 +264,14 @@ class _ShardWriter:
         return self._directory / f"part-{number}.safetensors"
 
 
-def _generation_config(config: ModelConfig) -> dict[str, int]:
+def _generation_config(config: ModelConfig) -> dict[str, int | list[int]]:
+    ends = [token_id for token_id in (config.eos_token_id, *config.other_eos_token_ids) if token_id is not None]
     ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -13,13 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.config import ModelConfig, UnsupportedModelError, from_hf_config
+from model.checkpoint_redundant import EMBEDDING, LM_HEAD, Stored, contradiction, is_redundant
+from model.config import ModelConfig, UnsupportedModelError, eos_token_ids, from_hf_config
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LM_HEAD, SCORE, EMBEDDING = "lm_head.weight", "score.weight", "model.embed_tokens.weight"
+SCORE = "score.weight"
 
+_LANGUAGE_MODELS, _CLASSIFIER = ("LlamaForCausalLM", "LLaMAForCausalLM"), "LlamaForSequenceClassification"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
@@ -39,15 +42,23 @@ class CheckpointInfo(NamedTuple):
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """Shape of the model in a checkpoint directory.
+    """Shape of the model in a checkpoint directory, and its special tokens.
+
+    Where generation_config.json lists several tokens that end an answer, as Llama 3's does, they count too.
 
     Raises:
         CheckpointError: No directory, or no readable config.json in it.
         UnsupportedModelError: Its config.json describes something else than a plain Llama model.
     """
     directory = Path(directory)
+    hf = dict(_read_hf_config(directory))
+    generation = directory / GENERATION_FILE
     try:
-        return from_hf_config(_read_hf_config(directory))
+        more = eos_token_ids(_read_json(generation).get("eos_token_id")) if generation.exists() else ()
+        if len(more) > 1:
+            own = eos_token_ids(hf.get("eos_token_id", 2))
+            hf["eos_token_id"] = [*more, *(own if len(own) > 1 else ())]
+        return from_hf_config(hf)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{directory}: {error}") from error
 
@@ -56,13 +67,18 @@ def is_reward_model(directory: str | Path) -> bool:
     """Whether a checkpoint directory holds a scalar-head model, by its config.json.
 
     Raises:
-        CheckpointError: As read_config; or a classifier with more than one label.
+        CheckpointError: As read_config; or a classifier with more than one label, or another class of model.
     """
     directory = Path(directory)
     hf = _read_hf_config(directory)
-    architecture = (hf.get("architectures") or ["LlamaForCausalLM"])[0]
-    if not str(architecture).endswith("ForSequenceClassification"):
+    architecture = (hf.get("architectures") or [_LANGUAGE_MODELS[0]])[0]
+    if architecture in _LANGUAGE_MODELS:
         return False
+    if architecture != _CLASSIFIER:
+        raise CheckpointError(
+            f"{directory}: {CONFIG_FILE}: architectures names {architecture!r}; it must be {_LANGUAGE_MODELS[0]} or "
+            f"{_CLASSIFIER}"
+        )
     labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), dict) else hf.get("num_labels", 2)
     if labels != 1:
         raise CheckpointError(f"{directory}: {architecture} has {labels} labels; a reward model has exactly 1")
@@ -96,23 +112,27 @@ def expected_shapes(config: ModelConfig, *, reward_model: bool) -> dict[str, tup
 
 
 def check_checkpoint(directory: str | Path) -> CheckpointInfo:
-    """Check that a checkpoint is complete, whole and fits its config, without reading tensor data.
+    """Check that a checkpoint is complete, whole and fits its config; data is read of redundant tensors only.
 
     Raises:
         CheckpointError: A file is missing, truncated or not safetensors; a tensor is missing, unknown, of the
-            wrong shape, or in a dtype other than float32, bfloat16 or float16.
+            wrong shape, in a dtype other than float32, bfloat16 or float16, or contradicts one that it repeats.
         UnsupportedModelError: As read_config.
     """
     directory = Path(directory)
     config, reward_model = read_config(directory), is_reward_model(directory)
     expected = expected_shapes(config, reward_model=reward_model)
     files: dict[Path, list[str]] = {}
-    found: set[str] = set()
+    found: dict[str, Stored] = {}
+    redundant: list[tuple[str, Stored]] = []
     for path, names in _weight_files(directory).items():
         header = read_safetensors_header(path)
         if names is not None and (absent := names - header.keys()):
             raise CheckpointError(f"{path}: {_listed(absent)} should be here, says {INDEX_FILE}")
-        wanted = [name for name in header if not _is_redundant(name, config)]
+        redundant += [
+            (name, Stored(path, entry)) for name, entry in header.items() if name in found or is_redundant(name, config)
+        ]
+        wanted = [name for name in header if name not in found and not is_redundant(name, config)]
         if unknown := [name for name in wanted if name not in expected]:
             raise CheckpointError(
                 f"{path}: unknown tensors {_listed(unknown)} for the model that config.json describes"
@@ -120,10 +140,25 @@ def check_checkpoint(directory: str | Path) -> CheckpointInfo:
         for name in wanted:
             _check_tensor(path, name, header[name], expected[name])
         files[path] = wanted
-        found.update(wanted)
+        found |= {name: Stored(path, header[name]) for name in wanted}
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(f"{directory}: missing tensors {_listed(missing)}")
+    for name, copy in redundant:
+        original = found.get(EMBEDDING if name == LM_HEAD and config.tie_embeddings else name)
+        if fault := contradiction(name, copy, original, config):
+            raise CheckpointError(fault)
     return CheckpointInfo(config, reward_model, files)
+
+
+def stray_files(directory: str | Path) -> set[Path]:
+    """Safetensors that are none of the checkpoint's: an adapter, a copy in another format.
+
+    Raises:
+        CheckpointError: As `check_checkpoint`, of the index.
+    """
+    directory = Path(directory)
+    named = {*_weight_files(directory), directory / INDEX_FILE}
+    return {path for path in directory.glob("*.safetensors*") if path not in named}
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -193,12 +228,12 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         names = files.setdefault(directory / file_name, set())
         if names is not None:
             names.add(name)
+    if (directory / WEIGHTS_FILE).exists() and directory / WEIGHTS_FILE not in files:
+        raise CheckpointError(
+            f"{directory}: has both {WEIGHTS_FILE} and {INDEX_FILE}, which names other files, and readers differ in "
+            "which they take; remove the one that is not the model"
+        )
     return files
-
-
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors some writers add that follow from the others: RoPE frequencies, a tied head."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == LM_HEAD and config.tie_embeddings)
 
 
 def _check_tensor(path: Path, name: str, entry: Any, expected: tuple[int, ...]) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "other_eos_token_ids", "pad_token_id")
+"""Fields of a config that change no computation."""
+
 
 class UnsupportedModelError(ValueError):
     """A checkpoint's config.json describes something other than a plain Llama model."""
@@ -61,7 +64,10 @@ class ModelConfig(BaseModel):
     tie_embeddings: bool = False
     """One matrix serves as input embedding and output projection."""
     bos_token_id: int | None = 1
-    eos_token_id: int = 2
+    eos_token_id: int | None = 2
+    """Ends an answer. Which token that is the run's tokenizer and chat template decide."""
+    other_eos_token_ids: tuple[int, ...] = ()
+    """Further tokens that end an answer, of checkpoints that name several."""
     pad_token_id: int | None = 3
 
     @field_validator("norm_eps", "rope_theta")
@@ -79,11 +85,16 @@ class ModelConfig(BaseModel):
             raise ValueError(f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE rotates pairs")
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            token_id = getattr(self, field)
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{field}={token_id} must lie in 0..{self.vocab_size - 1} (vocab_size - 1)")
+        for field in TOKEN_ID_FIELDS:
+            value = getattr(self, field)
+            for token_id in value if isinstance(value, tuple) else (value,):
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(f"{field}={token_id} must lie in 0..{self.vocab_size - 1} (vocab_size - 1)")
         return self
+
+    def shape(self) -> dict[str, Any]:
+        """All but the token ids, which change no computation."""
+        return self.model_dump(exclude=set(TOKEN_ID_FIELDS))
 
 
 def llama_ffn_size(hidden_size: int, *, multiple_of: int, multiplier: float | None = None) -> int:
@@ -171,6 +182,8 @@ _FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
         "quantized weights cannot be trained; export the model in bfloat16 first",
     ),
     "is_encoder_decoder": ((False, None), "Llama has a decoder only"),
+    "sliding_window": ((None,), "Llama's attention sees the whole context"),
+    "auto_map": ((None, {}), "code that comes with a checkpoint is not run, and may compute another model"),
 }
 
 
@@ -185,7 +198,10 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         value = hf.get(key, None if key == "model_type" else allowed[0])
         if value not in allowed:
             raise _unsupported(key, value, rule)
+    if set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise _unsupported("layer_types", hf["layer_types"], "Llama's attention sees the whole context in every layer")
     theta, scaling = _rope_from_hf(hf)
+    eos = eos_token_ids(hf.get("eos_token_id", 2))
     num_heads = _required(hf, "num_attention_heads")
     fields: dict[str, Any] = {
         "vocab_size": _required(hf, "vocab_size"),
@@ -199,9 +215,10 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "bos_token_id": hf.get("bos_token_id", 1),
-        "eos_token_id": _single_eos(hf.get("eos_token_id", 2)),
-        "pad_token_id": hf.get("pad_token_id"),
+        "bos_token_id": _token_id(hf.get("bos_token_id", 1)),
+        "eos_token_id": eos[0] if eos else None,
+        "other_eos_token_ids": eos[1:],
+        "pad_token_id": _token_id(hf.get("pad_token_id")),
     }
     if hf.get("head_dim") is not None:
         fields["head_dim"] = hf["head_dim"]
@@ -263,19 +280,32 @@ def score_pad_token_id(config: ModelConfig) -> int | None:
     transformers reads a score at the last token that is not this one. Many chat models pad with EOS, at which a reward
     model has learned to score: transformers would read the token before it. BOS can stand in, for no row ends in it.
     """
-    if config.pad_token_id not in (None, config.eos_token_id):
-        return config.pad_token_id
-    return config.bos_token_id if config.bos_token_id != config.eos_token_id else None
+    ends = {config.eos_token_id, *config.other_eos_token_ids, None}
+    return next((token_id for token_id in (config.pad_token_id, config.bos_token_id) if token_id not in ends), None)
 
 
 def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Rotary base and Llama 3 scaling fields, from `rope_parameters` or the older `rope_scaling`."""
-    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    """Rotary base and Llama 3 scaling fields, from `rope_parameters` or the older `rope_scaling`.
+
+    Readers differ in which of two statements they take, so two that differ are refused.
+    """
+    keys = [key for key in ("rope_parameters", "rope_scaling") if hf.get(key)] or ["rope_parameters"]
+    found = [_rope_of(hf, key) for key in keys]
+    if found[0] != found[-1]:
+        raise _unsupported(
+            "rope_scaling", hf["rope_scaling"], f"rope_parameters={hf['rope_parameters']} says otherwise"
+        )
+    return found[0]
+
+
+def _rope_of(hf: Mapping[str, Any], key: str) -> tuple[float, dict[str, Any] | None]:
     rope = dict(hf.get(key) or {})
     theta = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
+    if hf.get("rope_theta") and float(hf["rope_theta"]) != theta:
+        raise _unsupported("rope_theta", hf["rope_theta"], f"{key} says {theta}; keep the one it was trained with")
     legacy_type = rope.pop("type", None)
     rope_type = rope.pop("rope_type", legacy_type) or "default"
-    partial = rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    partial = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor")
     if partial not in (None, 1.0):
         raise _unsupported("partial_rotary_factor", partial, "Llama rotates the whole head")
     if rope_type == "default":
@@ -285,15 +315,21 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return theta, rope
 
 
-def _single_eos(value: Any) -> int:
+def eos_token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of an `eos_token_id`, one or a list, of config.json or generation_config.json; none for null or -1.
+
+    Raises:
+        UnsupportedModelError: it is something else.
+    """
     ids = value if isinstance(value, list) else [value]
-    if len(ids) != 1 or not isinstance(ids[0], int):
-        raise _unsupported(
-            "eos_token_id",
-            value,
-            "answers end at exactly one token; keep the id that the chat template ends a turn with",
-        )
-    return ids[0]
+    if not all(token_id is None or isinstance(token_id, int) for token_id in ids):
+        raise _unsupported("eos_token_id", value, "it must be a token id or a list of them")
+    return tuple(dict.fromkeys(token_id for token_id in map(_token_id, ids) if token_id is not None))
+
+
+def _token_id(value: Any) -> Any:
+    """A token id; old Llama files write -1 for none."""
+    return None if isinstance(value, int) and value < 0 else value
 
 
 def _required(hf: Mapping[str, Any], key: str) -> int:

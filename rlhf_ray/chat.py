@@ -1,6 +1,7 @@
 """A dialogue with a checkpoint at the terminal, through the same engine that makes rollouts."""
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -8,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.checkpoint_files import read_config
-from model.flops import kv_cache_bytes_per_token
+from rlhf_ray.config import Config
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import settled
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Dialogue = list[dict[str, str]]
@@ -18,18 +20,19 @@ Dialogue = list[dict[str, str]]
 
 def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
     """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it."""
-    model = read_config(checkpoint)
+    model, config = read_config(checkpoint), settled(Config())
     worker = RolloutWorker("rollout", 0, 1)  # a plain class: no cluster is needed for one engine
-    _say(f"starting the engine on {checkpoint}; an empty line ends the dialogue")
+    _say(
+        f"starting the engine on {checkpoint}, in {config.run.precision} on {config.run.device}; "
+        "an empty line ends the dialogue"
+    )
     with _quiet():
         worker.start(
             str(checkpoint),
             tokenizer=str(checkpoint),
-            precision="bf16",
-            max_num_seqs=8,
-            # A whole dialogue, and a tenth more: the cache is made of blocks.
-            kv_cache_gib=max(1.0, 1.1 * model.max_seq_len * kv_cache_bytes_per_token(model) / 2**30),
-            on_gpu=_has_cuda(),
+            precision=config.run.precision,
+            max_num_seqs=1,  # hence a cache of one whole dialogue
+            on_gpu=config.run.device == "cuda",
         )
         worker.set_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(checkpoint)
@@ -55,7 +58,7 @@ def converse(
         count: tokens of such a dialogue; raises UserError for one that cannot be encoded.
         room: most tokens that leave the model room for an answer.
     """
-    opening: Dialogue = [{"role": "system", "content": system}] if system else []
+    opening: Dialogue = [{"role": "system", "content": system}] if system and system.strip() else []
     dialogue = list(opening)
     for text in _lines():
         message = {"role": "user", "content": text}
@@ -82,15 +85,22 @@ def _lines() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - gives input() editing and history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # bad bytes are told, and end nothing
     while True:
         try:
-            text = input("you> " if is_terminal else "").strip()
+            text = input("you> " if is_terminal else "").strip("\ufeff \t\r\n\0")
         except EOFError:
             if is_terminal:
                 print()
             return
         if not text:
             return
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            _say(f"error: character {error.start + 1} of this message is not UTF-8; write it in UTF-8")
+            continue
         yield text
 
 
@@ -101,12 +111,14 @@ def _quiet() -> Iterator[None]:
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         before = [(number, os.dup(number)) for number in (1, 2)]
-        failed = True
+        failed = False
         try:
             for number, _ in before:
                 os.dup2(said.fileno(), number)
             yield
-            failed = False
+        except Exception:  # not where a signal ends it
+            failed = True
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -121,9 +133,3 @@ def _quiet() -> Iterator[None]:
 def _say(line: str) -> None:
     """A line that is neither question nor answer."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -13,7 +13,8 @@ data_app = typer.Typer(help="Fetch, import, check and look at data.", no_args_is
 @data_app.command("import")
 def data_import(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="Files (.jsonl, .jsonl.gz, .parquet), or directories.")
+        list[Path],
+        typer.Argument(metavar="SOURCE", help="Files (.jsonl, .json, either as .gz, .parquet), or directories."),
     ],
     to: Annotated[Path, typer.Option("--to", metavar="OUT.parquet", help="The table to write.")],
     kind: Annotated[ImportKind, typer.Option(help="What to make of the rows.")],
@@ -41,7 +42,7 @@ def data_import(
     split: Annotated[str | None, typer.Option(help="Which split of a directory, such as train.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.parquet.")] = False,
 ) -> None:
-    """Turn HH-RLHF, chosen/rejected, messages or prompt files into a table."""
+    """Turn HH-RLHF, chosen/rejected, messages, ShareGPT, Alpaca or prompt files into a table."""
     from rlhf_ray.data.importers import import_table
 
     import_table(
@@ -76,11 +77,15 @@ def data_fetch(
 def data_check(
     kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus or comparisons.")],
     path: Annotated[Path, typer.Argument(help="A Parquet file.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also checks rows against this tokenizer and its template.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a row; needs --tokenizer.")] = None,
 ) -> None:
-    """Check a table's columns and rows; lists every broken row."""
+    """Check a table's columns and rows; lists broken rows."""
     from rlhf_ray.data.inspect import check_table
 
-    check_table(kind, path)
+    check_table(kind, path, tokenizer=tokenizer, max_tokens=max_tokens)
 
 
 @data_app.command("show")

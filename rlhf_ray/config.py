@@ -4,15 +4,27 @@ Defaults are the paper's hyperparameters (Llama 2, arXiv 2307.09288) where it gi
 the field says so and docs/decisions.md says why. Imports no torch: `--help` and bad input answer at once.
 """
 
+import json
+import os.path
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config_errors import explain, key_path
 from rlhf_ray.errors import UserError
+
+
+def sampling_temperature(value: float) -> float:
+    """The temperature, where vLLM samples at it: at 0.01 where less is asked for, and it refuses more than 2."""
+    if value != 0 and not 0.01 <= value <= 2:
+        raise PydanticCustomError("temperature", "must be 0 (greedy) or from 0.01 to 2: vLLM samples at no other")
+    return value
+
 
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -23,8 +35,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]  # both parts must get some rows
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
-Temperatures = Annotated[tuple[NotNegative, ...], Strict(False), Field(min_length=1)]
+NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
+Temperature = Annotated[float, AfterValidator(sampling_temperature)]
+Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -33,6 +48,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, raw: Any) -> Any:
+        """TOML has no null: "none" stands for it where a value may be missing."""
+        if not isinstance(raw, Mapping):
+            return raw
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {name: None if value == "none" and name in optional else value for name, value in raw.items()}
 
     @model_validator(mode="before")
     @classmethod
@@ -56,17 +80,21 @@ class RunSection(Section):
     """Stages that `rlhf-ray run` goes through, in the recipe's order."""
     seed: Seed = 0
     """Seed of every draw: data, initial weights, prompt order, sampling."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights. "auto" takes bf16 on CUDA and on CPUs
+    with units for it (AMX, AVX512-BF16), else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models live; "auto" takes CUDA where the driver's machine has it."""
+    save_every_s: Positive | None = 600.0
+    """Seconds after which a checkpoint is written, whatever a section's `save_every`; none goes by steps alone."""
 
 
 class ClusterSection(Section):
     """The Ray cluster."""
 
     address: str | None = None
-    """A running cluster ("auto" or "host:port"); none starts an embedded Ray on this machine."""
+    """A running cluster ("auto" or "host:port"), or "local" for an embedded Ray on this machine; none takes
+    RAY_ADDRESS, and where that is not set an embedded one."""
     cores: PositiveInt | None = None
     """CPU cores that compute threads may fill on one machine; none for all that the process may use."""
     cpus_per_rank: Annotated[float, Field(ge=0.001)] = 0.1
@@ -86,8 +114,9 @@ class TrainRole(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
+    GPUs than roles."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass rather than keep its activations."""
 
@@ -97,8 +126,9 @@ class FrozenRole(Section):
 
     num_ranks: PositiveInt = 1
     """Independent replicas; chunks of a batch go to them in turn."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
+    GPUs than roles."""
 
 
 class RolloutRole(Section):
@@ -108,14 +138,15 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA; none as for ranks."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together. Samples depend on it: a run with another value draws others."""
-    kv_cache_gib: Positive = 1.0
-    """KV cache of an engine on CPU, GiB."""
+    kv_cache_gib: Positive | None = None
+    """KV cache of an engine on CPU, GiB; none for as much as its longest batch can fill: `max_num_seqs` whole contexts,
+    at most 1 GiB, though never less than one context."""
 
 
 class RolesSection(Section):
@@ -132,38 +163,38 @@ class RolesSection(Section):
 class DataSection(Section):
     """Parquet files for a run that does not generate the testbed; see `rlhf-ray data check`."""
 
-    corpus: str | None = None
+    corpus: FilePath | None = None
     """Pretraining texts (column text)."""
-    public_demonstrations: str | None = None
+    public_demonstrations: FilePath | None = None
     """Dialogues from elsewhere to fine-tune on first, before `demonstrations` (§3.1)."""
-    demonstrations: str | None = None
+    demonstrations: FilePath | None = None
     """Dialogues for SFT (column messages)."""
-    comparisons: str | None = None
+    comparisons: FilePath | None = None
     """Human comparisons for the reward models, in place of what `collect` would make."""
-    comparisons_held_out: str | None = None
+    comparisons_held_out: FilePath | None = None
     """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`collect.held_out`)."""
-    prompts_train: str | None = None
+    prompts_train: FilePath | None = None
     """Prompts PPO samples from."""
-    prompts_early_stop: str | None = None
+    prompts_early_stop: FilePath | None = None
     """Held-out prompts on which PPO's early stopping looks at the reward models."""
-    prompts_annotation: str | None = None
+    prompts_annotation: FilePath | None = None
     """Prompts for preference collection."""
-    prompts_test: str | None = None
+    prompts_test: FilePath | None = None
     """Prompts of the final evaluation, seen by nothing else."""
 
 
 class InputsSection(Section):
     """Directories that replace what an earlier stage would have made."""
 
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A Hugging Face tokenizer."""
-    base: str | None = None
+    base: FilePath | None = None
     """A pretrained Llama checkpoint."""
-    chat: str | None = None
+    chat: FilePath | None = None
     """A fine-tuned Llama checkpoint, in place of the SFT stage's."""
-    helpfulness: str | None = None
+    helpfulness: FilePath | None = None
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
-    safety: str | None = None
+    safety: FilePath | None = None
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
 
 
@@ -269,7 +300,7 @@ class CollectSection(Section):
     Which versions and which temperatures, the paper does not say.
     """
 
-    versions: Names = ("previous", "newest")
+    versions: NamesOrPaths = ("previous", "newest")
     """Who answers: "newest" (the chat model), "previous" (an SFT epoch earlier) or directories."""
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
@@ -326,7 +357,7 @@ class PPOSection(Section):
     """Padded tokens a rank passes through the model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
     """Sampling temperature; applied to the trainer's and the reference's log-probs as well."""
     kl_coef: NotNegative = 0.01
     """Beta of Eq. 4 (0.01 for 7B and 13B, 0.005 for 34B and 70B)."""
@@ -372,7 +403,7 @@ class EvaluateSection(Section):
     temperatures: Temperatures = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
-    controls: dict[str, str] = {}
+    controls: dict[str, FilePath] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
@@ -415,10 +446,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+        return tomllib.loads(content.decode(json.detect_encoding(content[:4])))  # UTF-8, or UTF-16 as Windows writes it
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not valid TOML, which is UTF-8 ({error}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the line it names") from error
 
 
@@ -448,6 +482,18 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
+
+
+def config_with(config: Config, settings: Mapping[str, object]) -> Config:
+    """The config with dotted keys replaced."""
+    raw = config.model_dump()
+    for key, value in settings.items():
+        *tables, name = key.split(".")
+        table = raw
+        for part in tables:
+            table = table[part]
+        table[name] = value
+    return Config.model_validate(raw)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> str:

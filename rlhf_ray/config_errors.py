@@ -4,7 +4,8 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -41,6 +42,8 @@ def explain(problem: Mapping[str, Any], defaults: BaseModel) -> str:
         close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", rule), n=1)
         if close:
             return f"{field}={value!r} {rule}; did you mean {close[0]}?"
+    if not isinstance(default, dict) and _may_be_none(path, type(defaults)):
+        rule += ', or "none"'
     return f"{field}={value!r} {rule}; correct it, or leave it out for the default, {_toml(default)}"
 
 
@@ -68,6 +71,10 @@ def _section(path: Sequence[str], section: type[BaseModel]) -> type[BaseModel]:
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         section = annotation
     return section
+
+
+def _may_be_none(path: Sequence[str], root: type[BaseModel]) -> bool:
+    return NoneType in get_args(_section(path[:-1], root).model_fields[path[-1]].annotation)
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -25,3 +25,34 @@ def located(place: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+class RowErrors:
+    """The UserErrors of the rows of one file, told together rather than one a run."""
+
+    SHOWN = 10
+
+    def __init__(self, path: str):
+        self._path = path
+        self._found: list[tuple[str, UserError]] = []
+
+    @contextmanager
+    def of(self, row: str) -> Iterator[None]:
+        """Keeps a UserError of a `with` block as that of a row."""
+        try:
+            yield
+        except UserError as error:
+            self._found.append((row, error))
+
+    def raise_any(self) -> None:
+        """Raises what was kept, in one line.
+
+        Raises:
+            UserError: if there is anything.
+        """
+        if not self._found:
+            return
+        shown = self._found[: self.SHOWN if len({str(error) for _, error in self._found}) > 1 else 1]
+        more = len(self._found) - len(shown)
+        told = "; ".join(f"{row}: {error}" for row, error in shown) + f" (and {more} more rows)" * (more > 0)
+        raise UserError(f"{self._path} {told}") from shown[0][1]

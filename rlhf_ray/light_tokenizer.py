@@ -4,30 +4,20 @@ Importing transformers takes seconds. This holds as much of its tokenizers as `d
 them token for token (tests/test_light_tokenizer.py); training and rollouts use the real ones.
 """
 
+import contextlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rlhf_ray.data.template import settle_eos
 from rlhf_ray.errors import UserError
 
 # What transformers' class for Llama 2 takes where the files are silent.
-_LLAMA_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 # A block that marks answers and renders what stands in it.
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is cut out of the text before it is split."""
-
-    content: str
-    special: bool
-
-    def __str__(self) -> str:
-        return self.content
 
 
 class LightTokenizer:
@@ -51,40 +41,43 @@ class LightTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"tokenizer.json cannot be read ({str(error).splitlines()[0]}); copy it again") from error
-        self._settings = _read_json(directory / "special_tokens_map.json")
-        self._settings |= _read_json(directory / "tokenizer_config.json")
-        template = directory / "chat_template.jinja"
-        self.chat_template: Any = (
-            template.read_text(encoding="utf-8") if template.exists() else self._settings.get("chat_template")
-        )
-        if isinstance(self.chat_template, list):  # several by name: transformers, too, takes this one
-            self.chat_template = {each["name"]: each["template"] for each in self.chat_template}.get("default")
+        self._tokenizer.no_truncation()  # as transformers, where a caller asks for none, whatever the file says
+        self._tokenizer.no_padding()
+        self._settings = read_settings(directory)
+        self.eos_token = _content(self._settings.get("eos_token"))
+        """The token that ends an answer."""
+        try:
+            self._add_tokens(self._settings.get("added_tokens_decoder") or {})
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(
+                f"the added tokens of tokenizer_config.json cannot be read ({error}); correct it"
+            ) from error
+        self.chat_template = _chat_template(directory, self._settings)
         self._compiled: Any = None
+        if self.chat_template is not None:
+            with contextlib.suppress(UserError):  # told by whoever uses the template
+                settle_eos(self)
 
     @property
     def vocabulary(self) -> dict[str, int]:
         """Every piece and its id, added tokens included."""
-        pieces = self._tokenizer.get_vocab(with_added_tokens=True)
-        return pieces | {str(token): number for number, token in self.added_tokens_decoder.items()}
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @property
-    def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """Added tokens by id."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        tokens = {number: AddedToken(token.content, token.special) for number, token in added.items()}
-        for number, token in (self._settings.get("added_tokens_decoder") or {}).items():
-            tokens[int(number)] = AddedToken(token["content"], bool(token.get("special")))
-        return tokens
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """Added tokens by id, each with its text (`str`) and whether it is flagged `special`."""
+        return dict(self._tokenizer.get_added_tokens_decoder())
 
     @property
-    def eos_token(self) -> str | None:
-        """The token that ends an answer."""
-        return self._mark("eos_token")
+    def all_special_tokens(self) -> list[str]:
+        """Tokens that the files name as special, whatever their flags in tokenizer.json."""
+        extra = self._extra_tokens
+        return list(dict.fromkeys([*self.marks.values(), *(map(str, extra) if isinstance(extra, list) else ())]))
 
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> str:
-        """The dialogue as text.
+        """The dialogue as text; the template sees `more` under these names.
 
         Raises:
             jinja2.TemplateError: the template cannot be rendered.
@@ -92,25 +85,77 @@ class LightTokenizer:
         assert not tokenize, "text alone"
         if self._compiled is None:
             self._compiled = _compile(str(self.chat_template))
-        marks = {name: self._mark(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         return str(
             self._compiled.render(
                 messages=conversation,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **{name: token for name, token in marks.items() if token is not None},
+                **self.marks | more,
             )
         )
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
-    def _mark(self, name: str) -> str | None:
-        value = self._settings.get(name)
-        if value is None and "Llama" in str(self._settings.get("tokenizer_class")):
-            return _LLAMA_MARKS.get(name)
-        return value["content"] if isinstance(value, dict) else value
+    @property
+    def marks(self) -> dict[str, str]:
+        """Tokens by what the settings call them; templates know them by these names."""
+        extra = self._extra_tokens
+        named = {name: token for name, token in self._settings.items() if name.endswith("_token")}
+        named |= {**(extra if isinstance(extra, dict) else {}), "eos_token": self.eos_token}
+        found = {name: _content(token) for name, token in named.items()}
+        return {name: token for name, token in found.items() if token is not None}
+
+    @property
+    def _extra_tokens(self) -> Any:
+        """A list, or tokens by name."""
+        return self._settings.get("extra_special_tokens") or self._settings.get("additional_special_tokens") or []
+
+    def _add_tokens(self, listed: dict[str, dict[str, Any]]) -> None:
+        """Tokens that only the settings know, in transformers' order: those listed with an id, then the named ones."""
+        from tokenizers import AddedToken
+
+        if not all(isinstance(token, str) for token in self._extra_tokens):
+            raise TypeError("additional_special_tokens must be a list of texts")
+        own, named = {repr(token) for token in self.added_tokens_decoder.values()}, set(self.marks.values())
+        for _, fields in sorted(listed.items(), key=lambda item: int(item[0])):
+            token = AddedToken(**{"special": False} | fields)
+            if repr(token) not in own:
+                token.special = token.special or str(token) in named
+                self._tokenizer.add_tokens([token])
+        known = {str(token) for token in self.added_tokens_decoder.values()}
+        self._tokenizer.add_special_tokens([token for token in self.all_special_tokens if token not in known])
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and the files before it that transformers still reads where it lists no added tokens."""
+    settings = _read_json(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _read_json(directory / "special_tokens_map.json")
+        listed = _read_json(directory / "added_tokens.json").items()
+        settings["added_tokens_decoder"] = {str(number): {"content": text} for text, number in listed}
+    if "Llama" in str(settings.get("tokenizer_class")):
+        settings |= {name: token for name, token in LLAMA_MARKS.items() if settings.get(name) is None}
+    return settings
+
+
+def _content(token: Any) -> str | None:
+    """A token's text, which some files give as a string and some with its flags."""
+    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+
+
+def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    """The template that transformers takes without tools: files go before settings, and of several the default."""
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (file := directory / "chat_template.jinja").exists():
+        files["default"] = file
+    if files:
+        return files["default"].read_text(encoding="utf-8") if "default" in files else None
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        found = {each["name"]: each["template"] for each in found}
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _compile(template: str) -> Any:
@@ -121,19 +166,12 @@ def _compile(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     plain = _GENERATION.sub(lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", template)
     return environment.from_string(plain)
 
 
 def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, **options)
-
-
-def _strftime_now(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(form)
 
 
 def _raise_exception(message: str) -> NoReturn:

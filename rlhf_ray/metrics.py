@@ -36,7 +36,7 @@ class MetricsWriter:
         self._path = directory / "metrics.jsonl"
         kept = []
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
@@ -48,7 +48,7 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Records one step's metrics (0-based step)."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             if isinstance(value, int | float):
@@ -62,7 +62,12 @@ class MetricsWriter:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The rows of DIR/metrics.jsonl."""
     path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def latest(directory: Path, key: str) -> float:
+    """The newest value of a metric in DIR/metrics.jsonl, NaN without one."""
+    return next((float(row[key]) for row in reversed(read_metrics(directory)) if key in row), float("nan"))
 
 
 class Bar:

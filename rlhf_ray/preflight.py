@@ -10,14 +10,21 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from cluster import hardware
 from model.config import PRESETS
+from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
-from rlhf_ray.recipe.context import WHO_MAKES, no_cluster
+from rlhf_ray.preflight_machine import check_machine
+from rlhf_ray.preflight_memory import check_memory, model_shape
+from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
 NEEDS: Mapping[str, Sequence[str]] = {
@@ -42,6 +49,8 @@ ROLES: Mapping[str, Sequence[str]] = {
 }
 """Stage -> the roles it starts."""
 
+TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
+
 SMALLEST_VOCABULARY = 286
 """Pieces `train_tokenizer` needs: special tokens, bytes, and room for digits to be learnt."""
 
@@ -54,9 +63,11 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     Raises:
         UserError: the first thing that is wrong.
     """
+    config = settled(config)
     wanted = tuple(stages or config.run.stages)
     check_stages(wanted)
     running = stages_to_run(config, wanted)
+    check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
     check_batches(config, running)
@@ -65,6 +76,21 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_output(out)
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
+    check_rollout(config, running, models)
+    if config.cluster.address == EMBEDDED and config.run.device == "cpu":
+        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
+
+
+def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
+    """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
+    if not any("rollout" in ROLES.get(stage, ()) for stage in running):
+        return
+    if (shape := model_shape(config, models)) is None:
+        return
+    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
+    check_engine(
+        config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
+    )
 
 
 def check_submission(config: Config, out: Path) -> None:
@@ -134,18 +160,24 @@ def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
 
 def check_cluster(config: Config) -> None:
     """A cluster given by address answers."""
-    if (config.cluster.address or "").startswith("ray://"):
+    address = config.cluster.address or EMBEDDED
+    if address.startswith("ray://"):
         raise UserError(
-            f"cluster.address={config.cluster.address!r}: is one of Ray Client, whose drivers run outside the cluster; "
+            f"{address_field(address)}={address!r}: is one of Ray Client, whose drivers run outside the cluster; "
             "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
         )
-    host, _, port = (config.cluster.address or "").rpartition(":")
-    if not host:
+    if address in (EMBEDDED, "auto"):
         return  # an embedded cluster, or one that Ray finds by itself
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address_field(address)}={address!r}: must read HOST:PORT, or auto for the cluster of this machine; "
+            "`ray start --head` prints it"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise no_cluster(config.cluster.address, error) from error
+        raise no_cluster(address, error) from error
 
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
@@ -165,28 +197,47 @@ def on_device(config: Config, roles: Sequence[str]) -> list[str]:
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
-    """As `check_ranks`, for roles that are up together."""
-    if config.cluster.address is not None:
+    """As `check_ranks`, for roles of a settled config that are up together."""
+    if config.run.device == "cuda":
+        _check_shares(config, roles)
+    if config.cluster.address != EMBEDDED:
         return  # the cluster's own resources are checked when it is reached
-    gpus = count_gpus()
-    if config.run.device == "cuda" and not gpus:
-        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
-    if config.run.device == "cpu" or not gpus:
+    if config.run.device == "cpu":
         _check_cores(config, roles)
+    elif not (gpus := hardware.count_gpus()):
+        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
+    elif machine.is_cpu_build():
+        raise UserError(
+            "run.device='cuda': the torch installed here is built for CPUs; run DEVICE=cuda scripts/install.sh"
+        )
     else:
         _check_gpus(config, roles, gpus)
 
 
+def _check_shares(config: Config, roles: Sequence[str]) -> None:
+    """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
+    for role in roles:
+        settings: Any = getattr(config.roles, role)
+        share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
+        if share > 1 and share % 1:
+            raise UserError(
+                f"{field}={share:g} must be a whole number, or at most 1: a fraction shares one GPU; set it to 1"
+            )
+        if role in TRAINED_ROLES and settings.num_ranks > 1 and share <= 0.5:
+            raise UserError(
+                f"{field}={share:g} must be above 0.5 with roles.{role}.num_ranks={settings.num_ranks}: two ranks of a "
+                "trained role would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
+            )
+
+
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
-    tensor_parallel = config.roles.rollout.tensor_parallel_size
-    if "rollout" in roles and tensor_parallel > 1:
-        raise UserError(
-            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set it to 1"
-        )
     cores = config.cluster.cores or len(os.sched_getaffinity(0))
     for role in roles:
         field = f"roles.{role}." + ("num_engines" if role == "rollout" else "num_ranks")
-        if (ranks := _num_ranks(config, role)) > cores:
+        size = config.roles.rollout.tensor_parallel_size if role == "rollout" else 1
+        if size > 1:
+            field += " x tensor_parallel_size"
+        if (ranks := _num_ranks(config, role) * size) > cores:
             raise UserError(
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
                 "compute at the same time; lower it, or give cluster.address of a larger cluster"
@@ -195,8 +246,10 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    held = on_device(config, roles)
-    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in held}
+    needed = {
+        role: _num_ranks(config, role) * (getattr(config.roles, role).gpus_per_rank or 1.0)
+        for role in on_device(config, roles)
+    }
     if "rollout" in roles and rollout.tensor_parallel_size > 1:
         needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
@@ -210,13 +263,6 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
 def _num_ranks(config: Config, role: str) -> int:
     settings = getattr(config.roles, role)
     return int(settings.num_engines if role == "rollout" else settings.num_ranks)
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
-    found = max(len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:
@@ -350,7 +396,7 @@ def is_done(config: Config, out: Path, stage: str) -> bool:
 
 
 def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
-    inputs, now = json.loads(step_file.read_text())["inputs"], json.loads(config.model_dump_json())
+    inputs, now = json.loads(step_file.read_text(encoding="utf-8"))["inputs"], json.loads(config.model_dump_json())
     if stage == "testbed":  # seeds and precision of a run do not change its data
         return bool(inputs["config"] == now["testbed"])
     return (

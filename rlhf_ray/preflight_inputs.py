@@ -3,16 +3,21 @@
 Reads headers, JSON and Parquet, and loads neither torch nor transformers.
 """
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from model.checkpoint_files import check_checkpoint
+from model.checkpoint_files import check_checkpoint, stray_files
+from model.checkpoint_values import check_finite
 from model.config import ModelConfig
-from rlhf_ray.config import Config
+from rlhf_ray.config import Config, RolloutRole, sampling_temperature
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.light_tokenizer import LightTokenizer
+from rlhf_ray.metrics import console
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,14 +26,17 @@ LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
 SCORED = ("ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
-# As in recipe/tokenizer.py: vocabularies of models are often padded, a wider gap means another tokenizer.
-MAX_UNUSED_IDS = 1024
+WIDE_GAP = 1024
+"""Ids of a model that its tokenizer does not use, from which on padding is not the likeliest reason."""
+
+READ_THROUGH_BYTES = 8 * 2**30
+"""Size of a checkpoint up to which its numbers are looked at before the run; workers look at those of any."""
 
 OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
 
 LONGEST_ROWS = 256
-"""Rows whose tokens are counted before the run, those of most characters; the stages count all."""
+"""Rows of most characters whose tokens are counted before the run, if all of them fit; the stages count all."""
 
 
 def check_inputs(config: Config, running: Sequence[str]) -> dict[str, "Model"]:
@@ -121,6 +129,16 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
             f"{field}={path!r} is a language model (LlamaForCausalLM) where a reward model is needed; "
             "give a LlamaForSequenceClassification checkpoint with one label"
         )
+    try:
+        check_finite(info, at_most=READ_THROUGH_BYTES)
+    except ValueError as error:
+        raise UserError(f"{field}={path!r}: {_without(str(error), path)}") from error
+    if strays := stray_files(path):
+        names = ", ".join(sorted(stray.name for stray in strays))
+        read = ", ".join(sorted(file.name for file in info.files)[:2])
+        console.print(
+            f"{field}={path!r}: {names}: not read, only {read}; an adapter must be merged into the model first"
+        )
     return info.config
 
 
@@ -139,32 +157,64 @@ def check_tokenizers(config: Config, models: Mapping[str, Model]) -> LightTokeni
         return None
     with located(f"{field}={directory!r}"):
         files = LightTokenizer(directory)
-        if files.eos_token is None:
-            raise UserError("the tokenizer has no eos_token; set it to the token that closes an answer")
         if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; set one in its tokenizer_config.json")
+        check_turns(files)
     for model_field, (path, model) in models.items():
-        _check_fit(field, files, model_field, model)
-        if path != directory and (Path(path) / "tokenizer.json").exists():
+        size = _check_fit(field, files, model_field, model)
+        if not (Path(path) / "tokenizer.json").exists():
+            if model.vocab_size - size >= WIDE_GAP:
+                console.print(
+                    f"{model_field}: vocab_size={model.vocab_size} is far more than the {size} ids of the tokenizer of "
+                    f"{field}: right for a padded vocabulary, wrong for a model of another tokenizer"
+                )
+        elif path != directory:
             with located(f"{model_field}={path!r}"):
                 own = LightTokenizer(path)
-            if own.vocabulary != files.vocabulary:
+            reads_answers = model_field.removeprefix("inputs.") in REWARD_MODELS
+            if difference := _difference(files, own, reads_answers=reads_answers):
                 raise UserError(
-                    f"{model_field}={path!r} has another tokenizer than {field}={directory!r}; "
+                    f"{model_field}={path!r} has another tokenizer than {field}={directory!r} ({difference}); "
                     "give models that share one tokenizer"
                 )
     return files
 
 
-def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> None:
+def check_turns(tokenizer: LightTokenizer) -> None:
+    """The template closes answers with one token and takes a question and an answer; of more turns and of system
+    messages, which not every template takes, the tables tell whether they are met.
+
+    Raises:
+        UserError: as `data.chat.encode_dialogue`.
+    """
+    from rlhf_ray.data.chat import check_template
+    from rlhf_ray.data.template import settle_eos
+
+    as_real: Any = tokenizer  # it has what encoding needs
+    settle_eos(as_real)
+    check_template(as_real, ("user", "assistant"))
+
+
+def _difference(files: LightTokenizer, own: LightTokenizer, *, reads_answers: bool) -> str | None:
+    """In what a model's tokenizer differs from the run's, whose tokens it must know; more of its own do no harm."""
+    known = own.vocabulary
+    for token, number in sorted(files.vocabulary.items(), key=lambda item: item[1]):
+        if known.get(token) != number:
+            return f"{token!r} is {known.get(token, 'none of its tokens')} there and {number} here"
+    if reads_answers and own.chat_template is not None and own.eos_token != files.eos_token:
+        return f"its answers end in {own.eos_token!r}, not in {files.eos_token!r}"
+    return None
+
+
+def _check_fit(field: str, files: LightTokenizer, model_field: str, model: ModelConfig) -> int:
+    """The tokenizer's size, which the model's vocabulary has room for."""
     size = max(files.vocabulary.values()) + 1
-    if not size <= model.vocab_size < size + MAX_UNUSED_IDS:
+    if size > model.vocab_size:
         raise UserError(
-            f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of "
-            f"{field}, which has "
-            f"{size} ids: it must have as many, or fewer than {MAX_UNUSED_IDS} more; use the model's "
-            "own tokenizer"
+            f"{model_field}: the model's vocab_size={model.vocab_size} does not fit the tokenizer of {field}, which "
+            f"has {size} ids: it must have as many, or more; use the model's own tokenizer"
         )
+    return size
 
 
 def check_tables(
@@ -174,25 +224,63 @@ def check_tables(
     named = {name: path for name, path in config.data.model_dump().items() if path is not None}
     if not named:
         return
-    from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
+    from rlhf_ray.data.row_checks import refuse_broken, token_problems
+    from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 
+    tables = {}
     for name, path in named.items():
         kind = table_kind(name)
         if kind == "comparisons":
             check_strengths_column(config, name, path)
         with located(f"data.{name}"):
-            table = read_table(path, SCHEMAS[kind])
-            if problems := check_rows(kind, table):
-                more = f" (the first of {len(problems)} broken rows)" if len(problems) > 1 else ""
-                raise UserError(f"{path} {problems[0]}{more}; see `rlhf-ray data check {kind} {path}`")
+            tables[name] = table = read_table(path, SCHEMAS[kind])
+            if unused := unused_columns(path, SCHEMAS[kind]):
+                print(f"data.{name}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
+            problems = check_rows(kind, table)
+            if tokenizer is not None and (found := token_limit(config, name, running, models)):
+                limit, reason = found
+                problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
+            refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
             check_strengths(config, name, path, table)
         if name == "prompts_annotation" and "collect" in running:
             check_truth(path, table)
-        limit = token_limit(config, name, running, models)
-        if kind != "corpus" and tokenizer is not None and limit is not None:
+    check_parts(config, running, tables)
+
+
+def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa.Table"]) -> None:
+    """What trains on a table leaves some of it to measure on, and the other way round."""
+    from rlhf_ray.data.shares import check_mix, mix, split_comparisons, split_held_out
+
+    stages = {"corpus": "pretrain", "demonstrations": "sft", "public_demonstrations": "sft"}
+    for name, stage in stages.items():
+        if name in tables and stage in running:
+            column = tables[name]["text" if name == "corpus" else "messages"].to_pylist()
+            share = getattr(config, stage).held_out
             with located(f"data.{name}"):
-                check_row_lengths(path, table, tokenizer, *limit)
+                split_held_out(column, list(map(str, column)), share, str(getattr(config.data, name)))
+    engines_and_ranks = math.lcm(config.roles.rollout.num_engines, config.roles.policy.num_ranks)
+    for name, stage, least in (
+        ("prompts_early_stop", "ppo", config.ppo.num_chunks),
+        ("prompts_test", "evaluate", engines_and_ranks),
+    ):
+        if name in tables and stage in running and tables[name].num_rows < least:
+            raise UserError(
+                f"data.{name}: {getattr(config.data, name)} has {tables[name].num_rows} prompts, at least {least} are "
+                "needed, one for each chunk, engine and rank; give more, or fewer of these"
+            )
+    name = "comparisons" if "comparisons" in tables else "prompts_annotation"  # the latter's become comparisons
+    if name in tables and "reward" in running and (name == "comparisons" or "collect" in running):
+        rows = [
+            {**row, "guideline": row.get("guideline", "safety" if row["is_safety"] else "helpfulness")}
+            for row in tables[name].to_pylist()
+        ]
+        apart = tables.get("comparisons_held_out")
+        held_out = config.collect.held_out if apart is None else apart.to_pylist()
+        for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
+            with located(f"data.{name}"):
+                train, rest = split_comparisons(rows, held_out)
+                check_mix(model, mix(model, config.reward), train, rest, str(getattr(config.data, name)))
 
 
 def table_kind(name: str) -> Any:
@@ -219,27 +307,31 @@ def check_strengths_column(config: Config, name: str, path: str) -> None:
 def check_strengths(config: Config, name: str, path: str, table: "pa.Table") -> None:
     """A margin that goes by strength finds one in every row."""
     if config.reward.margin != "none" and table["strength"].null_count:
-        row = table["strength"].to_pylist().index(None)
+        row, num = table["strength"].to_pylist().index(None), table["strength"].null_count
+        others = f" (and {num - 1} others)" if num > 1 else ""
         raise UserError(
-            f"data.{name}: {path} row {row} has no strength and reward.margin={config.reward.margin} "
+            f"data.{name}: {path} row {row}{others} has no strength and reward.margin={config.reward.margin} "
             "needs it; fill the column in, or set reward.margin=none"
         )
 
 
 def check_truth(path: str, table: "pa.Table") -> None:
     """The simulated annotator has something to judge by in every row."""
-    for row, truth in enumerate(table["truth"].to_pylist()):
-        if not truth:
-            raise UserError(
-                f"data.prompts_annotation: {path} row {row} has truth='' and the simulated annotator of "
-                "collect judges testbed prompts only; give human comparisons as data.comparisons"
-            )
+    if empty := [row for row, truth in enumerate(table["truth"].to_pylist()) if not truth]:
+        others = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise UserError(
+            f"data.prompts_annotation: {path} row {empty[0]}{others} has truth='' and the simulated annotator of "
+            "collect judges testbed prompts only; give human comparisons as data.comparisons"
+        )
 
 
 def token_limit(
     config: Config, name: str, running: Sequence[str], models: Mapping[str, Model]
-) -> tuple[int, str] | None:
-    """(most tokens, the reason for it) of a row of a table, where a stage that runs sets one."""
+) -> tuple[int | None, str] | None:
+    """(most tokens, the reason for it) of a row of a table that a stage tokenises, where such a stage runs.
+
+    The most is None where it is that of a model which the run has yet to make.
+    """
     lengths = {
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
@@ -259,58 +351,26 @@ def token_limit(
         return None
     stage, answer = answers[name]
     if (context := shortest_context(models, stage)) is None:
-        return None
+        return None, ""
     return context - answer, (
         f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
     )
 
 
-def check_row_lengths(path: str, table: "pa.Table", tokenizer: LightTokenizer, limit: int, reason: str) -> None:
-    """The longest rows fit, and none spells a special token."""
-    from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
-
-    as_real: Any = tokenizer  # it has what encoding needs
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    rows = table.to_pylist()
-    sizes = []
-    for number, row in enumerate(rows):
-        text = "\0".join(_texts(row))
-        sizes.append(len(text))
-        if spelt := next((token for token in special if token in text), None):
-            raise UserError(
-                f"{path} row {number} holds the special token {spelt!r}, which would end or fake a turn; remove it"
-            )
-    for number in sorted(range(len(rows)), key=lambda n: -sizes[n])[:LONGEST_ROWS]:
-        row = rows[number]
-        with located(f"{path} row {number}"):
-            if "chosen" in row:
-                prompt = len(encode_prompt(as_real, row["messages"]))
-                sides = [
-                    encode_answer(as_real, row[side], finished=row[f"{side}_finished"])
-                    for side in ("chosen", "rejected")
-                ]
-                length = prompt + max(len(side) for side in sides)
-            elif row["messages"][-1]["role"] == "assistant":
-                length = len(encode_dialogue(as_real, row["messages"])[0])
-            else:
-                length = len(encode_prompt(as_real, row["messages"]))
-            if length > limit:
-                raise UserError(f"has {length} tokens, at most {limit} fit: {reason}")
-
-
-def _texts(row: Mapping[str, Any]) -> Iterator[str]:
-    yield from (message["content"] for message in row["messages"])
-    yield from (row[side] for side in ("chosen", "rejected") if side in row)
-
-
-def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
+def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int, on_gpu: bool, precision: str) -> None:
     """A checkpoint to talk to is a whole language model, has its tokenizer, and room for an answer."""
+    try:
+        sampling_temperature(temperature)
+    except ValueError as error:
+        raise UserError(f"--temperature {temperature:g} {error}; give another") from error
     model = checkpoint_config("CHECKPOINT", str(path), kind="language")
     with located(f"CHECKPOINT={str(path)!r}"):
         files = LightTokenizer(path)
         if files.chat_template is None:
             raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
+        check_turns(files)
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
+    check_engine(RolloutRole(), {f"CHECKPOINT={str(path)!r}": model}, precision=precision, on_gpu=on_gpu)
     if max_new_tokens >= model.max_seq_len:
         raise UserError(
             f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; lower it"

@@ -20,7 +20,7 @@ HEADING = re.compile(r"#{1,6}\s+(.+)")
 def prose_lines(document: Path) -> Iterator[tuple[int, str]]:
     """Line numbers, from 1, and lines of a Markdown file outside its fenced code blocks."""
     fenced = False
-    for number, line in enumerate(document.read_text().splitlines(), start=1):
+    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), start=1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif not fenced:

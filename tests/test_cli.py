@@ -1,6 +1,8 @@
 """The command line as a user meets it: help, one line for bad input with code 2, failed runs 1, signals."""
 
 import contextlib
+import io
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_inputs import PRETRAINING_RUN, prompt, write_checkpoint, write_rows, write_tokenizer
+from tiny_inputs import ANSWER, PRETRAINING_RUN, USER, prompt, write_checkpoint, write_rows, write_tokenizer
 
 from rlhf_ray import chat, cli
 from rlhf_ray.errors import RunFailure, UserError
@@ -123,7 +125,11 @@ def test_configs_that_cannot_be_read(call, tmp_path):
 def test_data_commands(call, tmp_path):
     path = tmp_path / "p.parquet"
     write_rows(path, "prompts", [prompt(0)])
-    assert call("data", "check", "prompts", path) == (0, f"{path}: 1 row of prompts, all well\n", "")
+    assert call("data", "check", "prompts", path) == (
+        0,
+        f"{path}: 1 row of prompts, all well; --tokenizer DIR checks their tokens as well\n",
+        "",
+    )
     code, out, _ = call("data", "show", path)
     assert code == 0 and "user: which is a fish?" in out
     assert refused(call("data", "check", "prompt", path)).endswith("did you mean prompts?")
@@ -161,8 +167,8 @@ def test_failures_of_workers_are_told_by_their_cause(monkeypatch):
 
     told = {"role": "policy", "rank": 1, "step": "sft step 3"}
     fail_with(WorkerError("policy rank 1 failed in train at sft step 3: boom", **told))
-    with pytest.raises(RunFailure, match=r"policy rank 1 .* boom; the workers' logs are in .* same command goes on"):
-        cli._run_recipe(None, Path("x"), None)
+    with pytest.raises(RunFailure, match=r"^policy rank 1 .* boom; the workers' logs are in [^;]*$"):
+        cli._run_recipe(None, Path("x"), None)  # it may well fail again
     fail_with(WorkerError("policy rank 1 failed in open_data", **told, cause=UserError("d row 3: too long")))
     with pytest.raises(UserError, match=r"^d row 3: too long$"):
         cli._run_recipe(None, Path("x"), None)
@@ -220,6 +226,40 @@ def test_the_end_of_input_ends_a_dialogue(monkeypatch):
 
     monkeypatch.setattr("builtins.input", end)
     chat.converse(lambda _: "", lambda _: 0, system=None, room=1)
+
+
+def test_messages_that_are_not_utf_8_are_told_and_the_dialogue_goes_on(monkeypatch, capsys):
+    text = b"\xef\xbb\xbfhi\r\ncaf\xe9 hello\nlone \xed\xa0\x80\nnul \0 in\n" + b"x" * 100_000 + b"\nno line end"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+    asked = []
+    chat.converse(lambda dialogue: asked.append(dialogue[-1]["content"]) or "", lambda _: 0, system=" ", room=1)
+    assert asked == ["hi", "nul \0 in", "x" * 100_000, "no line end"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: character {place} of this message is not UTF-8; write it in UTF-8" for place in (4, 6)
+    ]
+
+
+# --- texts of other places -------------------------------------------------------------------------------------
+
+
+def test_texts_and_paths_whatever_the_locale(tmp_path):
+    home = tmp_path / "Müller"
+    home.mkdir()
+    (home / "rows.jsonl").write_text(
+        '{"prompt": "Käse?", "chosen": "ja \\ud83e\\udd86", "rejected": "nein"}', encoding="utf-8"
+    )
+    # As Python starts where the locale is C and nothing makes up for it: text is ASCII then.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": str(home)}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "rlhf_ray.cli", "data", *arguments]
+        done = subprocess.run(command, env={**os.environ, **locale}, cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode()
+
+    assert f"to {home}/t.parquet" in run("import", "~/rows.jsonl", "--to=~/t.parquet", "--kind", "comparisons")
+    shown = run("show", "~/t.parquet")
+    assert "user: Käse?" in shown and "ja 🦆" in shown
 
 
 # --- signals ---------------------------------------------------------------------------------------------------
@@ -372,16 +412,20 @@ def test_a_full_disk_ends_a_run_with_one_line_and_spoils_no_checkpoint(config, s
 
 @pytest.mark.slow
 def test_bad_data_that_only_a_worker_meets_is_told_as_bad_input(config, tmp_path):
-    # Equal texts go to the same side: none is held out, which the rank that reads them finds.
-    path = write_rows(tmp_path / "corpus", "corpus", [{"text": "only one document"}] * 3)
+    # The run's own tokenizer has special tokens that nobody knows before it is made.
+    corpus = write_rows(tmp_path / "corpus", "corpus", [{"text": f"a cat on mat {n}."} for n in range(200)])
+    rows = [
+        {"messages": [USER, {**ANSWER, "content": f"{n} </s>" if n > 17 else f"{n}"}], "kind": ""} for n in range(20)
+    ]
+    path = write_rows(tmp_path / "demonstrations", "demonstrations", rows)
+    sets = [f"data.corpus={corpus}", f"data.demonstrations={path}", 'run.stages=["tokenizer","pretrain","sft"]']
+    sets += ["pretrain.num_steps=1", "pretrain.held_out=0.1", "sft.seq_len=64", "sft.batch_size=2", "sft.held_out=0.3"]
     result = subprocess.run(
-        [
-            *(PROGRAM, "run", config, "--out", tmp_path / "run"),
-            *("--set", f"data.corpus={path}", "--set", 'run.stages=["tokenizer","pretrain"]'),
-        ],
+        [PROGRAM, "run", config, "--out", tmp_path / "run", *(word for each in sets for word in ("--set", each))],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1].startswith(f"error: {path}: 3 rows leave ")
+    told = "messages[1].content holds the special token '</s>', which would end or fake a turn; remove it from the text"
+    assert result.stderr.splitlines()[-1] == f"error: {path} row 18: {told} (and 1 more rows)"

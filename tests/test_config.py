@@ -53,6 +53,43 @@ def test_overrides_lie_over_the_file(tmp_path):
     assert (config.data.corpus, config.run.stages) == ("/a b/c.parquet", ("sft",))
 
 
+def test_none_is_written_as_a_word(tmp_path, empty):
+    path = tmp_path / "none.toml"
+    path.write_text('[ppo]\nclip_value = "none"\n[cluster]\ncores = "none"\n[data]\ncorpus = "none"\n')
+    config = load_config(path, ["ppo.importance_cap=none"])
+    assert (config.ppo.clip_value, config.ppo.importance_cap) == (None, None)
+    assert (config.cluster.cores, config.data.corpus) == (None, None)
+    assert load_config(empty, ["ppo.clip_value=none"]).ppo.clip_value is None
+    with pytest.raises(UserError, match=r"--set: ppo\.clip_ratio='none' must be a number; correct it"):
+        load_config(empty, ["ppo.clip_ratio=none"])
+    with pytest.raises(UserError, match=r"--set: ppo\.clip_value='off' must be a number, or \"none\"; correct it"):
+        load_config(empty, ["ppo.clip_value=off"])
+
+
+def test_a_home_directory_in_every_path(empty, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    sections = Config()
+    keys = [f"{name}.{key}" for name in ("data", "inputs") for key in getattr(sections, name).model_dump()]
+    config = load_config(empty, [f"{key}=~/x" for key in keys])
+    assert {*config.data.model_dump().values(), *config.inputs.model_dump().values()} == {"/home/ann/x"}
+    config = load_config(empty, ['collect.versions=["newest", "~/v"]', 'evaluate.controls={long = "~/m"}'])
+    assert (config.collect.versions, config.evaluate.controls) == (("newest", "/home/ann/v"), {"long": "/home/ann/m"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_config_as_windows_writes_it(tmp_path, encoding):
+    path = tmp_path / "run.toml"
+    path.write_bytes('# für alle\r\n[data]\r\ncorpus = "Käse"\r\n'.encode(encoding))
+    assert load_config(path).data.corpus == "Käse"
+
+
+def test_a_config_in_latin_1_is_told(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes('[data]\ncorpus = "Käse"\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"run\.toml: not valid TOML, which is UTF-8 .*0xe4.*; save it as UTF-8"):
+        load_config(path)
+
+
 def test_a_table_given_in_part_keeps_its_sections_default(empty):
     # The class's own defaults are pretraining's: 2000 steps of warm-up, then a cosine.
     optim = load_config(empty, ["ppo.optim.lr=1e-5"]).ppo.optim
@@ -90,9 +127,9 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
         (
             "roles.rollout.gpus_per_rank=-1",
             "--set: roles.rollout.gpus_per_rank=-1 must be greater than 0; correct it, or leave it out for the "
-            "default, 1.0",
+            "default, none",
         ),
-        ("run.precision=bf61", "--set: run.precision='bf61' must be 'bf16' or 'fp32'; did you mean bf16?"),
+        ("run.precision=bf61", "--set: run.precision='bf61' must be 'auto', 'bf16' or 'fp32'; did you mean bf16?"),
         ("run.stages=sft", "--set: run.stages='sft' must be a list, for example [\"sft\"]"),
         ("ppo=3", "--set: ppo=3 must be a section of keys; write [ppo] and its keys below"),
         (
@@ -135,7 +172,7 @@ def test_a_wrong_value_in_the_file_names_the_file_and_counts_the_others(tmp_path
 
 def test_files_that_are_no_config(tmp_path):
     (tmp_path / "broken.toml").write_text("[ppo\n")
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "binary.toml").write_bytes(b"\x80\x81")
     for name, reason in (
         ("missing.toml", "No such file"),
         (".", "Is a directory"),

@@ -13,10 +13,12 @@ from tiny_inputs import write_tokenizer
 
 from rlhf_ray import cli
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
-from rlhf_ray.data.import_formats import BrokenRow, Guideline, read_dialogue
-from rlhf_ray.data.importers import SHOWN_PROBLEMS, import_table
-from rlhf_ray.data.lm_rows import hash_share
+from rlhf_ray.data.import_columns import BrokenRow, Columns
+from rlhf_ray.data.import_formats import Guideline, read_dialogue
+from rlhf_ray.data.importers import import_table
+from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import GUIDELINES, SCHEMAS, check_rows, read_table
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 
 
@@ -222,7 +224,7 @@ def test_a_prompt_has_one_id_in_every_table(imported):
 )
 def test_a_format_that_is_named_is_required(form, row):
     with pytest.raises(BrokenRow, match=r"wrong type: chosen=.* must be .*another --format"):
-        read_dialogue("comparisons", row, form)
+        read_dialogue("comparisons", Columns(row), form)
 
 
 def test_plain_texts_are_not_taken_for_hh(imported):
@@ -248,7 +250,7 @@ BROKEN_PAIRS = [
     ({**PAIR, "chosen": 5}, "wrong type", "chosen=5 must be text or a list of messages"),
     ({**PAIR, "prompt": 5}, "wrong type", "prompt=5 must be text"),
     ({**PAIR, "prompt": ["Hi?"]}, "wrong type", "prompt[0]='Hi?' must have role and content"),
-    ({**PAIR, "prompt": [{"from": "human"}]}, "missing key", "prompt[0].role must be there and not null"),
+    ({**PAIR, "prompt": [{"speaker": "human"}]}, "missing key", "prompt[0].role must be there and not null"),
     ({**PAIR, "prompt": [{"role": "user", "content": ["Hi?"]}]}, "wrong type", "prompt[0].content=['Hi?'] must be"),
     ('{"prompt": "a\\ud800", "chosen": "b", "rejected": "c"}', "wrong type", "prompt must be valid Unicode"),
     ({**PAIR, "chosen": " \n"}, "empty answer", "chosen: message 1 (assistant) must not be empty"),
@@ -329,7 +331,7 @@ def test_a_broken_comparison_is_told_with_its_line(imported, capsys, broken, rea
         ("prompts", {"messages": [answer("Yes.")]}, "turns out of order"),
         ("prompts", {"messages": [SYSTEM]}, "turns out of order"),
         ("prompts", {"prompt": " "}, "empty message"),
-        ("prompts", {"question": "Hi?"}, "missing key"),
+        ("prompts", {"subject": "Hi?"}, "missing key"),
         ("prompts", {"prompt": 5}, "wrong type"),
     ],
 )
@@ -345,7 +347,7 @@ def test_the_first_broken_rows_are_shown_and_all_are_counted(imported, capsys):
     assert len(rows) == 1 and counts.read == SHOWN_PROBLEMS + 9
     assert err.splitlines()[SHOWN_PROBLEMS:] == ["6 more broken rows, not shown"]
     assert err.splitlines()[SHOWN_PROBLEMS - 1].partition(": ")[0].endswith(f"line {SHOWN_PROBLEMS + 1}")
-    assert out.splitlines()[-1] == f"left out {SHOWN_PROBLEMS + 8} rows: 25 empty answer, 2 duplicate, 1 not JSON"
+    assert out.splitlines()[-1] == f"left out {SHOWN_PROBLEMS + 8} rows: 15 empty answer, 2 duplicate, 1 not JSON"
 
 
 # --- long rows -------------------------------------------------------------------------------------------------
@@ -535,7 +537,7 @@ def test_our_own_tables_can_be_imported(imported, tmp_path):
 def test_a_directory_of_the_hub(tmp_path):
     pq.write_table(pa.Table.from_pylist([pair(1)]), (tmp_path / "b.parquet"))
     hub = tmp_path / "hub"
-    write_lines(hub / "more.train.jsonl.gz", [pair(9)])
+    write_lines(hub / "train.jsonl.gz", [pair(9)])
     for name, number in (("train-00000-of-00002", 0), ("train-00001-of-00002", 1), ("test-00000-of-00001", 2)):
         (hub / "data").mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist([pair(number)]), hub / "data" / f"{name}.parquet")
@@ -547,7 +549,7 @@ def test_a_directory_of_the_hub(tmp_path):
     with pytest.raises(UserError, match=r"--split trian: .* has no such split; did you mean train\?"):
         import_table([hub], target, kind="comparisons", split="trian")
     import_table([hub], target, kind="comparisons", split="train")
-    assert [row["chosen"] for row in checked(target)] == ["Duck 9.", "Duck 0.", "Duck 1."]
+    assert [row["chosen"] for row in checked(target)] == ["Duck 0.", "Duck 1.", "Duck 9."]
     import_table([hub], target, kind="comparisons", split="test", overwrite=True)
     assert [row["chosen"] for row in checked(target)] == ["Duck 2."]
 
@@ -563,8 +565,8 @@ def test_subsets_of_a_split_are_told_apart(tmp_path):
 
 
 def test_several_sources_are_read_in_their_order(tmp_path):
-    write_lines(tmp_path / "folder" / "b.jsonl", [pair(2)])
-    write_lines(tmp_path / "folder" / "a.jsonl", [pair(1)])
+    write_lines(tmp_path / "folder" / "a-2.jsonl", [pair(2)])
+    write_lines(tmp_path / "folder" / "a-1.jsonl", [pair(1)])
     last = write_lines(tmp_path / "z.jsonl", [pair(0), pair(1)])
     counts = import_table([last, tmp_path / "folder"], tmp_path / "out.parquet", kind="comparisons")
     assert [row["chosen"] for row in checked(tmp_path / "out.parquet")] == ["Duck 0.", "Duck 1.", "Duck 2."]
@@ -580,8 +582,8 @@ def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("missing", "no such file or directory"),
-        ("rows.csv", r"must end in \.jsonl, \.jsonl\.gz, \.parquet"),
-        ("empty", "has no .jsonl, .jsonl.gz, .parquet file, nor has its data/"),
+        ("rows.csv", r"must end in \.jsonl, \.jsonl\.gz, \.json, .*\.parquet; .* read_csv"),
+        ("empty", "has no .jsonl, .jsonl.gz, .json, .json.gz, .parquet file"),
         ("cut.jsonl.gz", "cannot be read .*is it whole"),
         ("plain.jsonl.gz", "cannot be read .*is it whole"),
         ("broken.parquet", "cannot be read .*is it whole"),

@@ -240,3 +240,29 @@ def test_repeated_identifiers_are_named():
 def test_the_losses_know_exactly_these_labels():
     assert set(MARGINS["small"]) == set(MARGINS["large"]) == set(STRENGTHS)
     assert set(LABELS_OF_BINS) == set(SAFETY_BINS)
+
+
+_TURN = [("role", pa.string()), ("content", pa.string())]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_list(pa.struct(_TURN)),
+        pa.list_view(pa.struct(_TURN)),
+        pa.large_list_view(pa.struct(_TURN)),
+        pa.list_(pa.struct(_TURN), 2),
+        pa.list_(pa.struct(_TURN[::-1])),
+        pa.list_(pa.struct([*_TURN, ("weight", pa.int64())])),
+        pa.list_(pa.struct([("role", pa.dictionary(pa.int32(), pa.string())), ("content", pa.large_string())])),
+        pa.list_view(pa.struct([("content", pa.large_string()), ("role", pa.string())])),
+    ],
+)
+def test_every_layout_of_messages_says_the_same(tmp_path, kind):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    dialogues = [turns, [{**turn, "content": turn["content"] * 2} for turn in turns]]
+    columns = {"messages": pa.array(dialogues, kind), "kind": pa.array(["x", "x"]).dictionary_encode()}
+    pq.write_table(pa.table(columns), tmp_path / "t")
+    found = read_table(tmp_path / "t", DEMONSTRATIONS)
+    assert found.schema == DEMONSTRATIONS
+    assert found.to_pylist() == [{"messages": dialogue, "kind": "x"} for dialogue in dialogues]

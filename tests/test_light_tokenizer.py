@@ -8,6 +8,7 @@ import pytest
 from tiny_inputs import write_tokenizer
 
 from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt, load_tokenizer
+from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import UserError
 from rlhf_ray.light_tokenizer import LightTokenizer
 
@@ -59,6 +60,77 @@ def test_facts_are_those_of_transformers(directory):
     assert light.eos_token == real.eos_token
     specials = [{str(t) for t in each.added_tokens_decoder.values() if t.special} for each in (light, real)]
     assert specials[0] == specials[1]
+
+
+def listed(**flags):
+    """The added_tokens_decoder of a tokenizer_config.json."""
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {"added_tokens_decoder": {str(n): {"content": t, "special": s, **plain} for n, (t, s) in flags.items()}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer_config.json": listed(**{"301": ("<|im_end|>", True), "302": ("<tool>", True)})},
+        {"tokenizer_config.json": listed(**{"302": ("<tool>", False), "2": ("</s>", False)})},
+        {"tokenizer_config.json": listed(**{"303": ("<new>", True), "304": ("<plain>", False)})},
+        {"tokenizer_config.json": {"additional_special_tokens": ["<tool>", "<new>"]}},
+        {"tokenizer_config.json": {"extra_special_tokens": {"tool_token": "<tool>"}}},
+        {"tokenizer_config.json": {"tool_token": "<tool>", "pad_token": "[PAD]"}},
+        {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast", "eos_token": None}},
+        {"special_tokens_map.json": {"eos_token": "<|im_end|>", "additional_special_tokens": ["<tool>"]}},
+        {
+            "tokenizer_config.json": listed(**{"300": ("<|im_start|>", True)}),
+            "special_tokens_map.json": {"additional_special_tokens": ["<tool>"]},
+        },
+        {"added_tokens.json": {"<new>": 303}},
+        {"tokenizer_config.json": {"unk_token": ""}},
+        {
+            "tokenizer.json": {
+                "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+            }
+        },
+        {"tokenizer_config.json": {"chat_template": "of no account"}, "additional_chat_templates/tool_use.jinja": "x"},
+    ],
+    ids=range(14),
+)
+def test_special_tokens_are_those_of_transformers_wherever_they_are_named(tmp_path, files):
+    directory = write_tokenizer(tmp_path / "t")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    for number, token in enumerate(["<|im_start|>", "<|im_end|>", "<tool>"], start=300):  # none is flagged
+        content["model"]["vocab"][token] = number
+        content["added_tokens"].append({**content["added_tokens"][0], "id": number, "content": token, "special": False})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "chat_template.jinja").write_text(CHATML)
+    for name, changes in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        old = json.loads((directory / name).read_text()) if (directory / name).exists() else {}
+        (directory / name).write_text(changes if isinstance(changes, str) else json.dumps(old | changes))
+    light, real = LightTokenizer(directory), load_tokenizer(directory)
+    assert set(control_tokens(light)) == set(control_tokens(real)) >= {"<|im_start|>", "<|im_end|>", "<s>"}
+    assert (light.eos_token, light.vocabulary) == (real.eos_token, real.get_vocab())
+    assert light.eos_token == "<|im_end|>"
+    for text in ("is <tool> a fish?", "a  <new> <plain> [PAD]"):
+        told = []
+        for tokenizer in (light, real):
+            try:
+                told.append(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
+            except UserError as error:
+                told.append(str(error).split(",")[0])
+        assert told[0] == told[1]
+
+
+def test_added_tokens_that_transformers_cannot_read_are_told(tmp_path):
+    directory = write_tokenizer(tmp_path / "t")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"additional_special_tokens": [{"content": "<tool>"}]})
+    )
+    with pytest.raises(UserError, match="additional_special_tokens must be a list of texts"):
+        LightTokenizer(directory)
+    with pytest.raises(UserError, match="no tokenizer can be read there"):
+        load_tokenizer(directory)
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path):

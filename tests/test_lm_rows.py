@@ -9,7 +9,8 @@ from tiny_inputs import ANSWER, USER, write_rows, write_tokenizer
 
 from rlhf_ray.data.batching import epoch_rows
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
-from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows, hash_share, split_held_out
+from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows
+from rlhf_ray.data.shares import hash_share, split_held_out
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.sft import epoch_names
 from rlhf_ray.workers.policy import PolicyWorker

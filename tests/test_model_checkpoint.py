@@ -1,6 +1,7 @@
 """Checkpoints: exchange with transformers, refusals, atomic writing."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -16,12 +17,14 @@ from model.checkpoint_files import (
     expected_shapes,
     is_reward_model,
     read_config,
+    stray_files,
 )
 from model.config import PRESETS, Llama3RopeScaling, UnsupportedModelError, to_hf_config
 from model.heads import last_token_scores, scored_lengths
 from model.llama import Llama
+from rlhf_ray.backends.train_state import PARTS, write_state
 
-TINY = PRESETS["tiny"]
+TINY, EMBEDDING = PRESETS["tiny"], "model.embed_tokens.weight"
 SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 VARIANTS = {
     "gqa": TINY,
@@ -38,6 +41,11 @@ def random_model(config, head="lm"):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def change_config(directory, **changes):
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | changes))
 
 
 def random_tokens(*shape):
@@ -177,10 +185,99 @@ def test_tied_model_stays_tied_and_ignores_a_stored_head(tmp_path):
     directory = save(tmp_path / "tied", model)
     tensors = load_file(directory / "model.safetensors")
     assert "lm_head.weight" not in tensors
-    save_file(tensors | {"lm_head.weight": torch.zeros(512, 64)}, directory / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors[EMBEDDING].clone()}, directory / "model.safetensors")
     loaded = load_model(directory, head="lm", dtype=torch.float32)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("head", ["another", "another dtype"])
+def test_a_stored_head_that_is_not_the_tied_one_is_refused(tmp_path, head):
+    directory = save(tmp_path / "tied", random_model(VARIANTS["tied"]))
+    tensors = load_file(directory / "model.safetensors")
+    other = tensors[EMBEDDING].clone()
+    other[-1, -1] += 1
+    stored = other if head == "another" else tensors[EMBEDDING].bfloat16()
+    save_file(tensors | {"lm_head.weight": stored}, directory / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight differs from .*tie_word_embeddings=true.*set it to false"
+    ):
+        check_checkpoint(directory)
+    change_config(directory, tie_word_embeddings=False)
+    assert torch.equal(load_model(directory, head="lm", dtype=stored.dtype).lm_head.weight, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_rotary_frequencies_must_be_those_of_theta(saved, dtype):
+    tensors = load_file(saved / "model.safetensors")
+    exponents = torch.arange(0, 32, 2) / 32  # a head is 32 wide
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {name: (10000.0**-exponents).to(dtype)}, saved / "model.safetensors")
+    check_checkpoint(saved)
+    save_file(tensors | {name: (20000.0**-exponents).to(dtype)}, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1.*inv_freq holds other frequencies than .*rope_theta=10000"):
+        check_checkpoint(saved)
+
+
+def test_a_tensor_in_two_shards_must_be_the_same(tmp_path):
+    directory = save(tmp_path / "sharded", random_model(TINY), max_shard_bytes=200_000)
+    first, *_, last = sorted(directory.glob("*.safetensors"))
+    tensor = load_file(first)[EMBEDDING]
+    save_file(load_file(last) | {EMBEDDING: tensor}, last)
+    assert len([name for name, _ in iterate_tensors(directory) if name == EMBEDDING]) == 1
+    save_file(load_file(last) | {EMBEDDING: tensor + 1}, last)
+    with pytest.raises(CheckpointError, match=f"{EMBEDDING} differs from the tensor of that name in {first.name}"):
+        check_checkpoint(directory)
+
+
+def test_a_whole_file_beside_an_index_of_others_is_refused(tmp_path):
+    directory = save(tmp_path / "sharded", random_model(TINY), max_shard_bytes=200_000)
+    shutil.copy(save(tmp_path / "whole", random_model(TINY)) / "model.safetensors", directory)
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
+        check_checkpoint(directory)
+
+
+@pytest.mark.parametrize("shard_bytes", [200_000, 10**9])
+def test_files_of_other_weights_are_not_read(tmp_path, shard_bytes):
+    directory = save(tmp_path / "model", random_model(TINY), max_shard_bytes=shard_bytes)
+    tensors = dict(iterate_tensors(directory))
+    strays = {"adapter_model.safetensors", "consolidated.safetensors", "consolidated.safetensors.index.json"}
+    for stray in strays:
+        (directory / stray).write_bytes(b"x")
+    assert {path.name for path in stray_files(directory)} == strays
+    assert all(torch.equal(tensor, tensors.pop(name)) for name, tensor in iterate_tensors(directory)) and not tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (2, 4, (2, ())),  # one of each: two statements of what one token is
+        ([5, 7], 7, (5, (7,))),
+        (2, [5, 7], (5, (7,))),
+        ([7, 9], [5, 7], (5, (7, 9))),
+    ],
+)
+def test_lists_of_tokens_that_end_an_answer_are_read_from_either_file(saved, config, generation, expected):
+    change_config(saved, eos_token_id=config)
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    read = read_config(saved)
+    assert (read.eos_token_id, read.other_eos_token_ids) == expected
+
+
+def test_all_tokens_that_end_an_answer_are_written(tmp_path):
+    config = TINY.model_copy(update={"eos_token_id": 5, "other_eos_token_ids": (7, 9)})
+    directory = save(tmp_path / "model", random_model(config))
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [5, 7, 9]
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 5
+    assert read_config(directory) == config
+
+
+def test_other_classes_of_model_are_named(saved):
+    change_config(saved, architectures=["LlamaForTokenClassification"])
+    with pytest.raises(
+        CheckpointError, match="architectures names 'LlamaForTokenClassification'; it must be LlamaForCausal"
+    ):
+        check_checkpoint(saved)
 
 
 def test_weights_are_cast_to_the_model(saved):
@@ -327,6 +424,20 @@ def test_saving_is_whole_or_not_at_all(tmp_path):
     save_checkpoint(target, TINY, tensors)
     with pytest.raises(CheckpointError, match="new: already exists"):
         save_checkpoint(target, TINY, tensors)
+
+
+def test_files_have_the_modes_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(tmp_path / "model", random_model(TINY), max_shard_bytes=2**16)
+        write_state(
+            tmp_path / "state", [("w", {part: torch.zeros(2) for part in PARTS})], steps=1, max_bytes=1
+        )  # a trainer's
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "model").iterdir(), *(tmp_path / "state").iterdir()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_saving_copies_tensors_that_the_caller_reuses(tmp_path):

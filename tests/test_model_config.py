@@ -99,7 +99,13 @@ def test_the_spelling_before_transformers_5_is_read():
             "rope_scaling.low_freq_factor Field required",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"eos_token_id": [2, 7]}, r"eos_token_id=\[2, 7\] is not supported: answers end at exactly one"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not supported: it must be a token id"),
+        ({"eos_token_id": [2, 512]}, r"other_eos_token_ids=512 must lie in 0\.\.511"),
+        ({"sliding_window": 4096}, "sliding_window=4096 is not supported: Llama's attention sees the whole context"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*is not supported"),
+        ({"auto_map": {"AutoModelForCausalLM": "a.B"}}, "auto_map=.*may compute another model"),
+        ({"rope_scaling": {"rope_type": "llama3", **SCALING.model_dump()}}, "rope_scaling=.*says otherwise"),
+        ({"rope_theta": 500000.0}, r"rope_theta=500000\.0 is not supported: rope_parameters says 10000\.0"),
         ({"hidden_size": None}, "hidden_size=None is not supported"),
         ({"num_attention_heads": 5}, "hidden_size=64 must be divisible by num_heads=5"),
     ],
@@ -108,6 +114,15 @@ def test_other_models_are_refused_in_one_line(changes, message):
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         from_hf_config(to_hf_config(PRESETS["tiny"]) | changes)
     assert "\n" not in str(caught.value)
+
+
+def test_several_tokens_may_end_an_answer_and_none_is_minus_one():
+    hf = to_hf_config(PRESETS["tiny"]) | {"eos_token_id": [5, 7, 9, 7], "pad_token_id": -1, "bos_token_id": None}
+    config = from_hf_config(hf)
+    assert (config.eos_token_id, config.other_eos_token_ids) == (5, (7, 9))
+    assert (config.pad_token_id, config.bos_token_id) == (None, None)
+    assert from_hf_config(hf | {"eos_token_id": None}).eos_token_id is None
+    assert config.shape() == PRESETS["tiny"].shape()
 
 
 def test_missing_model_type_is_refused():

@@ -45,6 +45,31 @@ def imported_packages(file: Path) -> Iterator[str]:
             yield from (str(arg.value).partition(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
 
 
+def texts_of_unsaid_encoding(tree: ast.AST) -> Iterator[ast.Call]:
+    """Calls that read or write text and leave its encoding to the locale."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        keywords = {keyword.arg for keyword in call.keywords}
+        words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if method in ("read_text", "write_text"):
+            is_text = True
+        elif method == "open" or ast.unparse(call.func) in ("open", "fdopen"):
+            is_text = ast.unparse(call.func) not in ("os.open", "gzip.open") and not any(
+                set(word) <= set("rwaxb+") and "b" in word for word in words
+            )
+        else:
+            is_text = bool(keywords & {"text", "universal_newlines"})
+        if is_text and "encoding" not in keywords:
+            yield call
+
+
+def test_files_are_text_in_utf_8_whatever_the_locale():
+    assert len(list(texts_of_unsaid_encoding(ast.parse("p.read_text(); p.open('a'); open(p); p.open('rb')")))) == 3
+    files = [file for folder in (*PACKAGES, "scripts", "benchmarks") for file in source_files(folder)]
+    found = {(f.name, call.lineno) for f in files for call in texts_of_unsaid_encoding(ast.parse(f.read_bytes()))}
+    assert found == set()
+
+
 @pytest.mark.parametrize(
     ("module", "must_not_load"),
     [

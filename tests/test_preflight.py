@@ -9,8 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, write_rows, write_tokenizer
 
-from rlhf_ray import preflight
+from cluster import hardware
+from rlhf_ray import machine, preflight
 from rlhf_ray.config import STAGES, parse_config
+from rlhf_ray.data.chat import load_tokenizer
+from rlhf_ray.data.schemas import GUIDELINES
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
 from rlhf_ray.recipe.context import WHO_MAKES, Context
@@ -20,13 +24,22 @@ from rlhf_ray.run_state import RunDir, write_json
 TINY = {
     "run": {"device": "cpu"},
     "model": {"preset": "tiny"},
-    "pretrain": {"seq_len": 64, "batch_size": 4},
-    "sft": {"seq_len": 48, "batch_size": 4},
-    "collect": {"max_new_tokens": 16},
+    "pretrain": {"seq_len": 64, "batch_size": 4, "held_out": 0.3},
+    "sft": {"seq_len": 48, "batch_size": 4, "held_out": 0.3},
+    "collect": {"max_new_tokens": 16, "held_out": 0.3},
     "reward": {"max_length": 48},
     "ppo": {"max_new_tokens": 16, "batch_size": 8, "minibatch_size": 4},
     "evaluate": {"max_new_tokens": 16},
 }
+
+
+HELD = next(m for m in (comparison(n)["messages"] for n in range(99)) if hash_share(str(m)) < 0.3)
+USERS = [{**USER, "content": f"which is fish {n}?"} for n in range(20)]
+
+
+def comparisons(num=20):
+    """As many of each guideline, so that some of each are held out and some not."""
+    return [comparison(n, guideline=GUIDELINES[n % 2]) for n in range(2 * num)]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +49,9 @@ def files(tmp_path_factory):
     for name in ("base", "chat", "helpfulness", "safety"):
         directory = write_checkpoint(root / name, reward_model=name in ("helpfulness", "safety"))
         write_tokenizer(directory)
-    write_rows(root / "comparisons", "comparisons", [comparison(n) for n in range(4)])
-    write_rows(root / "demonstrations", "demonstrations", [{"messages": [USER, ANSWER], "kind": "k"}] * 4)
-    write_rows(root / "corpus", "corpus", [{"text": "the cat."}])
+    write_rows(root / "comparisons", "comparisons", comparisons())
+    write_rows(root / "demonstrations", "demonstrations", [{"messages": [u, ANSWER], "kind": "k"} for u in USERS])
+    write_rows(root / "corpus", "corpus", [{"text": f"the cat {n}."} for n in range(20)])
     for name in ("train", "early_stop", "annotation", "test"):
         write_rows(root / f"prompts_{name}", "prompts", [prompt(n, truth="{}") for n in range(4)])
     return root
@@ -111,12 +124,21 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
             "roles.rollout.num_engines=3 must be at most 2,",
         ),
         (
-            {"roles": {"rollout": {"tensor_parallel_size": 2}}},
-            "roles.rollout.tensor_parallel_size=2 needs GPUs, and this run is on CPU; set it to 1",
+            {"cluster": {"cores": 3}, "roles": {"rollout": {"tensor_parallel_size": 2, "num_engines": 2}}},
+            "roles.rollout.num_engines x tensor_parallel_size=4 must be at most 3, the cores of this machine",
+        ),
+        (
+            {"cluster": {"cores": 3}, "roles": {"rollout": {"tensor_parallel_size": 3}}},
+            "roles.rollout.tensor_parallel_size=3 does not divide the 4 attention heads of model.preset='tiny'; set it",
+        ),
+        (
+            {"roles": {"rollout": {"kv_cache_gib": 1e-5}}},
+            "roles.rollout.kv_cache_gib=1e-05 must be at least 0.00019: one whole context of model.preset='tiny', 256",
         ),
         ({"tokenizer": {"vocab_size": 285}}, "tokenizer.vocab_size=285 must be at least 286"),
         ({"pretrain": {"seq_len": 300}}, "pretrain.seq_len=300 must be at most 256: the model's context"),
         ({"ppo": {"max_new_tokens": 256}}, "ppo.max_new_tokens=256 must be at most 255: the model's context"),
+        ({"cluster": {"address": "head"}}, "cluster.address='head': must read HOST:PORT, or auto for the cluster of"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address='127.0.0.1:1': no cluster answers there"),
         ({"cluster": {"address": "ray://127.0.0.1:1"}}, "cluster.address='ray://127.0.0.1:1': is one of Ray Client"),
     ],
@@ -129,39 +151,79 @@ def test_rules_of_stages_that_do_not_run_are_not_held_against_a_run(tmp_path):
     check_run(config(ppo={"batch_size": 7}, run={"stages": ["testbed", "tokenizer", "pretrain"]}), tmp_path)
 
 
-def test_gpus_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
+@pytest.fixture
+def gpus(monkeypatch):
+    """Gives this machine a number of GPUs and a torch that can use them."""
+    monkeypatch.setattr(machine, "is_cpu_build", lambda: False)
+    return lambda number: monkeypatch.setattr(hardware, "count_gpus", lambda: number)
+
+
+def test_gpus_are_counted(tmp_path, gpus):
+    gpus(0)
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line == "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 2)
-    on_gpu = config(run={"device": "auto"}, roles={"helpfulness": {"gpus_per_rank": 1.5}})
-    # The two reward models alone: 1.5 + 1.
-    line = complaint(on_gpu, tmp_path / "new", "testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
-    assert line.startswith("roles ask for 4.5 GPUs (helpfulness 1.5, policy 1, rollout 1, safety 1), this machine")
-    check_run(on_gpu, tmp_path / "new", ("testbed", "tokenizer", "pretrain"))
+    gpus(2)
+    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"gpus_per_rank": 1.0}}
+    on_gpu = config(run={"device": "auto"}, roles=roles)
+    stages = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
+    line = complaint(on_gpu, tmp_path / "new", *stages)
+    assert line.startswith("roles ask for 5 GPUs (helpfulness 1, policy 2, rollout 1, safety 1), this machine has 2")
+    check_run(on_gpu, tmp_path / "new", stages[:3])
 
 
-def test_only_models_that_a_stage_starts_take_gpus(monkeypatch):
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 1)
+def test_only_models_that_a_stage_starts_take_gpus(gpus):
+    gpus(1)
+
+    def settled_with(inputs):
+        given = {"run": {"device": "auto"}, "inputs": inputs, "roles": {"safety": {"num_ranks": 2}}}
+        return machine.settled(config(**given))
 
     def needed(stages, **inputs):
         with pytest.raises(UserError) as raised:
-            preflight.check_ranks(
-                config(run={"device": "auto"}, inputs=inputs, roles={"safety": {"num_ranks": 2}}), stages
-            )
+            preflight.check_ranks(settled_with(inputs), stages)
         return str(raised.value).partition("(")[2].partition(")")[0]
 
     assert needed(["reward"]) == "helpfulness 1, safety 2"
     assert needed(["reward"], helpfulness="models/help") == "safety 2"
-    preflight.check_ranks(config(run={"device": "auto"}, inputs={"safety": "m:f"}), ["reward"])
+    preflight.check_ranks(settled_with({"safety": "m:f"}), ["reward"])
     everything = "helpfulness 1, policy 1, reference 1, rollout 1, safety 2, value 1"
     assert needed(["ppo"], helpfulness="models/help", safety="models/safe") == everything
     assert needed(["ppo"], helpfulness="m:f", safety="m:g") == "policy 1, reference 1, rollout 1, value 1"
 
 
-def test_visible_devices_bound_the_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert preflight.count_gpus() == 0
+@pytest.mark.parametrize("number", range(1, 9))
+def test_roles_of_one_rank_share_what_gpus_there_are(tmp_path, gpus, number):
+    gpus(number)
+    check_run(config(run={"device": "auto"}), tmp_path / "new")
+
+
+def test_shares_of_gpus_that_cannot_be(tmp_path, gpus, monkeypatch):
+    gpus(8)
+    on_gpu = config(run={"device": "cuda"}, roles={"helpfulness": {"gpus_per_rank": 1.5}})
+    assert complaint(on_gpu, tmp_path / "new") == (
+        "roles.helpfulness.gpus_per_rank=1.5 must be a whole number, or at most 1: a fraction shares one GPU; "
+        "set it to 1"
+    )
+    on_gpu = config(run={"device": "cuda"}, roles={"policy": {"gpus_per_rank": 0.5, "num_ranks": 2}})
+    assert complaint(on_gpu, tmp_path / "new") == (
+        "roles.policy.gpus_per_rank=0.5 must be above 0.5 with roles.policy.num_ranks=2: two ranks of a trained role "
+        "would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
+    )
+    frozen = {"reference": {"gpus_per_rank": 0.5, "num_ranks": 2}}
+    check_run(config(run={"device": "cuda"}, roles=frozen), tmp_path / "new")
+    monkeypatch.setattr(machine, "is_cpu_build", lambda: True)
+    line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
+    assert line.startswith("run.device='cuda': the torch installed here is built for CPUs; ")
+
+
+def test_the_cluster_of_ray_address_is_checked_as_one_that_the_config_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    line = complaint(config(), tmp_path / "new")
+    assert line.startswith("RAY_ADDRESS='127.0.0.1:1': no cluster answers there (")
+    assert line.endswith("start one with `ray start --head`, or set cluster.address=local for an embedded one")
+    check_run(config(cluster={"address": "local"}), tmp_path / "new")
+    line = complaint(config(cluster={"address": "127.0.0.1:2"}), tmp_path / "new")
+    assert line.startswith("cluster.address='127.0.0.1:2': ")
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
@@ -237,9 +299,100 @@ def test_models_of_different_tokenizers(tmp_path, files):
     write_tokenizer(other, texts=["quite other words here, and there too."] * 9)
     given = config(inputs={**inputs(files, "chat"), "helpfulness": str(other)})
     assert complaint(given, tmp_path / "new") == (
-        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat'; "
-        "give models that share one tokenizer"
+        f"inputs.helpfulness='{other}' has another tokenizer than inputs.chat='{files}/chat' ('0' is 265 there and 264 "
+        "here); give models that share one tokenizer"
     )
+
+
+def test_a_reward_model_may_know_tokens_that_the_policy_never_emits(tmp_path, files):
+    reward = write_checkpoint(tmp_path / "reward", reward_model=True, vocab_size=301)
+    tokenizer = load_tokenizer(write_tokenizer(reward))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(reward)
+    check_run(config(inputs={**inputs(files, "chat"), "helpfulness": str(reward)}), tmp_path / "new", ["testbed"])
+    # The other way round the policy could emit what the reward model has never heard of.
+    chat = write_checkpoint(tmp_path / "chat", vocab_size=301)
+    tokenizer.save_pretrained(chat)
+    given = config(inputs={"chat": str(chat), **inputs(files, "safety")})
+    assert "inputs.safety: the model's vocab_size=300 does not fit" in complaint(given, tmp_path / "new")
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "pad_token")
+    tokenizer.save_pretrained(reward)
+    given = config(inputs={**inputs(files, "chat"), "helpfulness": str(reward)})
+    assert "(its answers end in '[PAD]', not in '</s>')" in complaint(given, tmp_path / "new")
+
+
+def test_weights_that_nobody_reads_are_told(tmp_path, files, capsys):
+    model = write_checkpoint(tmp_path / "m")
+    write_tokenizer(model)
+    (model / "adapter_model.safetensors").write_bytes(b"x")
+    check_run(config(inputs={"base": str(model)}), tmp_path / "new", ["testbed"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "adapter_model.safetensors: not read, only model.safetensors; an adapter must be merged" in told
+
+
+def test_vocabularies_may_be_padded_to_any_size(tmp_path, files, capsys):
+    wide = write_checkpoint(tmp_path / "wide", vocab_size=5000)
+    write_tokenizer(wide)
+    check_run(config(inputs={"base": str(wide)}), tmp_path / "new", ["testbed"])
+    assert "padded" not in capsys.readouterr().err
+    (wide / "tokenizer.json").unlink()  # then nothing but the size tells
+    given = config(inputs={"base": str(wide), "tokenizer": str(files / "base")})
+    check_run(given, tmp_path / "new", ["testbed"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "vocab_size=5000 is far more than the 300 ids of the tokenizer of inputs.tokenizer: right for a pad" in told
+
+
+def test_a_tokenizer_with_a_template_of_its_own_may_be_given_to_a_language_model(tmp_path, files):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "pad_token")
+    tokenizer.save_pretrained(tmp_path / "t")
+    check_run(config(inputs={"tokenizer": str(tmp_path / "t"), **inputs(files, "base")}), tmp_path / "new", ["testbed"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("message['content'] + eos_token", "message['content'] + 'the end.'", "closes an answer with no special token"),
+        ("message['content'] + '[/INST]'", "message['content'][:5] + '[/INST]'", "messages[0].content (role user)"),
+        ("bos_token + '[INST]'", "(messages | length | string) + '[INST]'", "rewrites earlier turns"),
+        ("bos_token + '[INST]'", "bos_token + nothing + '[INST]'", "cannot be rendered ('nothing' is undefined)"),
+    ],
+)
+def test_a_template_that_training_could_not_use_is_told_before(tmp_path, files, old, new, line):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text().replace(old, new))
+    told = complaint(config(inputs={"tokenizer": str(directory), **inputs(files, "base")}), tmp_path / "new")
+    assert told.startswith(f"inputs.tokenizer='{directory}': ") and line in told
+
+
+def test_a_template_that_takes_one_exchange_alone_is_told_where_there_are_more(tmp_path, files):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text("{%- if messages | length > 2 -%}{{- 'x' -}}{%- endif -%}" + template.read_text())
+    one, two = [USER, ANSWER], [USER, ANSWER] * 2
+    table = write_rows(tmp_path / "d", "demonstrations", [{"messages": rows, "kind": "k"} for rows in (one, one, two)])
+    given = config(inputs={"tokenizer": str(directory), **inputs(files, "base")}, data={"demonstrations": table})
+    line = complaint(given, tmp_path / "new", "sft")
+    assert line.startswith(f"data.demonstrations: {table} row 2: ") and "rewrites earlier turns" in line
+
+
+def test_a_template_that_drops_system_messages_is_told_where_there_are_some(tmp_path, files):
+    directory = write_tokenizer(tmp_path / "tokenizer")
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text().replace("messages[0]['content']", "''"))
+    questions = [{**USER, "content": f"which is a fish {number}?"} for number in range(20)]  # some are held out
+    rows = [{"messages": [question, ANSWER], "kind": "k"} for question in questions]
+    # Shorter than the marks around it, and a part of the question.
+    rows.append({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "kind": "k"})
+    for count in (20, 21):
+        table = write_rows(tmp_path / f"{count}.parquet", "demonstrations", rows[:count])
+        given = config(inputs={"tokenizer": str(directory), **inputs(files, "base")}, data={"demonstrations": table})
+        if count == 20:
+            check_run(given, tmp_path / "new", ["sft"])
+        else:
+            line = f"data.demonstrations: {table} row 20: messages[0].content (role system)"
+            assert complaint(given, tmp_path / "new", "sft").startswith(line)
 
 
 def test_a_tokenizer_without_a_template(tmp_path, files):
@@ -258,8 +411,7 @@ def test_a_tokenizer_without_a_template(tmp_path, files):
             "comparisons",
             "comparisons",
             [comparison(0), comparison(1, chosen="")],
-            r"data\.comparisons: \S+ comparisons row 1: chosen='' must not be empty; give the chosen answer .*; "
-            r"see `rlhf-ray data check comparisons ",
+            r"data\.comparisons: \S+ comparisons row 1: chosen='' must not be empty; give the chosen answer or drop",
         ),
         (
             "comparisons",
@@ -314,13 +466,112 @@ def test_tables(tmp_path, files, name, kind, rows, line):
     assert re.match(line, complaint(given, tmp_path / "new"))
 
 
+def test_broken_rows_are_listed_ten_and_a_count(tmp_path, files, capsys):
+    rows = [prompt(n, "say </s>" if n % 2 else "fish?" + " carp" * 60 * (n == 4)) for n in range(30)]
+    given = config(inputs=inputs(files, "base"), data={"prompts_test": write_rows(tmp_path / "p", "prompts", rows)})
+    line = complaint(given, tmp_path / "new")
+    assert line.startswith(f"data.prompts_test: {tmp_path}/p row 1 holds the special token '</s>'")
+    assert line.endswith("(the first of 16 problems in 30 rows, 6 of them not shown)")
+    shown = capsys.readouterr().err.splitlines()
+    assert [text.split()[1].rstrip(":") for text in shown] == ["1", "3", "4", "5", "7", "9", "11", "13", "15", "17"]
+
+
+def test_every_row_that_is_too_long_is_found(tmp_path, files, monkeypatch):
+    # More of them than the rows that are counted where all fit.
+    monkeypatch.setattr("rlhf_ray.preflight_inputs.LONGEST_ROWS", 2)
+    rows = [prompt(n, "carp " * (60 if n < 5 else 1)) for n in range(20)]
+    given = config(inputs=inputs(files, "base"), data={"prompts_test": write_rows(tmp_path / "p", "prompts", rows)})
+    assert complaint(given, tmp_path / "new").endswith("(the first of 5 problems in 20 rows)")
+
+
+HELP, SAFE = (comparisons()[place::2] for place in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections", "line"),
+    [
+        (
+            HELP,
+            {},
+            r"has 0 safety comparisons to train on, and the safety model is made of them; import some with "
+            r"--guideline safety, name a model or a function in inputs\.safety, or set reward\.safety_share=0 to train "
+            r"it on the \d+ others",
+        ),
+        (SAFE, {}, r"has 0 helpfulness comparisons to train on, .* or set reward\.helpfulness_share=0 to"),
+        (
+            [*HELP, comparison(101, guideline="safety", messages=HELD)],
+            {},
+            r"all its safety comparisons are held out, .*",
+        ),
+        (HELP[:2] + SAFE[:2], {"collect": {"held_out": 1e-9}}, r"none of its 4 comparisons is held out; give more, .*"),
+    ],
+)
+def test_comparisons_that_a_reward_model_cannot_be_made_of(tmp_path, files, rows, sections, line):
+    path = write_rows(tmp_path / "c", "comparisons", rows)
+    given = config(sections, inputs=inputs(files, "chat"), data={"comparisons": path})
+    assert re.match(rf"data\.comparisons: \S+/c: {line}", complaint(given, tmp_path / "new", "reward"))
+
+
+def test_prompts_whose_comparisons_a_reward_model_could_not_be_made_of(tmp_path, files):
+    for tagged in (True, False):
+        rows = [prompt(n, f"which {n}?", truth="{}", is_safety=tagged and n % 2 == 0) for n in range(40)]
+        data = {"prompts_annotation": write_rows(tmp_path / "p", "prompts", rows)}
+        given = config(inputs=inputs(files, "chat"), data=data)
+        if tagged:
+            check_run(given, tmp_path / "new", ("collect", "reward"))
+    line = complaint(given, tmp_path / "new", "collect", "reward")
+    assert line.startswith(f"data.prompts_annotation: {tmp_path}/p: has 0 safety comparisons to train on")
+
+
+def test_what_the_remedies_for_one_guideline_say_helps(tmp_path, files):
+    for rows, model in ((HELP, "safety"), (SAFE, "helpfulness")):
+        data = {"comparisons": write_rows(tmp_path / "c", "comparisons", rows)}
+        check_run(config(inputs=inputs(files, "chat", model), data=data), tmp_path / "new", ("reward",))
+        share = {f"{model}_share": 0.0}
+        check_run(config(inputs=inputs(files, "chat"), data=data, reward=share), tmp_path / "new", ("reward",))
+    apart = {"comparisons": write_rows(tmp_path / "few", "comparisons", [HELP[0], SAFE[0]])}
+    apart["comparisons_held_out"] = write_rows(tmp_path / "rest", "comparisons", HELP[1:3])
+    check_run(config(inputs=inputs(files, "chat"), data=apart), tmp_path / "new", ("reward",))
+
+
+def test_tables_too_small_to_hold_rows_out_or_to_be_dealt_out(tmp_path, files):
+    rows = {"demonstrations": {"messages": [USER, ANSWER], "kind": ""}, "corpus": {"text": "the cat."}}
+    for name, row in rows.items():
+        data = {name: write_rows(tmp_path / name, name, [row])}
+        line = complaint(config(data=data, inputs=inputs(files, "base") if name != "corpus" else {}), tmp_path / "new")
+        assert re.match(rf"data\.{name}: \S+: 1 rows leave [01] to train on and [01] held out at held_out=0\.3", line)
+    given = config(
+        inputs=inputs(files, "chat", "helpfulness", "safety"),
+        data=inputs(files, "prompts_train", "prompts_early_stop"),
+        ppo={"num_chunks": 8},
+    )
+    assert complaint(given, tmp_path / "new", "ppo").startswith(
+        f"data.prompts_early_stop: {files}/prompts_early_stop has 4 prompts, at least 8 are needed"
+    )
+
+
+def test_special_tokens_are_looked_for_where_the_model_is_yet_to_be_made(tmp_path, files):
+    data = {"prompts_test": write_rows(tmp_path / "p", "prompts", [prompt(0, "</s>")])}
+    given = config(inputs={"tokenizer": str(files / "base")}, data=data)
+    assert "row 0 holds the special token '</s>'" in complaint(given, tmp_path / "new")
+
+
+def test_columns_that_a_run_does_not_use_are_told(tmp_path, files, capsys):
+    table = pq.read_table(files / "demonstrations")
+    pq.write_table(table.append_column("system", [["Be brief."] * table.num_rows]), tmp_path / "d")
+    check_run(
+        config(inputs=inputs(files, "base"), data={"demonstrations": str(tmp_path / "d")}), tmp_path / "new", ("sft",)
+    )
+    assert capsys.readouterr().err == f"data.demonstrations: {tmp_path}/d: columns that are not used: system\n"
+
+
 def test_an_answer_that_was_cut_off_has_no_end_to_count(tmp_path, files):
     row = comparison(0, rejected="hen " * 18)
     size = int(re.search(r"has (\d+) tokens", tables_complaint(tmp_path / "a", files, [row], 48))[1])
     whole = comparison(1, rejected="hen " * 18, rejected_finished=True)
     cut = comparison(1, rejected="hen " * 18, rejected_finished=False)
     assert f"has {size} tokens, at most {size - 1} fit" in tables_complaint(tmp_path / "b", files, [whole], size - 1)
-    path = write_rows(tmp_path / "c", "comparisons", [cut])
+    path = write_rows(tmp_path / "c", "comparisons", [cut, *comparisons()[2:]])
     check_run(
         config(inputs=inputs(files, "base"), data={"comparisons": path}, reward={"max_length": size - 1}),
         tmp_path / "new",
@@ -386,8 +637,11 @@ def test_what_the_run_directory_holds_counts_while_its_settings_are_the_same(tmp
         recorded = recorded if stage == "testbed" else {stage: recorded}
         step = Path(run / "steps" / f"{stage}-abc")
         step.mkdir(parents=True)
-        write_json(step / "step.json", {"inputs": {"config": recorded, "seed": 0, "precision": "bf16"}})
-    check_run(config(), run, ("pretrain",))
+        write_json(
+            step / "step.json",
+            {"inputs": {"config": recorded, "seed": 0, "precision": "fp32"}},
+        )
+    check_run(config(run={"precision": "fp32"}), run, ("pretrain",))
     with pytest.raises(UserError, match=r"pretrain needs tokenizer, .* \(what tokenizer left in .* other settings\)"):
         check_run(config(tokenizer={"vocab_size": 400}), run, ("pretrain",))
     with pytest.raises(UserError, match="pretrain needs tokenizer, "):
@@ -446,13 +700,24 @@ def test_a_reward_that_is_given_is_not_trained(tmp_path):
     assert RUNNERS["reward"](context) == {"safety": tmp_path / "model"}
     assert names == ["reward-safety"]
     # Nor is it missed by stages that come later.
-    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"})
+    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"}, run={"precision": "bf16"})
     step = tmp_path / "steps" / "reward-safety-abc"
     step.mkdir(parents=True)
     recorded = {"config": {"reward": given.model_dump(mode="json")["reward"]}, "seed": 0, "precision": "bf16"}
     write_json(step / "step.json", {"inputs": recorded})
     assert preflight.is_done(given, tmp_path, "reward")
     assert not preflight.is_done(config(), tmp_path, "reward")
+
+
+def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
+    from rlhf_ray.recipe.run import run_recipe
+
+    given = config(inputs=inputs(files, "chat", "helpfulness", "safety"))
+    for stages in (("reward",), ("sft", "reward")):
+        assert run_recipe(given, tmp_path / "run", stages=stages) == {}
+        said = [line for line in " ".join(capsys.readouterr().err.split()).split(")") if "nothing to do" in line]
+        assert [line.split(":")[-2].split()[-1] for line in said] == list(stages)
+        assert "reward: nothing to do, the config names what it would make (helpfulness, safety" in said[-1]
 
 
 def test_a_cluster_that_cannot_be_found_is_told(tmp_path, monkeypatch):

@@ -34,6 +34,17 @@ def test_a_prompt_that_fakes_a_turn_is_named(tmp_path, tokenizer):
         load_prompts(path, tokenizer, max_prompt_tokens=64)
 
 
+def test_all_broken_prompts_are_told_at_once(tmp_path, tokenizer):
+    rows = [prompt(n, "a </s> b" if n in (2, 4) else "carp " * 99 * (n == 5) + "carp") for n in range(7)]
+    path = write_rows(tmp_path / "p", "prompts", rows)
+    with pytest.raises(UserError, match=r"p row 2: messages.*; row 4: messages.*; row 5: the prompt has \d+") as told:
+        load_prompts(path, tokenizer, max_prompt_tokens=64)
+    assert "\n" not in str(told.value)
+    path = write_rows(tmp_path / "q", "prompts", [prompt(n, f"{n} </s>") for n in range(12)])
+    with pytest.raises(UserError, match=r"q row 0: messages.*; remove it from the text \(and 11 more rows\)"):
+        load_prompts(path, tokenizer, max_prompt_tokens=64)
+
+
 def test_random_prompts_have_one_length_and_are_the_same_again():
     prompts = random_prompts(50, length=7, vocab_size=300, seed=3)
     assert {len(tokens) for tokens in prompts.tokens} == {7}

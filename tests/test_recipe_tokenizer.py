@@ -6,14 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe.tokenizer import (
-    BYTE_PIECES,
-    SPECIAL_TOKENS,
-    check_tokenizer,
-    save_tokenizer,
-    tokenizer_size,
-    train_tokenizer,
-)
+from rlhf_ray.recipe.tokenizer import BYTE_PIECES, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 TEXTS = ["The cat sat on the mat 12345 times.\nIt was, in 1999, a café."] * 5 + ["hello world 77 77"] * 20
 VOCAB_SIZE = 320
@@ -22,13 +15,6 @@ VOCAB_SIZE = 320
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(iter(TEXTS), vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def saved(tokenizer, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(tokenizer, directory)
-    return directory
 
 
 def encode(tokenizer, text):
@@ -124,31 +110,3 @@ def test_auto_tokenizer_reads_the_same_tokenizer(tokenizer, tmp_path, beside_a_l
     assert encode(loaded, text) == encode(tokenizer, text)
     assert loaded.decode(encode(loaded, text)) == text
     assert loaded("hello")["input_ids"] == [1, *encode(tokenizer, "hello")]
-
-
-def test_check_accepts_the_models_size_and_a_padded_one(saved):
-    assert tokenizer_size(saved) == VOCAB_SIZE
-    check_tokenizer(saved, VOCAB_SIZE)
-    check_tokenizer(saved, 384)
-
-
-@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 1, 32_000])
-def test_check_refuses_another_models_size(saved, vocab_size):
-    with pytest.raises(UserError, match=f"has {VOCAB_SIZE} ids and the model vocab_size={vocab_size}"):
-        check_tokenizer(saved, vocab_size)
-
-
-def test_check_refuses_a_missing_or_empty_directory(tmp_path):
-    with pytest.raises(UserError, match="no such directory"):
-        check_tokenizer(tmp_path / "nowhere", VOCAB_SIZE)
-    with pytest.raises(UserError, match="no tokenizer can be read there"):
-        check_tokenizer(tmp_path, VOCAB_SIZE)
-
-
-@pytest.mark.parametrize("name", ["eos_token", "chat_template"])
-def test_check_refuses_a_tokenizer_that_cannot_chat(saved, tmp_path, name):
-    tokenizer = AutoTokenizer.from_pretrained(saved)
-    setattr(tokenizer, name, None)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"has no {name}"):
-        check_tokenizer(tmp_path, VOCAB_SIZE)

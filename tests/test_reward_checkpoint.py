@@ -12,7 +12,7 @@ from model.checkpoint import save_checkpoint
 from model.config import PRESETS
 from model.llama import Llama
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
-from rlhf_ray.recipe.reward_modeling import pad_as_model
+from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.recipe.tokenizer import save_tokenizer
 from rlhf_ray.records import Rollouts
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
@@ -31,7 +31,7 @@ def reward_model(directory: Path, *, pad: int | None) -> Path:
     tokenizer = load_tokenizer(write_tokenizer(directory))
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     save_tokenizer(tokenizer, directory)
-    pad_as_model(directory)
+    write_ids(directory)
     return directory
 
 

@@ -15,7 +15,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.reward_modeling import num_steps, told
 from rlhf_ray.workers.reward import RewardWorker
 
-OPTIONS = {"margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
+OPTIONS = {"model": "safety", "margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,16 @@ own. The prompt tokens of training are then those of the rollout, and the answer
 alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
+from rlhf_ray.data.template import Messages, check_contents, control_tokens, dialogue_of, render, settle_eos
 from rlhf_ray.errors import UserError
+from rlhf_ray.light_tokenizer import LLAMA_MARKS, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""Dialogue as mappings with "role" (system, user, assistant) and "content"."""
 
 LLAMA2_TEMPLATE = """\
 {%- for message in messages -%}
@@ -48,21 +47,28 @@ _ANY_PROMPT: Messages = ({"role": "user", "content": "?"},)
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer of a directory.
+    """The Hugging Face tokenizer of a directory; its EOS is the token that closes an answer in its chat template.
 
     Raises:
-        UserError: there is none, or its files cannot be read.
+        UserError: there is none, its files cannot be read, or the template closes an answer with no one token.
     """
     # Here, because importing transformers takes seconds and most of this module does not need it.
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not Path(directory).is_dir():
         raise UserError(f"{directory}: no such directory; give the directory of a Hugging Face tokenizer")
+    # AutoTokenizer rebuilds the tokenizer of a class like LlamaTokenizer by that class's rules, which are not those
+    # of every tokenizer.json that names it.
+    reader = PreTrainedTokenizerFast if (Path(directory) / "tokenizer.json").exists() else AutoTokenizer
+    marks = read_settings(Path(directory))
+    silent = {name: marks[name] for name in LLAMA_MARKS if isinstance(marks.get(name), str)}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = reader.from_pretrained(str(directory), **silent)
+    except (OSError, ValueError, TypeError, LookupError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{directory}: no tokenizer can be read there ({reason}); save one there") from error
+    if tokenizer.chat_template is not None:
+        settle_eos(tokenizer)
     return tokenizer
 
 
@@ -105,8 +111,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> l
         messages: ends in a user message.
     Raises:
         UserError: the dialogue does not end so, a message holds the text of a special token, the tokenizer
-            has no chat template, or its template refuses the dialogue, does not render turn by turn or does not
-            close answers with EOS.
+            has no chat template, or its template refuses the dialogue, leaves out a part of it, does not render turn
+            by turn or does not close answers with EOS.
     """
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"a dialogue to answer must end in a user message: {_roles(messages)}")
@@ -128,21 +134,40 @@ def encode_answer(tokenizer: "PreTrainedTokenizerBase", text: str, *, finished: 
     return _tokenize(tokenizer, answer)
 
 
+def check_template(tokenizer: "PreTrainedTokenizerBase", roles: Sequence[str]) -> None:
+    """The template takes a dialogue of these roles as training and rollouts need it.
+
+    Raises:
+        UserError: see `encode_prompt`.
+    """
+    encode = encode_dialogue if roles[-1] == "assistant" else encode_prompt
+    encode(tokenizer, dialogue_of(roles))
+
+
+def decode_answer(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
+    """Text of an answer's tokens, without those that are no text."""
+    control = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
+    kept = [token for token in tokens if token not in control]
+    # The clean-up that some settings ask for takes spaces before punctuation away.
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
 def _parts(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> list[tuple[str, bool]]:
     """The rendered dialogue in order, cut into (text, is it an answer); an answer ends in EOS."""
     _refuse_special_tokens(tokenizer, messages)
     eos = str(tokenizer.eos_token)
     parts: list[tuple[str, bool]] = []
     done = ""  # what is rendered and cut so far
+    first = 0  # the message after those
     for end, message in enumerate(messages, start=1):
         if message["role"] == "user":
-            prompt = _render(tokenizer, messages[:end], add_generation_prompt=True)
+            prompt = render(tokenizer, messages[:end], add_generation_prompt=True)
             parts.append((_after(done, prompt, tokenizer), False))
             done = prompt
         elif message["role"] == "assistant":
             # Some templates write more after EOS, such as a newline: that goes to the next prompt.
             answer, closing, _ = _after(
-                done, _render(tokenizer, messages[:end], add_generation_prompt=False), tokenizer
+                done, render(tokenizer, messages[:end], add_generation_prompt=False), tokenizer
             ).partition(eos)
             if not closing:
                 raise UserError(
@@ -151,23 +176,11 @@ def _parts(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> list[tup
                 )
             parts.append((answer + eos, True))
             done += answer + eos
+        else:
+            continue  # a system message is part of the prompt that follows it
+        check_contents(tokenizer, messages[:end], parts[-1][0], first=first)
+        first = end
     return parts
-
-
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; set chat_template in its "
-            "tokenizer_config.json"
-        )
-    import jinja2
-
-    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template cannot be rendered ({error}); correct it or the dialogue") from error
-    return str(text)
 
 
 def _after(done: str, rendered: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -181,7 +194,7 @@ def _after(done: str, rendered: str, tokenizer: "PreTrainedTokenizerBase") -> st
 
 def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> None:
     """Text that spells a special token would be read as one: it could close a turn or fake another."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = control_tokens(tokenizer)
     for place, message in enumerate(messages):
         for token in special:
             if token in message["content"]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from rlhf_ray.data.import_columns import BrokenRow, Columns, short
+
 ImportKind = Literal["comparisons", "demonstrations", "prompts"]
 Format = Literal["auto", "hh", "messages", "strings"]
 """How a row's texts are read; auto goes by their types: lists are messages, texts with a prompt are strings,
@@ -16,19 +18,13 @@ TooLong = Literal["skip", "drop-turns"]
 Message: TypeAlias = dict[str, str]
 
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_HH_DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+_HH_DIALOGUE = re.compile(r"\s*Human:.*\r?\n\r?\nAssistant:", re.DOTALL)
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLES |= {role: role for role in ("system", "user", "assistant")}
+"""Roles as they are called elsewhere, in small letters."""
 # Columns that hold an answer or a whole dialogue, in the order in which they are looked for.
 _DIALOGUE_COLUMNS = ("chosen", "completion", "messages")
-
-
-class BrokenRow(Exception):
-    """A row that cannot be imported."""
-
-    def __init__(self, reason: str, detail: str):
-        """Args: a reason to count by, and one line that names field, value, rule and remedy."""
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -52,21 +48,22 @@ class Dialogue:
         return replace(self, context=self.context[:start] + self.context[start + 2 :])
 
 
-def read_dialogue(kind: ImportKind, row: Mapping[str, Any], form: Format) -> Dialogue:
+def read_dialogue(kind: ImportKind, row: Columns, form: Format) -> Dialogue:
     """What a row says, whatever its format.
 
     A comparison needs `chosen` and `rejected`: whole dialogues that differ in the last answer, or answers beside a
     `prompt` (or beside `messages` that end in user). A demonstration is `chosen`, `completion`, `messages` or `text`,
-    whichever comes first; a prompt is the same less its last answer, or `prompt` alone.
+    whichever comes first; a prompt is the same less its last answer, or `prompt` alone. A `system` column becomes the
+    dialogue's system message.
 
     Raises:
         BrokenRow: a column is missing or of the wrong type, a text is empty, turns are out of order, the
-            dialogues of two answers differ, or the answers are equal.
+            dialogues of two answers differ, the answers are equal, or the answer is labelled as a bad one.
     """
     if form == "strings":
-        row = _with_prompt(row)
+        _find_prompt(row)
     if kind == "comparisons":
-        sides = [_checked(_dialogue(row, column, form), column) for column in ("chosen", "rejected")]
+        sides = [_checked(_with_system(row, _dialogue(row, side, form)), side) for side in ("chosen", "rejected")]
         (context, chosen), (other, rejected) = [(turns[:-1], turns[-1]["content"]) for turns in sides]
         if context != other:
             raise BrokenRow(
@@ -77,7 +74,7 @@ def read_dialogue(kind: ImportKind, row: Mapping[str, Any], form: Format) -> Dia
         if chosen.strip() == rejected.strip():
             raise BrokenRow("equal answers", f"rejected={short(rejected)} must differ from chosen; it teaches nothing")
         return Dialogue(context, (chosen, rejected))
-    turns = _only_dialogue(row, form, prompts=kind == "prompts")
+    turns = _with_system(row, _only_dialogue(row, form, prompts=kind == "prompts"))
     if kind == "demonstrations":
         return Dialogue(_checked(turns, "the dialogue")[:-1], (turns[-1]["content"],))
     if turns and turns[-1]["role"] == "assistant":
@@ -85,35 +82,32 @@ def read_dialogue(kind: ImportKind, row: Mapping[str, Any], form: Format) -> Dia
     return Dialogue(_checked(turns, "the prompt", last="user"), ())
 
 
-def short(value: Any) -> str:
-    """A value as one short line."""
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _only_dialogue(row: Mapping[str, Any], form: Format, *, prompts: bool) -> list[Message]:
+def _only_dialogue(row: Columns, form: Format, *, prompts: bool) -> list[Message]:
     for column in _DIALOGUE_COLUMNS:
         if row.get(column) is not None:
-            if not prompts and column == "completion" and row.get("label") is False:
-                raise BrokenRow("labelled bad", "label=False marks a completion not to be learnt from")
+            if not prompts and column != "chosen":
+                row.refuse_bad_answers()
             return _dialogue(row, column, form)
     if prompts and row.get("prompt") is not None:
         return _prompt(row["prompt"], form)
     if row.get("text") is not None:
+        if not prompts:
+            row.refuse_bad_answers()
         return _dialogue(row, "text", form)
     wanted = (*_DIALOGUE_COLUMNS, *(("prompt",) if prompts else ()), "text")
     raise BrokenRow("missing key", f"one of {', '.join(wanted)} must be there; {_keys(row)}")
 
 
-def _dialogue(row: Mapping[str, Any], column: str, form: Format) -> list[Message]:
+def _dialogue(row: Columns, column: str, form: Format) -> list[Message]:
     """The turns that a column holds, behind those of the prompt where the column is only an answer."""
-    value, prompt = row.get(column), row.get("prompt")
+    value = row.get(column)
+    prompt = row.get("prompt") if column not in ("messages", "text") else None
     if value is None:
         raise BrokenRow("missing key", f"{column!r} must be there and not null; {_keys(row)}")
-    if column in ("messages", "text"):
-        prompt = None
     if isinstance(value, list) and form in ("auto", "messages"):
         turns = _messages(value, column)
+        if prompt is None and column != "messages" and turns and turns[0]["role"] == "assistant":
+            prompt = row.get("messages")
         if prompt is None or (isinstance(prompt, str) and turns and turns[0]["role"] != "assistant"):
             return turns
         before = _prompt(prompt, form)
@@ -142,22 +136,37 @@ def _prompt(prompt: Any, form: Format) -> list[Message]:
     return [{"role": "user", "content": text.strip()}]
 
 
-def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Two texts without a prompt: what they begin with alike, up to the last white space, is their prompt."""
+def _find_prompt(row: Columns) -> None:
+    """Two texts without a prompt: what they begin with alike, up to the last white space, becomes their prompt."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return row
+        return
     length = 0
     for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
         if one != other:
             break
         if one.isspace():
             length = place + 1
-    return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+    row.update(prompt=chosen[:length], chosen=chosen[length:], rejected=rejected[length:])
+
+
+def _with_system(row: Columns, turns: list[Message]) -> list[Message]:
+    """The turns behind what the row's `system` column says."""
+    system = row.get("system")
+    if system is None or not _text(system, "system").strip():
+        return turns
+    if not turns or turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"].strip() != system.strip():
+        raise BrokenRow(
+            "two system messages",
+            f"system={short(system)} and the dialogue's own, {short(turns[0]['content'])}, differ; keep one of them",
+        )
+    return turns
 
 
 def _hh_turns(text: str, column: str) -> list[Message]:
-    before, *pieces = _HH_TURN.split(text)
+    before, *pieces = _HH_TURN.split(text.replace("\r\n", "\n"))
     if "Assistant" not in pieces[::2] and column != "prompt":
         raise BrokenRow(
             "no 'Assistant:'",
@@ -171,15 +180,28 @@ def _hh_turns(text: str, column: str) -> list[Message]:
 
 
 def _messages(value: Sequence[Any], column: str) -> list[Message]:
+    """Messages of role and content, or of ShareGPT's from and value. An empty system message is none."""
     turns = []
     for place, message in enumerate(value):
         where = f"{column}[{place}]"
         if not isinstance(message, Mapping):
             raise BrokenRow("wrong type", f"{where}={short(message)} must have role and content")
-        for key in ("role", "content"):
-            if message.get(key) is None:
+        own = {
+            "role": message.get("role", message.get("from")),
+            "content": message.get("content", message.get("value")),
+        }
+        if own["role"] == "system" and (own["content"] is None or not _text(own["content"], where).strip()):
+            continue
+        for key, found in own.items():
+            if found is None:
                 raise BrokenRow("missing key", f"{where}.{key} must be there and not null; {_keys(message)}")
-        turns.append({key: _text(message[key], f"{where}.{key}") for key in ("role", "content")})
+        role = _ROLES.get(_text(own["role"], f"{where}.role").lower())
+        if role is None:
+            raise BrokenRow(
+                "other role",
+                f"{where}.role={short(own['role'])} must be system, user or assistant; rename it, or leave the row out",
+            )
+        turns.append({"role": role, "content": _text(own["content"], f"{where}.content")})
     return turns
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf_ray.data.chat import encode_dialogue, encode_prompt, load_tokenizer
-from rlhf_ray.data.import_formats import BrokenRow, Dialogue
+from rlhf_ray.data.import_columns import BrokenRow
+from rlhf_ray.data.import_formats import Dialogue
 from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,22 +13,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlhf_ray.data.import_formats import (
-    BrokenRow,
-    Dialogue,
-    Format,
-    Guideline,
-    ImportKind,
-    TooLong,
-    read_dialogue,
-    short,
-)
+from rlhf_ray.data.import_columns import BrokenRow, Columns, short
+from rlhf_ray.data.import_formats import Dialogue, Format, Guideline, ImportKind, TooLong, read_dialogue
 from rlhf_ray.data.import_lengths import fit, length_limits
-from rlhf_ray.data.import_sources import read_rows, source_files
+from rlhf_ray.data.import_sources import read_rows, source_files, split_name
+from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import COMPARISONS, SCHEMAS, row_problems, write_table
+from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 
-SHOWN_PROBLEMS = 20
 DUPLICATE, LONG = "duplicate", "too long"
 """Reasons to leave out a row that is not broken."""
 
@@ -56,6 +49,8 @@ class Counts:
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows by reason."""
     shortened: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    """Columns that say something which the table does not, and in how many of its rows."""
 
     def reasons(self) -> str:
         """The reasons in one line, the most frequent first."""
@@ -80,7 +75,7 @@ def import_table(
     """Turns files into one table of the recipe; tells broken rows on stderr and the counts on stdout.
 
     Args:
-        sources: files (.jsonl, .jsonl.gz, .parquet), or directories that hold such files, in data/ too.
+        sources: files (.jsonl, .json, either as .gz, .parquet), or directories that hold such files, at any depth.
         target: the Parquet file to write.
         kind: of the table.
         form: of the rows, see `import_formats`.
@@ -116,12 +111,13 @@ def import_table(
         try:
             if isinstance(found, BrokenRow):
                 raise found
-            dialogue = read_dialogue(kind, found, form)
+            source = Columns(found, lists=form in ("auto", "messages"))
+            dialogue = read_dialogue(kind, source, form)
             fitting = fit(dialogue, limits, drop_turns=too_long == "drop-turns")
             if fitting is None:
                 counts.left_out[LONG] += 1
                 continue
-            row = _table_row(kind, fitting, found, guideline)
+            row = _table_row(kind, fitting, source, guideline)
         except BrokenRow as broken:
             counts.left_out[broken.reason] += 1
             _tell(f"{place}: {broken}", counts)
@@ -131,6 +127,7 @@ def import_table(
             continue
         seen.add(identifier)
         counts.shortened += fitting is not dialogue
+        counts.unused.update(source.unused())
         rows.append(row)
         # Before any cut, or parts of one dialogue could stand on both sides.
         openings.append(next(m["content"] for m in dialogue.context if m["role"] == "user"))
@@ -140,7 +137,7 @@ def import_table(
         parts = dict(zip((target, rest), _split(rows, openings, held_out), strict=True))
     _check_parts(parts, counts, held_out)
     _write(parts, SCHEMAS[kind])
-    _summarise(kind, parts, counts, len(files))
+    _summarise(kind, parts, counts, files)
     return counts
 
 
@@ -211,10 +208,8 @@ def _column(source: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _split(rows: Sequence[Any], openings: Sequence[str], share: float) -> tuple[list[Any], list[Any]]:
-    # Here, because the module imports torch. What it hashes to hold rows out when training is never this text
-    # by itself, so that the shares held out there are drawn anew from what stays here.
-    from rlhf_ray.data.lm_rows import hash_share
-
+    # What is hashed to hold rows out when training is never this text by itself, so that the shares held out
+    # there are drawn anew from what stays here.
     sides = [hash_share(opening) < share for opening in openings]
     kept = [row for row, held in zip(rows, sides, strict=True) if not held]
     return kept, [row for row, held in zip(rows, sides, strict=True) if held]
@@ -260,14 +255,21 @@ def _num_broken(counts: Counts) -> int:
     return sum(count for reason, count in counts.left_out.items() if reason not in (DUPLICATE, LONG))
 
 
-def _summarise(kind: str, parts: Mapping[Path, Sequence[Any]], counts: Counts, num_files: int) -> None:
-    print(f"read {_count(counts.read, 'row')} of {_count(num_files, 'file')}")
+def _summarise(kind: str, parts: Mapping[Path, Sequence[Any]], counts: Counts, files: Sequence[Path]) -> None:
+    names = sorted({split_name(Path(file.name)) for file in files})  # files that were named may be of several splits
+    print(
+        f"read {_count(counts.read, 'row')} of {_count(len(files), 'file')}"
+        + f": {', '.join(names)}" * (len(names) > 1)
+    )
     for path, rows in parts.items():
         print(f"wrote {_count(len(rows), 'row')} of {kind} to {path}")
     if left_out := sum(counts.left_out.values()):
         print(f"left out {_count(left_out, 'row')}: {counts.reasons()}")
     if counts.shortened:
         print(f"shortened {_count(counts.shortened, 'row')} by their oldest turns")
+    if counts.unused:
+        told = (f"{name} ({_count(number, 'row')})" for name, number in counts.unused.most_common())
+        print(f"columns that are not used: {', '.join(told)}")
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,34 +11,43 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.config_errors import similar
-from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table
-from rlhf_ray.errors import UserError
+from rlhf_ray.data.row_checks import refuse_broken, token_problems
+from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
+from rlhf_ray.errors import UserError, located
+from rlhf_ray.light_tokenizer import LightTokenizer
 
-SHOWN_PROBLEMS = 20
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "green"}
 
 
-def check_table(kind: str, path: Path) -> None:
-    """Checks a table against its schema and row rules; prints each problem on stderr.
+def check_table(kind: str, path: Path, *, tokenizer: Path | None = None, max_tokens: int | None = None) -> None:
+    """Checks a table against its schema and row rules; of several problems each is a line on stderr.
 
+    Args:
+        tokenizer: directory of the one whose special tokens no row may spell, and whose template must take all.
+        max_tokens: most tokens of a row, as training counts them.
     Raises:
-        UserError: unknown kind, a broken file, or any broken row.
+        UserError: unknown kind, options that do not fit, a broken file, or any broken row.
     """
     known = next((name for name in SCHEMAS if name == kind), None)
     if known is None:
         raise UserError(f"KIND={kind} is no kind of table; {similar(kind, SCHEMAS)}")
+    if max_tokens is not None and tokenizer is None:
+        raise UserError(f"--max-tokens {max_tokens}: needs a tokenizer to count with; give --tokenizer DIR")
+    if tokenizer is not None and known == "corpus":
+        raise UserError(f"--tokenizer {tokenizer}: texts of a corpus are cut to rows, of any length; leave it out")
     table = read_table(path, SCHEMAS[known])
     problems = check_rows(known, table)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(problem, markup=False)
-    if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        not_shown = f", {more} of them not shown" if more > 0 else ""
-        raise UserError(f"{path}: {count} in {table.num_rows} rows{not_shown}; put them right as the lines say")
+    if tokenizer is not None:
+        with located(f"--tokenizer {tokenizer}"):
+            reader = LightTokenizer(tokenizer)
+        rule = f"--max-tokens {max_tokens}; shorten the row"
+        problems += token_problems(known, table, reader, limit=max_tokens, reason=rule)
+    refuse_broken(str(path), problems, table.num_rows)
     rows = "1 row" if table.num_rows == 1 else f"{table.num_rows} rows"
-    print(f"{path}: {rows} of {known}, all well")
+    unasked = "" if tokenizer is not None or known == "corpus" else "; --tokenizer DIR checks their tokens as well"
+    print(f"{path}: {rows} of {known}, all well{unasked}")
+    if unused := unused_columns(path, SCHEMAS[known]):
+        print(f"columns that are not used: {', '.join(unused)}")
 
 
 def show_table(path: Path, *, rows: int, start: int) -> None:

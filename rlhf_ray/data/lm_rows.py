@@ -1,9 +1,7 @@
 """Packed rows for next-token training, from a corpus or from dialogues, with a held-out part."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +9,8 @@ from torch import Tensor
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.packing import Packed, pack, pack_stream
 from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, read_table
-from rlhf_ray.errors import UserError, located
-
-T = TypeVar("T")
+from rlhf_ray.data.shares import split_held_out
+from rlhf_ray.errors import RowErrors, UserError
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,8 @@ class LMData:
 
 
 def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
-    """A corpus table as full rows; each document stands between BOS and EOS.
+    """A corpus table as full rows; each document stands between BOS and EOS, or before EOS alone where the tokenizer
+    has no BOS of its own.
 
     Raises:
         UserError: the table is broken, or a part is empty.
@@ -76,7 +74,8 @@ def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: flo
     tokenizer = load_tokenizer(tokenizer_directory)
     texts = read_table(path, CORPUS)["text"].to_pylist()
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    documents = [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token not in (None, tokenizer.eos_token) else []
+    documents = [[*begin, *tokens, tokenizer.eos_token_id] for tokens in encoded]
     train, rest = split_held_out(documents, texts, held_out, path)
     return LMData(LMRows(pack_stream(train, seq_len=seq_len)), LMRows(pack_stream(rest, seq_len=seq_len)))
 
@@ -89,38 +88,16 @@ def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: f
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     dialogues = read_table(path, DEMONSTRATIONS)["messages"].to_pylist()
-    examples = []
+    examples, errors = [], RowErrors(path)
     for row, messages in enumerate(dialogues):
-        with located(f"{path} row {row}"):
+        with errors.of(f"row {row}"):
             tokens, mask = encode_dialogue(tokenizer, messages)
-        if len(tokens) > seq_len:
-            raise UserError(
-                f"{path} row {row}: the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the "
-                f"limit; raise it or shorten the row"
-            )
-        examples.append((tokens, mask))
+            if len(tokens) > seq_len:
+                raise UserError(
+                    f"the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the limit; raise it or shorten "
+                    "the row"
+                )
+            examples.append((tokens, mask))
+    errors.raise_any()
     train, rest = split_held_out(examples, [str(messages) for messages in dialogues], held_out, path)
     return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
-
-
-def split_held_out(items: Sequence[T], texts: Sequence[str], share: float, path: str) -> tuple[list[T], list[T]]:
-    """(train, held out) by a hash of each text, so that the same text never stands on both sides.
-
-    Raises:
-        UserError: one of the two parts is empty.
-    """
-    train: list[T] = []
-    rest: list[T] = []
-    for item, text in zip(items, texts, strict=True):
-        (rest if hash_share(text) < share else train).append(item)
-    if not train or not rest:
-        raise UserError(
-            f"{path}: {len(items)} rows leave {len(train)} to train on and {len(rest)} held out at "
-            f"held_out={share:g}; give more rows or another share"
-        )
-    return train, rest
-
-
-def hash_share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -7,7 +7,7 @@ import numpy as np
 
 from rlhf_ray.data.chat import encode_prompt
 from rlhf_ray.data.schemas import PROMPTS, read_table
-from rlhf_ray.errors import UserError, located
+from rlhf_ray.errors import RowErrors, UserError
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
             encoded; names file and row.
     """
     table = read_table(path, PROMPTS, columns=["messages", "is_safety"])
-    tokens = []
+    tokens, errors = [], RowErrors(path)
     for row, messages in enumerate(table["messages"].to_pylist()):
-        with located(f"{path} row {row}"):
+        with errors.of(f"row {row}"):
             prompt = encode_prompt(tokenizer, messages)
-        tokens.append(prompt)
-        if len(prompt) > max_prompt_tokens:
-            raise UserError(
-                f"{path} row {row}: the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit "
-                f"beside the answer in the model's context; shorten it, or lower max_new_tokens"
-            )
+            if len(prompt) > max_prompt_tokens:
+                raise UserError(
+                    f"the prompt has {len(prompt)} tokens, at most {max_prompt_tokens} fit beside the answer in the "
+                    "model's context; shorten it, or lower max_new_tokens"
+                )
+            tokens.append(prompt)
+    errors.raise_any()
     return PromptSet(path=path, tokens=tokens, is_safety=table["is_safety"].to_pylist())
 
 

@@ -91,8 +91,10 @@ def score_with(function: Function, rollouts: "Rollouts", tokenizer: Any, *, name
     """
     import torch
 
+    from rlhf_ray.data.chat import decode_answer
+
     answers = [
-        tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True).strip()
+        decode_answer(tokenizer, tokens[mask].tolist())
         for tokens, mask in zip(rollouts.tokens, rollouts.response_mask, strict=True)
     ]
     # Copies: what a function does to its arguments must not reach the next batch.

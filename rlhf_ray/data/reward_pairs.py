@@ -10,9 +10,9 @@ from torch import Tensor
 from rlhf_ray.algo.ranking import safety_labels, strength_margin
 from rlhf_ray.data.batching import mixture_rows
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
-from rlhf_ray.data.lm_rows import hash_share
 from rlhf_ray.data.schemas import COMPARISONS, read_table
-from rlhf_ray.errors import UserError, located
+from rlhf_ray.data.shares import check_mix, split_comparisons
+from rlhf_ray.errors import RowErrors, UserError
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,27 @@ class Pairs:
         self.guidelines = [row["guideline"] for row in rows]
         self._strengths = [row["strength"] for row in rows]
         self._sides: list[tuple[list[int], list[int]]] = []
+        errors = RowErrors(path)
         for row in rows:
-            with located(f"{path} {row['comparison_id']}"):
+            with errors.of(row["comparison_id"]):
                 prompt = encode_prompt(tokenizer, row["messages"])
                 sides = [
                     prompt + encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"])
                     for side in ("chosen", "rejected")
                 ]
-            longest = max(len(tokens) for tokens in sides)
-            if longest > max_length:
-                raise UserError(
-                    f"{path} {row['comparison_id']}: dialogue and answer have {longest} tokens, "
-                    f"reward.max_length={max_length} is the limit; raise it or shorten the row"
-                )
-            self._sides.append((sides[0], sides[1]))
-            if margin != "none" and row["strength"] is None:
-                raise UserError(
-                    f"{path} {row['comparison_id']}: strength is missing and reward.margin={margin} needs "
-                    f"it; fill the column in, or set reward.margin=none"
-                )
+                longest = max(len(tokens) for tokens in sides)
+                if longest > max_length:
+                    raise UserError(
+                        f"dialogue and answer have {longest} tokens, reward.max_length={max_length} is the limit; "
+                        "raise it or shorten the row"
+                    )
+                self._sides.append((sides[0], sides[1]))
+                if margin != "none" and row["strength"] is None:
+                    raise UserError(
+                        f"strength is missing and reward.margin={margin} needs it; fill the column in, or set "
+                        "reward.margin=none"
+                    )
+        errors.raise_any()
         self._margin = strength_margin(self._strengths, kind=margin)
         self._labels = safety_labels([row["safety_bin"] for row in rows])
 
@@ -133,6 +135,7 @@ def reward_pairs(
     path: str,
     tokenizer_directory: str,
     *,
+    model: str,
     shares: Mapping[str, float],
     margin: Literal["none", "small", "large"],
     epochs: int,
@@ -148,22 +151,12 @@ def reward_pairs(
     Raises:
         UserError: a part is empty, a row is too long, or a margin is asked for without strengths.
     """
-    kept = read_table(path, COMPARISONS).to_pylist()
     tokenizer = load_tokenizer(tokenizer_directory)
-    if isinstance(held_out, str):
-        rest = read_table(held_out, COMPARISONS).to_pylist()
-    else:
-        shares_of_hash = [hash_share(str(row["messages"])) for row in kept]
-        rest = [row for row, share in zip(kept, shares_of_hash, strict=True) if share < held_out]
-        kept = [row for row, share in zip(kept, shares_of_hash, strict=True) if share >= held_out]
+    elsewhere = read_table(held_out, COMPARISONS).to_pylist() if isinstance(held_out, str) else held_out
+    kept, rest = split_comparisons(read_table(path, COMPARISONS).to_pylist(), elsewhere)
+    check_mix(model, shares, kept, rest, path)
     by_guideline = {name: [i for i, row in enumerate(kept) if row["guideline"] == name] for name in shares}
     main = max(shares, key=lambda name: shares[name])
-    if not by_guideline[main] or not rest:
-        held_out_key = "data.comparisons_held_out" if isinstance(held_out, str) else "collect.held_out"
-        raise UserError(
-            f"{path}: {len(by_guideline[main])} {main} comparisons to train on and {len(rest)} held out; "
-            f"both must be there, give more rows or change {held_out_key}={held_out}"
-        )
     used = {name: share for name, share in shares.items() if share > 0 and by_guideline[name]}
     options: dict[str, Any] = {"margin": margin, "max_length": max_length, "path": path}
     order = []

@@ -101,7 +101,7 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
 def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file with the schema's columns; other columns of the file are ignored.
 
-    Widths may differ (large_string, int64, double), kinds of type may not.
+    Widths and layouts may differ (large_string, dictionary, list view, int64, double), kinds of type may not.
 
     Args:
         columns: read only these, a subset of the schema's; all by default.
@@ -127,9 +127,20 @@ def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | 
         raise UserError(f"{path}: has 0 rows and must have at least one; check the step that wrote it")
     _refuse_nulls(table, wanted, path)
     try:
-        return table.cast(wanted)
+        columns = [_converted(table.column(field.name), field.type) for field in wanted]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{path}: does not fit its schema ({error}); convert the values") from error
+    return pa.table(columns, schema=wanted)
+
+
+def unused_columns(path: str | Path, schema: pa.Schema) -> list[str]:
+    """Columns of a Parquet file, and fields of its messages, that the schema has no place for."""
+    found = pq.read_schema(path)
+    names = [name for name in found.names if name not in schema.names]
+    if "messages" in schema.names:
+        fields = {field.name for field in MESSAGES.value_type}
+        names += [f"messages[].{f.name}" for f in found.field("messages").type.value_type if f.name not in fields]
+    return names
 
 
 def check_rows(kind: Kind, table: pa.Table) -> list[str]:
@@ -250,25 +261,32 @@ def _check_columns(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
 
 
 def _compatible(actual: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether values keep their meaning: another width of the same kind, at any depth."""
+    """Whether values keep their meaning: another width or layout of the same kind, at any depth."""
     types = pa.types
+    if types.is_dictionary(actual):
+        actual = actual.value_type
     if types.is_list(wanted):
-        is_list = types.is_list(actual) or types.is_large_list(actual)
+        lists = (types.is_list, types.is_large_list, types.is_list_view, types.is_large_list_view)
+        is_list = types.is_fixed_size_list(actual) or any(is_one(actual) for is_one in lists)
         return is_list and _compatible(actual.value_type, wanted.value_type)
     if types.is_struct(wanted):
-        # Arrow casts structs field by field in order, so the order counts too.
-        return (
-            types.is_struct(actual)
-            and [field.name for field in actual] == [field.name for field in wanted]
-            and all(_compatible(a.type, w.type) for a, w in zip(actual, wanted, strict=True))
-        )
+        held = {field.name: field.type for field in actual} if types.is_struct(actual) else {}
+        return all(field.name in held and _compatible(held[field.name], field.type) for field in wanted)
     if types.is_string(wanted):
-        return any(is_text(actual) for is_text in (types.is_string, types.is_large_string, types.is_null))
+        texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+        return any(is_text(actual) for is_text in texts)
     if types.is_integer(wanted):
         return bool(types.is_integer(actual))
     if types.is_floating(wanted):
         return bool(types.is_floating(actual))
     return bool(actual == wanted)
+
+
+def _converted(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    if column.type == wanted or not pa.types.is_nested(wanted):
+        return column.cast(wanted)
+    # Arrow's own cast scrambles list views (version 26) and took the fields of a struct by their order (before 19).
+    return pa.chunked_array([pa.array(chunk.to_pylist(), wanted) for chunk in column.chunks], wanted)
 
 
 def _refuse_nulls(table: pa.Table, schema: pa.Schema, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Pretraining (Llama 2 §2.2), at small scale: packed documents, next-token loss."""
 
 from pathlib import Path
+from typing import Any
 
 from model.config import PRESETS, ModelConfig
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.lm_rows import corpus_rows
+from rlhf_ray.data.special_ids import special_ids
+from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.language_modeling import train_language_model
-from rlhf_ray.recipe.tokenizer import tokenizer_size
 
 
 def pretrain(context: Context) -> Path:
@@ -43,7 +45,14 @@ def pretrain(context: Context) -> Path:
 def model_config(context: Context) -> ModelConfig:
     """The preset with the tokenizer's vocabulary and special tokens."""
     section = context.config.model
-    changes = {"vocab_size": tokenizer_size(context.outputs["tokenizer"])}
+    tokenizer = LightTokenizer(context.outputs["tokenizer"])
+    ids = special_ids(tokenizer)
+    changes: dict[str, Any] = {
+        "vocab_size": max(tokenizer.vocabulary.values()) + 1,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+    }
     if section.max_seq_len is not None:
         changes["max_seq_len"] = section.max_seq_len
     return PRESETS[section.preset].model_copy(update=changes)

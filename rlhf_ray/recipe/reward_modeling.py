@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect
-from model.checkpoint_files import read_config
 from rlhf_ray.config import RewardSection
 from rlhf_ray.data.batching import steps_per_epoch
-from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_pairs import reward_pairs
+from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.tokenizer import save_tokenizer
-from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.run_state import Due, Step, write_json
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -51,6 +49,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
     progress = {name: step.latest_state()[0] for name, step in steps.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
     writers = {name: MetricsWriter(step.begin(), steps_done=progress[name]) for name, step in steps.items()}
+    due = {name: Due(section.save_every, context.config.run.save_every_s) for name in steps}
     with progress_bar("reward", total=sum(totals.values()), done=sum(progress.values())) as bar:
         for index in range(max(totals.values())):
             # Both models take a step at the same time, each on its own ranks.
@@ -69,8 +68,8 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
                 row = collect(call, timeout_s=timeout_s, step=f"reward step {index}")[0]
                 writers[name].write(index, row)
                 bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
-                if (index + 1) % section.save_every == 0 and index + 1 < totals[name]:
-                    with steps[name].new_state(index + 1) as directory:
+                if due[name].now(index + 1, totals[name]):
+                    with due[name].writing(), steps[name].new_state(index + 1) as directory:
                         roles[name].call(
                             TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}"
                         )
@@ -86,7 +85,6 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
         if not (work / "model").exists():  # one from before an interruption is the same and stays
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         context.add_tokenizer(work / "model")
-        pad_as_model(work / "model")
         step.finish(sizes=sizes[name], accuracy=accuracy)
         console.print(f"reward-{name}: held-out accuracy {told(accuracy, name)}")
 
@@ -114,6 +112,7 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
             reward_pairs,
             str(context.outputs["comparisons"]),
             str(context.outputs["tokenizer"]),
+            model=name,
             shares=mix(name, section),
             margin=section.margin,
             epochs=section.epochs,
@@ -133,14 +132,6 @@ def _begin(context: Context, section: RewardSection, steps: dict[str, Step]) -> 
     return sizes
 
 
-def pad_as_model(checkpoint: Path) -> None:
-    """Makes a reward model's tokenizer pad with the model's own padding token (`score_pad_token_id`)."""
-    tokenizer, pad = load_tokenizer(checkpoint), read_config(checkpoint).pad_token_id
-    if pad is not None and tokenizer.pad_token_id != pad:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        save_tokenizer(tokenizer, checkpoint)
-
-
 def held_out(context: Context) -> str | float:
     """What accuracy is measured on: a table of its own, or a share of the table trained on."""
     return str(context.outputs[HELD_OUT]) if HELD_OUT in context.outputs else context.config.collect.held_out
@@ -156,13 +147,6 @@ def with_interval(accuracy: dict[str, float], group: str) -> str:
     """An accuracy with half its 95% interval (normal approximation), for people."""
     share, count = accuracy[f"accuracy/{group}"], accuracy[f"count/{group}"]
     return f"{share:.3f} ± {1.96 * math.sqrt(share * (1 - share) / count):.3f} ({count:.0f} pairs)"
-
-
-def mix(name: str, section: RewardSection) -> dict[str, float]:
-    """Share of each guideline's comparisons in a model's training data (§3.2.2)."""
-    if name == "helpfulness":
-        return {"helpfulness": section.helpfulness_share, "safety": 1 - section.helpfulness_share}
-    return {"safety": section.safety_share, "helpfulness": 1 - section.safety_share}
 
 
 def num_steps(pairs: int, section: RewardSection) -> int:

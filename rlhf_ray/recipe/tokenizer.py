@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.chat import LLAMA2_TEMPLATE, load_tokenizer
+from rlhf_ray.data.chat import LLAMA2_TEMPLATE
 from rlhf_ray.data.schemas import CORPUS, read_table
 from rlhf_ray.errors import UserError
 
@@ -36,9 +36,6 @@ WORDS = r"▁?[\p{L}\p{M}]+|\p{N}|\n|▁?[^▁\p{L}\p{M}\p{N}\n]+|▁"
 # Learnt pieces that single characters may take up; rarer characters are spelled in bytes. Without a limit a
 # corpus with a long tail of characters would leave a small vocabulary no room for words.
 ALPHABET_SHARE = 0.5
-
-# Vocabularies of models are often padded to a round size; a gap wider than this means another tokenizer.
-MAX_UNUSED_IDS = 1024
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -134,36 +131,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) ->
     content = json.loads(config.read_text(encoding="utf-8"))
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def tokenizer_size(directory: str | Path) -> int:
-    """Ids that a model of this tokenizer must know: the largest id plus one.
-
-    Raises:
-        UserError: no tokenizer can be read there.
-    """
-    return int(max(load_tokenizer(directory).get_vocab().values())) + 1
-
-
-def check_tokenizer(directory: str | Path, vocab_size: int) -> None:
-    """Refuse a tokenizer that does not belong to the model.
-
-    Args:
-        vocab_size: rows of the model's embedding; up to `MAX_UNUSED_IDS` more than the tokenizer has ids.
-    Raises:
-        UserError: the sizes do not match, or the tokenizer has no EOS or no chat template.
-    """
-    tokenizer = load_tokenizer(directory)
-    size = tokenizer_size(directory)
-    if not size <= vocab_size < size + MAX_UNUSED_IDS:
-        raise UserError(
-            f"{directory}: the tokenizer has {size} ids and the model vocab_size={vocab_size}; the model "
-            f"must have at least as many and fewer than {MAX_UNUSED_IDS} more: use the model's own tokenizer"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{directory}: the tokenizer has no eos_token; set it to the token that closes an answer")
-    if tokenizer.chat_template is None:
-        raise UserError(f"{directory}: the tokenizer has no chat_template; set one in its tokenizer_config.json")
 
 
 def make_tokenizer(context: "Context") -> Path:
