@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,24 @@ def log_directory() -> str:
 
 def _log_report(data: dict[str, Any], ignore_prefix: bool) -> None:
     logger.debug("%s: %s", data["pid"], "\n".join(data["lines"]))
+
+
+class _Fixed(list[str]):
+    """Takes no more elements."""
+
+    def extend(self, more: Iterable[str]) -> None:
+        """Does nothing."""
+
+
+def _job_config() -> ray.job_config.JobConfig:
+    """Workers import this program from where the driver did, and nothing from its current directory.
+
+    Ray would have them look there first, where a file `model.py` or `queue.py` stands in for a module of that name.
+    """
+    root = Path(__file__).resolve().parents[1]
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _Fixed([] if root.name == "site-packages" else [str(root)])
+    return config
 
 
 def object_store_bytes(memory: int, shared: int) -> int | None:
@@ -86,9 +105,10 @@ def session(*, address: str | None = None, num_cpus: int | None = None) -> Itera
             runtime_env=_runtime_env(sys.executable),
             log_to_driver=False,
             logging_level="ERROR",
+            job_config=_job_config(),
         )
     else:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", job_config=_job_config())
     if threading.current_thread() is threading.main_thread():
         # Ray puts its own handler in place, which prints a stack trace and exits with another code.
         signal.signal(signal.SIGTERM, on_terminate)

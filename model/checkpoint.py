@@ -29,12 +29,14 @@ from model.checkpoint_files import (
     sync_files,
 )
 from model.checkpoint_redundant import LM_HEAD
+from model.checkpoint_values import not_finite
 from model.config import TOKEN_ID_FIELDS, ModelConfig, to_hf_config
 from model.llama import Head, Llama
 
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "empty_model",
     "is_reward_model",
     "iterate_tensors",
     "load_checkpoint",
@@ -60,17 +62,22 @@ def load_model(
     device: str | torch.device = "cpu",
     fresh_head: bool = False,
     seed: int = 0,
-    activation_checkpointing: bool = False,
 ) -> Llama:
     """Build the model of a checkpoint directory and load it, without initialising weights in vain.
 
     Args and Raises: see `load_checkpoint`.
     """
+    model = empty_model(read_config(directory), head=head, dtype=dtype, device=device)
+    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
+    return model
+
+
+def empty_model(config: ModelConfig, *, head: Head, dtype: torch.dtype, device: str | torch.device = "cpu") -> Llama:
+    """A model whose weights are whatever its memory holds, until somebody writes them."""
     with torch.device("meta"):
-        model = Llama(read_config(directory), head=head, activation_checkpointing=activation_checkpointing)
+        model = Llama(config, head=head)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
     return model
 
 
@@ -93,7 +100,8 @@ def load_checkpoint(
         seed: Of the fresh head.
         write: How a tensor gets into a parameter; under ZeRO-3 the caller gathers the parameter first.
     Raises:
-        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model.
+        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model, or holds
+            NaN or infinity.
         UnsupportedModelError: As `read_config`.
     """
     info = check_checkpoint(directory)
@@ -110,7 +118,8 @@ def iterate_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor (on CPU, in the stored dtype) of a checked checkpoint, one at a time.
 
     Raises:
-        CheckpointError, UnsupportedModelError: As `check_checkpoint`, before the first tensor.
+        CheckpointError, UnsupportedModelError: As `check_checkpoint`, before the first tensor; or a tensor holds NaN
+            or infinity.
     """
     return _iterate(check_checkpoint(directory))
 
@@ -120,7 +129,10 @@ def _iterate(info: CheckpointInfo) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+                        raise not_finite(path, name)
+                    yield name, tensor
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {error}") from error
 

@@ -6,12 +6,10 @@ model.safetensors.index.json. A safetensors file is 8 bytes of header length (li
 in milliseconds, before any worker starts.
 """
 
-import contextlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,21 +159,6 @@ def stray_files(directory: str | Path) -> set[Path]:
     directory = Path(directory)
     named = {*_weight_files(directory), directory / INDEX_FILE}
     return {path for path in directory.glob("*.safetensors*") if path not in named}
-
-
-@contextlib.contextmanager
-def only_named_files(directory: str | Path) -> Iterator[str]:
-    """The directory, or, where it holds stray files, one of links to the others for as long as the context is open:
-    other readers take every file they find.
-    """
-    directory = Path(directory).absolute()
-    if not (strays := stray_files(directory)):
-        yield str(directory)
-        return
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as links:
-        for path in set(directory.iterdir()) - strays:
-            (Path(links) / path.name).symlink_to(path)
-        yield links
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:

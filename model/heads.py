@@ -23,10 +23,18 @@ class LMHead(nn.Module):
         self.weight: Tensor = tied_to if tied_to is not None else nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        num_ids: int | None = None,
     ) -> TokenLogprobs:
         """Log-probabilities of targets (N,) from hidden (N, H): see `token_logprobs`."""
-        return token_logprobs(hidden, self.weight, targets, temperature=temperature, with_entropy=with_entropy)
+        return token_logprobs(
+            hidden, self.weight, targets, temperature=temperature, with_entropy=with_entropy, num_ids=num_ids
+        )
 
 
 class ScalarHead(nn.Linear):

@@ -234,6 +234,7 @@ class Llama(nn.Module):
         segment_ids: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        num_ids: int | None = None,
     ) -> TokenLogprobs | Tensor:
         """Run the model and its head.
 
@@ -247,6 +248,7 @@ class Llama(nn.Module):
                 row is one example.
             temperature: Divides the logits before the softmax.
             with_entropy: Also return entropies.
+            num_ids: The softmax is over the first so many ids; None for all.
         Returns:
             head "lm": TokenLogprobs, (B, T) float32 each, zero where target_mask is False; index t speaks of
                 token t given the tokens before it.
@@ -263,11 +265,17 @@ class Llama(nn.Module):
             )
         hidden = self.model(tokens, position_ids, segment_ids)
         if target_mask is not None:
-            return self._token_logprobs(hidden, tokens, target_mask, temperature, with_entropy)
+            return self._token_logprobs(hidden, tokens, target_mask, temperature, with_entropy, num_ids)
         return self.score(hidden) if self.head == "scalar" else hidden
 
     def _token_logprobs(
-        self, hidden: Tensor, tokens: Tensor, target_mask: Tensor, temperature: float, with_entropy: bool
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        target_mask: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        num_ids: int | None,
     ) -> TokenLogprobs:
         """Send the hidden states before the wanted tokens, and no others, through the head."""
         wanted = target_mask.flatten().nonzero().squeeze(1)  # (n,) flat positions of the targets
@@ -276,7 +284,9 @@ class Llama(nn.Module):
         # An empty selection still goes through the head: under ZeRO every rank must gather it.
         before = hidden.flatten(0, 1).index_select(0, wanted - 1)
         targets = tokens.flatten().index_select(0, wanted)
-        logprobs, entropy = self.lm_head(before, targets, temperature=temperature, with_entropy=with_entropy)
+        logprobs, entropy = self.lm_head(
+            before, targets, temperature=temperature, with_entropy=with_entropy, num_ids=num_ids
+        )
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(tokens.numel()).index_copy(0, wanted, values).view(tokens.shape)

@@ -33,6 +33,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    num_ids: int | None = None,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
 ) -> TokenLogprobs:
     """Log-probability of each target under softmax(hidden @ weight^T / temperature), differentiable.
@@ -45,6 +46,7 @@ def token_logprobs(
         targets: (N,) int64 token ids.
         temperature: Divides the logits; the one that the tokens were sampled with.
         with_entropy: Also return the entropy of each distribution.
+        num_ids: Only the first so many rows of the projection count, as if the others had no probability.
         chunk_bytes: Most bytes of fp32 logits that exist at once (at least one row).
     Returns:
         logprobs (N,) float32 and entropy (N,) float32 or None.
@@ -54,7 +56,7 @@ def token_logprobs(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     chunk_rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, targets, temperature, with_entropy, chunk_rows)
+    logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, targets, temperature, with_entropy, chunk_rows, num_ids)
     return TokenLogprobs(logprobs, entropy)
 
 
@@ -74,6 +76,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         chunk_rows: int,
+        num_ids: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         num_rows = hidden.shape[0]
         logprobs = hidden.new_empty(num_rows, dtype=torch.float32)
@@ -81,14 +84,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         kept = None
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, start + chunk_rows)
-            log_p = _log_softmax(hidden[rows], weight, temperature)  # (n, V)
+            log_p = _log_softmax(hidden[rows], weight[:num_ids], temperature)  # (n, V)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
             if entropy is not None:
                 entropy[rows] = log_p.exp().mul_(log_p).sum(dim=1).neg_()
             if num_rows <= chunk_rows and any(ctx.needs_input_grad):
                 kept = log_p
         ctx.save_for_backward(hidden, weight, targets, entropy, kept)
-        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
+        ctx.temperature, ctx.chunk_rows, ctx.num_ids = temperature, chunk_rows, num_ids
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -102,7 +105,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, hidden.shape[0], ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
-            log_p = kept if kept is not None else _log_softmax(hidden[rows], weight, ctx.temperature)
+            log_p = kept if kept is not None else _log_softmax(hidden[rows], weight[: ctx.num_ids], ctx.temperature)
             grad_logits = _grad_logits(
                 log_p,
                 targets[rows],
@@ -112,12 +115,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
             )
             grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                torch.mm(grad_logits, weight[: ctx.num_ids], out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden[rows]
+                grad_weight[: ctx.num_ids] += grad_logits.t() @ hidden[rows]
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
             None,
             None,
             None,

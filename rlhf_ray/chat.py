@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.checkpoint_files import read_config
-from model.flops import kv_cache_bytes_per_token
 from rlhf_ray.config import Config
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
@@ -32,9 +31,7 @@ def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_to
             str(checkpoint),
             tokenizer=str(checkpoint),
             precision=config.run.precision,
-            max_num_seqs=8,
-            # A whole dialogue, and a tenth more: the cache is made of blocks.
-            kv_cache_gib=max(1.0, 1.1 * model.max_seq_len * kv_cache_bytes_per_token(model) / 2**30),
+            max_num_seqs=1,  # hence a cache of one whole dialogue
             on_gpu=config.run.device == "cuda",
         )
         worker.set_threads(len(os.sched_getaffinity(0)))

@@ -119,13 +119,22 @@ _stage_command("evaluate", "Compare the SFT model and the PPO policy.")
 def chat(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory with its tokenizer.")],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    temperature: float = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to a checkpoint; an empty line ends the dialogue."""
+    from rlhf_ray.config import Config
+    from rlhf_ray.machine import settled
     from rlhf_ray.preflight_inputs import check_chat_checkpoint
 
-    check_chat_checkpoint(checkpoint, max_new_tokens=max_new_tokens)
+    run = settled(Config()).run
+    check_chat_checkpoint(
+        checkpoint,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        on_gpu=run.device == "cuda",
+        precision=run.precision,
+    )
     _mend_environment()
 
     from rlhf_ray.chat import talk

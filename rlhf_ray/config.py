@@ -13,9 +13,18 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config_errors import explain, key_path
 from rlhf_ray.errors import UserError
+
+
+def sampling_temperature(value: float) -> float:
+    """The temperature, where vLLM samples at it: at 0.01 where less is asked for, and it refuses more than 2."""
+    if value != 0 and not 0.01 <= value <= 2:
+        raise PydanticCustomError("temperature", "must be 0 (greedy) or from 0.01 to 2: vLLM samples at no other")
+    return value
+
 
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -29,7 +38,8 @@ Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
 NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
-Temperatures = Annotated[tuple[NotNegative, ...], Strict(False), Field(min_length=1)]
+Temperature = Annotated[float, AfterValidator(sampling_temperature)]
+Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -134,8 +144,9 @@ class RolloutRole(Section):
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together. Samples depend on it: a run with another value draws others."""
-    kv_cache_gib: Positive = 1.0
-    """KV cache of an engine on CPU, GiB."""
+    kv_cache_gib: Positive | None = None
+    """KV cache of an engine on CPU, GiB; none for as much as its longest batch can fill: `max_num_seqs` whole contexts,
+    at most 1 GiB, though never less than one context."""
 
 
 class RolesSection(Section):
@@ -346,7 +357,7 @@ class PPOSection(Section):
     """Padded tokens a rank passes through the model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
     """Sampling temperature; applied to the trainer's and the reference's log-probs as well."""
     kl_coef: NotNegative = 0.01
     """Beta of Eq. 4 (0.01 for 7B and 13B, 0.005 for 34B and 70B)."""

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 from model.checkpoint_files import check_checkpoint
+from model.checkpoint_values import check_finite
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
+from rlhf_ray.preflight_inputs import READ_THROUGH_BYTES
 from rlhf_ray.run_state import copy_file, copy_files, finished_files
 
 STEPS = {
@@ -41,7 +43,7 @@ def export_model(run: Path, to: Path, *, what: str) -> Path:
     if to.exists():
         raise UserError(f"--to {to}: already exists; remove it or choose another directory")
     try:
-        check_checkpoint(source)
+        check_finite(check_checkpoint(source), at_most=READ_THROUGH_BYTES)
     except ValueError as error:
         raise UserError(f"{source}: {error}; run its step again") from error
     partial = to.with_name(f".{to.name}.partial-{os.getpid()}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster import hardware
 from rlhf_ray.config import Config, config_with
+from rlhf_ray.data.reward_function import is_function
 
 EMBEDDED = "local"
 """The address that stands for a Ray of the run's own, as it does for ray.init."""
@@ -49,16 +50,18 @@ def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
     """GPUs of a rank of each role: what the config says, else a whole one, or a share where there are too few.
 
     The ranks of a trained role never share (NCCL takes one of a communicator on a GPU only), nor do the engines. Of the
-    roles of one rank the first get a GPU each as long as there are enough, and the others meet on the last.
+    roles of one rank the first get a GPU each as long as there are enough, and the others meet on the last. Rewards
+    that are functions hold no model and take none.
 
     Args:
         gpus: GPUs of the machine; None where they are not known, or there are none.
     """
     settings: dict[str, Any] = {role: getattr(config.roles, role) for role in _ROLES}
+    held = [role for role in _ROLES if not is_function(getattr(config.inputs, role, ""))]
     given = {role: each.gpus_per_rank for role, each in settings.items() if each.gpus_per_rank is not None}
     shares = dict.fromkeys(_ROLES, 1.0) | given
-    single = [role for role in _ROLES if role not in given and _num_gpus(settings[role]) == 1]
-    taken = sum(_num_gpus(settings[role]) * shares[role] for role in _ROLES if role not in single)
+    single = [role for role in held if role not in given and _num_gpus(settings[role]) == 1]
+    taken = sum(_num_gpus(settings[role]) * shares[role] for role in held if role not in single)
     if gpus is None or not single:
         return shares
     left = gpus - int(-(-taken // 1))

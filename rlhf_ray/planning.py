@@ -12,6 +12,7 @@ from cluster.plan import GIB, Memory, Option, Placement, Role, place, seat_given
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.config import Config, TrainRole, config_with
+from rlhf_ray.errors import UserError
 from rlhf_ray.memory import largest_matrix, scoring_memory, training_memory, training_work
 from rlhf_ray.preflight import ROLES, check_batches, on_device, stage_roles
 
@@ -70,7 +71,7 @@ def make_plan(request: Request) -> Plan:
     """The placement asked for, or the best simple one, and whether it fits.
 
     Raises:
-        UserError: batch sizes of a given placement do not divide.
+        UserError: batch sizes of a given placement do not divide, or the stage has no role.
     """
     if request.given:
         return _given_plan(request)
@@ -146,8 +147,10 @@ def _row_tokens(request: Request, config: Config) -> int:
 
 
 def _roles(request: Request, config: Config) -> list[Role]:
-    roles = []
-    for name in on_device(config, stage_roles(config, request.stage)):
+    roles, names = [], on_device(config, stage_roles(config, request.stage))
+    if not names:  # the reward stage alone
+        raise UserError(f"--stage {request.stage}: the config names both reward models; plan another stage")
+    for name in names:
         if name == "rollout":
             roles.append(_engine_role(request, config))
         elif request.stage == "ppo" and name in FROZEN:

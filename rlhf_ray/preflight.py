@@ -18,10 +18,12 @@ from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
 from rlhf_ray.preflight_machine import check_machine
+from rlhf_ray.preflight_memory import check_memory, model_shape
 from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
@@ -74,6 +76,21 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_output(out)
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
+    check_rollout(config, running, models)
+    if config.cluster.address == EMBEDDED and config.run.device == "cpu":
+        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
+
+
+def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
+    """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
+    if not any("rollout" in ROLES.get(stage, ()) for stage in running):
+        return
+    if (shape := model_shape(config, models)) is None:
+        return
+    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
+    check_engine(
+        config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
+    )
 
 
 def check_submission(config: Config, out: Path) -> None:
@@ -149,9 +166,14 @@ def check_cluster(config: Config) -> None:
             f"{address_field(address)}={address!r}: is one of Ray Client, whose drivers run outside the cluster; "
             "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
         )
-    host, _, port = address.rpartition(":")
-    if not host:
+    if address in (EMBEDDED, "auto"):
         return  # an embedded cluster, or one that Ray finds by itself
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address_field(address)}={address!r}: must read HOST:PORT, or auto for the cluster of this machine; "
+            "`ray start --head` prints it"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
@@ -209,15 +231,13 @@ def _check_shares(config: Config, roles: Sequence[str]) -> None:
 
 
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
-    tensor_parallel = config.roles.rollout.tensor_parallel_size
-    if "rollout" in roles and tensor_parallel > 1:
-        raise UserError(
-            f"roles.rollout.tensor_parallel_size={tensor_parallel} needs GPUs, and this run is on CPU; set it to 1"
-        )
     cores = config.cluster.cores or len(os.sched_getaffinity(0))
     for role in roles:
         field = f"roles.{role}." + ("num_engines" if role == "rollout" else "num_ranks")
-        if (ranks := _num_ranks(config, role)) > cores:
+        size = config.roles.rollout.tensor_parallel_size if role == "rollout" else 1
+        if size > 1:
+            field += " x tensor_parallel_size"
+        if (ranks := _num_ranks(config, role) * size) > cores:
             raise UserError(
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
                 "compute at the same time; lower it, or give cluster.address of a larger cluster"

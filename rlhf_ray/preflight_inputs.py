@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from model.checkpoint_files import check_checkpoint, stray_files
+from model.checkpoint_values import check_finite
 from model.config import ModelConfig
-from rlhf_ray.config import Config
+from rlhf_ray.config import Config, RolloutRole, sampling_temperature
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.metrics import console
@@ -26,6 +28,9 @@ SCORED = ("ppo", "evaluate")
 
 WIDE_GAP = 1024
 """Ids of a model that its tokenizer does not use, from which on padding is not the likeliest reason."""
+
+READ_THROUGH_BYTES = 8 * 2**30
+"""Size of a checkpoint up to which its numbers are looked at before the run; workers look at those of any."""
 
 OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
@@ -124,6 +129,10 @@ def checkpoint_config(field: str, path: str, *, kind: Literal["language", "rewar
             f"{field}={path!r} is a language model (LlamaForCausalLM) where a reward model is needed; "
             "give a LlamaForSequenceClassification checkpoint with one label"
         )
+    try:
+        check_finite(info, at_most=READ_THROUGH_BYTES)
+    except ValueError as error:
+        raise UserError(f"{field}={path!r}: {_without(str(error), path)}") from error
     if strays := stray_files(path):
         names = ", ".join(sorted(stray.name for stray in strays))
         read = ", ".join(sorted(file.name for file in info.files)[:2])
@@ -348,8 +357,12 @@ def token_limit(
     )
 
 
-def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
+def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int, on_gpu: bool, precision: str) -> None:
     """A checkpoint to talk to is a whole language model, has its tokenizer, and room for an answer."""
+    try:
+        sampling_temperature(temperature)
+    except ValueError as error:
+        raise UserError(f"--temperature {temperature:g} {error}; give another") from error
     model = checkpoint_config("CHECKPOINT", str(path), kind="language")
     with located(f"CHECKPOINT={str(path)!r}"):
         files = LightTokenizer(path)
@@ -357,6 +370,7 @@ def check_chat_checkpoint(path: Path, *, max_new_tokens: int) -> None:
             raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
         check_turns(files)
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
+    check_engine(RolloutRole(), {f"CHECKPOINT={str(path)!r}": model}, precision=precision, on_gpu=on_gpu)
     if max_new_tokens >= model.max_seq_len:
         raise UserError(
             f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; lower it"

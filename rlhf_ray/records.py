@@ -34,6 +34,8 @@ class Rollouts:
     """(B,) int64, the prompts' rows in that table."""
     policy_version: int
     """Version of the weights that sampled."""
+    num_ids: int | None = None
+    """Rows of the vocabulary, the first, that could be sampled, over which log-probs are taken; None for all."""
 
     @property
     def lengths(self) -> Tensor:
@@ -64,6 +66,8 @@ class Experience:
     """(B,) int64."""
     policy_version: int
     """Version of the weights that sampled."""
+    num_ids: int | None = None
+    """As in `Rollouts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Exper
     """
     bounds: list[tuple[Experience, int]] = [(e, i) for e in experiences for i in range(e.tokens.shape[0])]
     picked = [bounds[row] for row in rows]
-    version = experiences[0].policy_version
+    version, num_ids = experiences[0].policy_version, experiences[0].num_ids
     if not picked:
         zeros = torch.zeros(1, 2)
         return Experience(
@@ -112,6 +116,7 @@ def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Exper
             weights=zeros,
             lengths=torch.full((1,), 2),
             policy_version=version,
+            num_ids=num_ids,
         )
     lengths = torch.stack([e.lengths[i] for e, i in picked])
     longest = int(lengths.max())
@@ -134,4 +139,5 @@ def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Exper
         weights=padded("weights"),
         lengths=lengths,
         policy_version=version,
+        num_ids=num_ids,
     )

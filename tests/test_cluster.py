@@ -281,6 +281,29 @@ def test_groups_that_may_wait_for_a_dead_one_are_ended_with_it() -> None:
         roles.stop()
 
 
+def test_files_of_the_current_directory_stand_in_for_no_module(tmp_path: Path) -> None:
+    for name in ("model", "queue", "cluster"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('the {name} of someone else')")
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from cluster.session import session
+import ray
+
+with session(num_cpus=1):
+    @ray.remote
+    def where():
+        import cluster, model, queue
+        return [model.__file__, cluster.__file__]
+
+    print(*ray.get(where.remote()), sep="\\n")
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-P", "-c", script, str(root)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(root / name / "__init__.py") for name in ("model", "cluster")], done.stderr
+
+
 @pytest.mark.parametrize(
     "role, what",
     [

@@ -84,6 +84,13 @@ def test_roles_share_gpus_where_there_are_too_few(roles, gpus, shares):
     assert {role: share for role, share in found.items() if share != 1.0} == shares
 
 
+def test_rewards_that_are_functions_leave_the_gpus_to_models():
+    functions = {"inputs": {"helpfulness": "my_rewards:words", "safety": "my_rewards:safe"}}
+    assert set(gpu_shares(parse_config(functions), 4).values()) == {1.0}  # policy, value, reference, rollout
+    shares = gpu_shares(parse_config(functions), 3)
+    assert (shares["policy"], shares["value"], shares["reference"]) == (1.0, 0.5, 0.5)
+
+
 def test_a_cluster_gives_every_rank_a_gpu(computer):
     computer(OLD, 1)
     assert settled(parse_config({})).roles.policy.gpus_per_rank == 0.16

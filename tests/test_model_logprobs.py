@@ -46,6 +46,25 @@ def test_values_and_gradients_equal_the_naive_form(chunk_bytes, temperature, use
     torch.testing.assert_close(actual_grads, expected_grads, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, CHUNKS_OF_8, ONE_CHUNK])
+def test_rows_beyond_the_ids_count_as_if_they_were_not_there(chunk_bytes):
+    hidden, weight, _, grad_logprobs, grad_entropy = inputs()
+    targets = torch.arange(N) % 40
+    # Masked logits, in the naive form: no probability, no entropy, no gradient.
+    masked = (hidden @ weight.t()).masked_fill(torch.arange(V) >= 40, -1e30)
+    log_p = (masked / 0.7).log_softmax(-1)
+    expected = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    actual = token_logprobs(
+        hidden, weight, targets, temperature=0.7, with_entropy=True, num_ids=40, chunk_bytes=chunk_bytes
+    )
+    torch.testing.assert_close(tuple(actual), expected, atol=1e-5, rtol=1e-5)
+    upstream = (grad_logprobs, grad_entropy)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream)
+    actual_grads = torch.autograd.grad(tuple(actual), (hidden, weight), upstream)
+    torch.testing.assert_close(actual_grads, expected_grads, atol=1e-5, rtol=1e-5)
+    assert not actual_grads[1][40:].any()
+
+
 def test_chunking_does_not_cost_bfloat16_precision():
     # 400 chunks of one row that all push the same way: a bfloat16 sum would stop growing after 256 of them.
     generator = torch.Generator().manual_seed(0)

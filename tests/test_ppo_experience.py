@@ -266,13 +266,13 @@ def test_what_a_cut_off_answer_is_worth_by_hand():
     assert experience.advantages[0].tolist() == [0.0, 0.25, 0.5, 0.0]
 
 
-def test_a_score_that_is_nan_is_an_error(tmp_path):
+def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     model = Llama(UNTIED, head="scalar")
     model.init_weights(seed=1)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    weights["score.weight"] *= torch.finfo(torch.float32).max  # weights themselves must be finite
     save_checkpoint(tmp_path / "reward", UNTIED, weights.items(), num_labels=1)
     worker = ScorerWorker("helpfulness", 0, 1)
     worker.load_frozen(str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu"))
-    with pytest.raises(NonFiniteError, match="helpfulness scored an answer nan"):
+    with pytest.raises(NonFiniteError, match=r"helpfulness scored an answer (-?inf|nan)"):
         worker.score(rollouts(1), micro_batch_tokens=1000)

@@ -124,12 +124,21 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
             "roles.rollout.num_engines=3 must be at most 2,",
         ),
         (
-            {"roles": {"rollout": {"tensor_parallel_size": 2}}},
-            "roles.rollout.tensor_parallel_size=2 needs GPUs, and this run is on CPU; set it to 1",
+            {"cluster": {"cores": 3}, "roles": {"rollout": {"tensor_parallel_size": 2, "num_engines": 2}}},
+            "roles.rollout.num_engines x tensor_parallel_size=4 must be at most 3, the cores of this machine",
+        ),
+        (
+            {"cluster": {"cores": 3}, "roles": {"rollout": {"tensor_parallel_size": 3}}},
+            "roles.rollout.tensor_parallel_size=3 does not divide the 4 attention heads of model.preset='tiny'; set it",
+        ),
+        (
+            {"roles": {"rollout": {"kv_cache_gib": 1e-5}}},
+            "roles.rollout.kv_cache_gib=1e-05 must be at least 0.00019: one whole context of model.preset='tiny', 256",
         ),
         ({"tokenizer": {"vocab_size": 285}}, "tokenizer.vocab_size=285 must be at least 286"),
         ({"pretrain": {"seq_len": 300}}, "pretrain.seq_len=300 must be at most 256: the model's context"),
         ({"ppo": {"max_new_tokens": 256}}, "ppo.max_new_tokens=256 must be at most 255: the model's context"),
+        ({"cluster": {"address": "head"}}, "cluster.address='head': must read HOST:PORT, or auto for the cluster of"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address='127.0.0.1:1': no cluster answers there"),
         ({"cluster": {"address": "ray://127.0.0.1:1"}}, "cluster.address='ray://127.0.0.1:1': is one of Ray Client"),
     ],

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from rlhf_ray.backends.weights import fill_buckets, read_buckets
+from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.records import Experience, Rollouts, select_rows
 
 FIELDS = ("logprobs", "values", "advantages", "returns", "weights")
@@ -82,7 +82,8 @@ def named_weights(dtype=torch.bfloat16):
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 10_000])
 def test_buckets_hold_the_weights_bit_for_bit(dtype, bucket_bytes):
     weights = named_weights(dtype)
-    read = dict(read_buckets(fill_buckets(weights, version=7, bucket_bytes=bucket_bytes)))
+    buckets = fill_buckets(weights, version=7, bucket_bytes=bucket_bytes)
+    read = dict(pair for bucket in buckets for pair in bucket.tensors())
     assert list(read) == [name for name, _ in weights]
     for name, tensor in weights:
         assert read[name].dtype == dtype and torch.equal(read[name], tensor)

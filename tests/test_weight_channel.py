@@ -4,7 +4,9 @@ Real roles, as a run has them, on a model of 0.16M parameters.
 """
 
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,23 @@ import torch
 from torch import Tensor
 from training_world import OPTIM, TIED, UNTIED
 
+from cluster.hardware import resident_bytes
 from cluster.worker_group import WorkerError, collect
 from model.checkpoint import iterate_tensors, save_checkpoint
+from model.checkpoint_files import read_config
 from model.config import ModelConfig
 from model.llama import Head, Llama
+from rlhf_ray.backends import vllm
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.config import Config, parse_config
 from rlhf_ray.data.schemas import PROMPTS, write_table
+from rlhf_ray.engine_limits import CPU_BLOCK, kv_cache_bytes
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import (
     MAX_SYNCED_GAP,
     WeightChannelError,
+    generate,
     open_prompts,
     start_engines,
     sync_weights,
@@ -43,7 +50,17 @@ from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 NUM_PROMPTS = 12
-VOCAB = 300
+VOCAB, PADDED = 300, 1500
+"""Rows of the embedding: the tokenizer's and a few, or far more, which are as likely to be sampled as the others."""
+KINDS = (
+    "model.embed_tokens.weight",
+    *(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    *(f"model.layers.1.{name}_layernorm.weight" for name in ("input", "post_attention")),
+    "model.norm.weight",
+    "lm_head.weight",
+)
+"""A tensor of each kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +76,8 @@ class World:
         for name, config, head in (
             ("tied", TIED, "lm"),
             ("tied-trained", TIED, "lm"),
-            ("untied", UNTIED, "lm"),
-            ("untied-trained", UNTIED, "lm"),
+            ("untied", UNTIED.model_copy(update={"vocab_size": PADDED}), "lm"),
+            ("untied-trained", UNTIED.model_copy(update={"vocab_size": PADDED}), "lm"),
             ("helpfulness", TIED, "scalar"),
             ("safety", TIED, "scalar"),
             ("short", TIED.model_copy(update={"max_seq_len": 20}), "scalar"),
@@ -81,7 +98,7 @@ class World:
         return world
 
     def _save(self, name: str, config: ModelConfig, head: Head) -> None:
-        config = config.model_copy(update={"vocab_size": VOCAB})
+        config = config.model_copy(update={"vocab_size": VOCAB} if config.vocab_size != PADDED else {})
         model = Llama(config, head=head)
         model.init_weights(seed=len(name))
         with torch.no_grad():  # as large as trained weights: log-probs that differ between tokens
@@ -95,7 +112,7 @@ class World:
             num_labels=1 if head == "scalar" else None,
         )
 
-    def config(self, chat: str, precision: str) -> Config:
+    def config(self, chat: str, precision: str, tensor_parallel_size: int) -> Config:
         """Of a run whose PPO is ready to begin."""
         inputs = {name: str(self.directory / name) for name in ("helpfulness", "safety")}
         chat_directory, prompts = str(self.directory / chat), str(self.directory / "prompts.parquet")
@@ -103,6 +120,7 @@ class World:
             {
                 "run": {"precision": precision, "device": "cpu"},
                 "cluster": {"cores": 2, "call_timeout_s": 300.0},
+                "roles": {"rollout": {"tensor_parallel_size": tensor_parallel_size}},
                 "inputs": {**inputs, "tokenizer": str(self.directory / "tokenizer"), "chat": chat_directory},
                 "data": {"prompts_train": prompts, "prompts_early_stop": prompts},
                 "ppo": {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 6, "num_chunks": 2},
@@ -111,13 +129,48 @@ class World:
 
 
 class UnpluggableRollout(RolloutWorker):
-    """An engine whose weight channel can be made to do nothing."""
+    """An engine whose weight channel can be made to do nothing, or to lose a tensor."""
 
     def own_gap(self, probe: Rollouts, logprobs: Tensor) -> float:
         return self._probe_gap(probe, logprobs).mean().item()
 
     def unplug(self) -> None:
-        self.engine.load_weights = lambda weights: [None for _ in weights]
+        self.engine.load_weights = lambda buckets, **options: [None for _ in buckets]
+
+    def lose(self, lost: str, how: str) -> None:
+        """From now on `lost` does not arrive, or is taken and the engine computes with what it had before."""
+        whole = self._whole = getattr(self, "_whole", vllm._take_weights)
+
+        def take(worker: Any, bucket: Any, *, scrambled: bool, **options: Any) -> None:
+            one = vllm._for_engine
+
+            def losing(weights: Any, **settings: Any) -> Iterator[tuple[str, Tensor]]:
+                for name, tensor in one(weights, **settings):
+                    if name != lost or scrambled:
+                        yield name, tensor
+                    elif how == "stays scrambled":
+                        yield name, vllm.scramble(tensor)
+
+            vllm._for_engine = losing
+            try:
+                whole(worker, bucket, scrambled=scrambled, **options)
+            finally:
+                vllm._for_engine = one
+
+        vllm._take_weights = take if lost else whole
+
+    def facts(self) -> dict[str, Any]:
+        """What the engine is and where it runs."""
+        llm = self.engine._llm
+        pids = llm.collective_rpc(lambda worker: os.getpid())
+        variables = llm.collective_rpc(lambda worker: sorted(os.environ))
+        return {
+            "pids": pids,
+            "resident": [resident_bytes(pid) for pid in pids],
+            "variables": set().union(os.environ, *variables),
+            "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+            "ids": self._num_ids,
+        }
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +178,25 @@ def world(tmp_path_factory):
     return World.make(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="module", params=[("tied", "fp32"), ("untied", "fp32"), ("tied", "bf16")], ids="-".join)
+ENGINES = [("tied", "fp32", 1), ("untied", "fp32", 1), ("tied", "bf16", 1), ("tied", "bf16", 2)]
+
+
+def engine_name(settings) -> str:
+    return "-".join(map(str, settings))
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids=engine_name)
 def run(request, world):
-    """A run's context: an engine on one checkpoint, a policy with other weights."""
-    chat, precision = request.param
+    """A run's context: an engine on one checkpoint, of one rank or of two, a policy with other weights."""
+    chat, precision, size = request.param
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKER_CLASSES, "rollout", UnpluggableRollout)
-        context = Context(world.config(chat, precision), RunDir(world.directory / f"run-{chat}-{precision}"))
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):  # as under torchrun
+            patch.setenv(name, "7")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        config = world.config(chat, precision, size)
+        context = Context(config, RunDir(world.directory / f"run-{engine_name(request.param)}"))
         roles = context.roles
         roles.start("rollout", "policy")
         start_engines(context, context.outputs["chat"])
@@ -142,7 +206,12 @@ def run(request, world):
         zero_stage = 3 if chat == "untied" else 1
         roles["policy"].call(TrainerWorker.begin_training, optim=OPTIM, num_steps=1, zero_stage=zero_stage)
         yield context
+        pids = roles["rollout"].call_one(0, UnpluggableRollout.facts)["pids"]
         context.close()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def gap(roles) -> float:
@@ -182,6 +251,75 @@ def test_after_a_sync_the_engine_computes_what_the_trainer_does(run):
 
 
 @pytest.mark.slow
+def test_the_engine_has_what_it_needs_and_sees_no_ranks_of_others(run):
+    facts = run.roles["rollout"].call_one(0, UnpluggableRollout.facts)
+    assert not facts["variables"] & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    assert not facts["variables"] & {"TORCHELASTIC_RUN_ID", "VLLM_CPU_KVCACHE_SPACE"}
+    settings, precision = run.config.roles.rollout, run.config.run.precision
+    assert len(set(facts["pids"])) == settings.tensor_parallel_size
+    # 256 sequences of 256 tokens, 128 to a block, and a block that vLLM keeps: not the 8,192 blocks of 1 GiB.
+    assert facts["blocks"] == 256 * 2 + 1
+    model = TIED.model_copy(update={"vocab_size": VOCAB})
+    cache = kv_cache_bytes(model, sequences=256, precision=precision)
+    # 2 layers of 2 heads of 32, keys and values.
+    assert cache == facts["blocks"] * CPU_BLOCK * 2 * 2 * 32 * 2 * {"bf16": 2, "fp32": 4}[precision]
+    assert 0.2 < run.roles.memory()["memory/rollout_peak_gib"] < 1.6
+
+
+@pytest.mark.slow
+def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(run):
+    ids = run.roles["rollout"].call_one(0, UnpluggableRollout.facts)["ids"]
+    rows = read_config(run.config.inputs.chat).vocab_size
+    assert ids < rows
+    sync_weights(run.roles)
+    options = {"num_chunks": 1, "temperature": 2.0, "max_new_tokens": 6}
+    [call] = generate(run.roles, "prompts_train", list(range(NUM_PROMPTS)), seed=(0, 0), **options)
+    rollouts = ray.get(call.data[0])
+    assert int(rollouts.tokens.max()) < ids and rollouts.num_ids == ids
+
+    def gap_of(sampled: Rollouts) -> float:
+        """Mean |engine - trainer| log-prob of the answers, nats."""
+        of_trainer = run.roles["policy"].submit_one(
+            0, ScorerWorker.logprobs, sampled, temperature=2.0, micro_batch_tokens=4096, num_data=1
+        )
+        collect([of_trainer], timeout_s=300)
+        difference = ray.get(of_trainer.data[0]) - sampled.rollout_logprobs
+        return float(difference[sampled.response_mask].abs().mean())
+
+    assert gap_of(rollouts) <= MAX_SYNCED_GAP[run.config.run.precision]
+    if rows == PADDED:  # four of five rows are padding
+        assert gap_of(dataclasses.replace(rollouts, num_ids=None)) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["does not arrive", "stays scrambled"])
+def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, how):
+    if run.config.roles.rollout.tensor_parallel_size > 1:
+        pytest.skip("the other processes cannot be made to lose one")
+    precision, buckets = run.config.run.precision, sync_weights(run.roles)
+    tied = read_config(run.config.inputs.chat).tie_embeddings
+    # A tied matrix arrives under both names, and the engine keeps the later one for both.
+    for kind in KINDS[1:] if tied and how == "stays scrambled" else KINDS:
+        run.roles["rollout"].call(UnpluggableRollout.lose, kind, how)
+        with pytest.raises((WeightChannelError, WorkerError)) as caught:
+            verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+        assert "after a weight sync its log-probs differ" in str(caught.value) or "the engine got no" in str(
+            caught.value
+        ), kind
+    run.roles["rollout"].call(UnpluggableRollout.lose, "", "")
+    verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+
+
+@pytest.mark.slow
+def test_syncs_leave_nothing_in_memory(run):
+    residents = []
+    for _ in range(10):
+        sync_weights(run.roles)
+        residents.append(sum(run.roles["rollout"].call_one(0, UnpluggableRollout.facts)["resident"]))
+    assert residents[9] < 1.02 * residents[2]
+
+
+@pytest.mark.slow
 def test_other_weights_are_found_out(run, world):
     precision, chat = run.config.run.precision, run.config.inputs.chat
     dtype = run.roles.runtime.dtype
@@ -192,7 +330,21 @@ def test_other_weights_are_found_out(run, world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [("tied", "bf16")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("run", [("tied", "fp32", 1)], indirect=True, ids=engine_name)
+def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run):
+    sampled = []
+    for num_chunks in (1, 4):
+        options = {"num_chunks": num_chunks, "seed": (0, 0), "temperature": 1.0, "max_new_tokens": 6}
+        calls = generate(run.roles, "prompts_train", [3, 1, 3, 3], **options)
+        collect(calls, timeout_s=300)
+        chunks = [ray.get(call.data[0]) for call in calls]
+        sampled.append([r.tokens[i][r.response_mask[i]].tolist() for r in chunks for i in range(len(r.tokens))])
+    assert sampled[0] == sampled[1]
+    assert len({tuple(sampled[0][place]) for place in (0, 2, 3)}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [("tied", "bf16", 1)], indirect=True, ids=engine_name)
 def test_prompts_fit_every_model_that_reads_them(run, world):
     run.outputs.add("short", world.directory / "short", key="short")
     with pytest.raises(WorkerError, match=r"prompts.parquet row \d+: the prompt has \d+ tokens, at most 14 fit"):
@@ -200,7 +352,7 @@ def test_prompts_fit_every_model_that_reads_them(run, world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [("tied", "bf16")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("run", [("tied", "bf16", 1)], indirect=True, ids=engine_name)
 def test_the_driver_receives_numbers_and_references_only(run, monkeypatch):
     ppo.load_models(run, None)
     start_engines(run, run.outputs["chat"])

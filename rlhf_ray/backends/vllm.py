@@ -1,15 +1,27 @@
 """Generation by vLLM: an in-process engine whose samples depend on the request seeds alone.
 
-The only file that imports vLLM.
+The only file that imports vLLM. Where several tensor-parallel ranks make up an engine they are processes of their own,
+and what they are given is pickled.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import resource
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from model.checkpoint_files import expected_shapes
+from model.checkpoint_redundant import EMBEDDING, LM_HEAD
+from model.config import ModelConfig
+from rlhf_ray.engine_limits import GIB, kv_cache_bytes
+from rlhf_ray.records import WeightBucket
+
+_MANY_SEQUENCES = 4096
+"""From here on vLLM's default of tokens a step may be less than one for each sequence, which it refuses."""
+_TOKENS_A_STEP = 16_384
 
 
 @dataclass(frozen=True)
@@ -25,48 +37,66 @@ class Completion:
 
 
 class Engine:
-    """One vLLM engine with the weights of a Hugging Face checkpoint."""
+    """One vLLM engine for the model of a Hugging Face checkpoint; `load_weights` gives it weights."""
 
     def __init__(
         self,
         checkpoint: str,
+        config: ModelConfig,
         *,
-        max_seq_len: int,
+        num_ids: int,
         precision: str,
         max_num_seqs: int,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.5,
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: float | None = None,
         on_gpu: bool = False,
         seed: int = 0,
     ):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, errors reach us whole
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import LLM  # a heavy import, and the variables above must come before it
+        """Starts the engine, with weights that mean nothing yet.
 
+        Args:
+            num_ids: rows of the vocabulary, the first, that there are to the engine: it samples none of the others,
+                and its log-probs are over these.
+            kv_cache_gib: on CPU, over all ranks; None for as much as the longest batch can fill.
+        """
+        _clean_environment()
         # vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that
         # has not asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
         getattr(torch.cpu, "_init_amx", bool)()
+        from vllm import LLM  # a heavy import, and the variables must come before it
 
+        self._config = config
+        self._num_ids = num_ids
+        cache = (
+            int(kv_cache_gib * GIB)
+            if kv_cache_gib
+            else kv_cache_bytes(
+                config, sequences=max_num_seqs, precision=precision, tensor_parallel_size=tensor_parallel_size
+            )
+        )
         self._llm: Any = LLM(
             model=checkpoint,
             skip_tokenizer_init=True,  # token ids in, token ids out
+            load_format="dummy",  # one reader of checkpoints, ours
+            hf_overrides={"vocab_size": num_ids},
             generation_config="vllm",  # what ends an answer is told with each request
             config_format="hf",  # files of other formats may lie beside ours
-            load_format="safetensors",
             dtype="bfloat16" if precision == "bf16" else "float32",
-            max_model_len=max_seq_len,
+            max_model_len=config.max_seq_len,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(max_num_seqs, _TOKENS_A_STEP) if max_num_seqs > _MANY_SEQUENCES else None,
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=None if on_gpu else int(kv_cache_gib * 2**30),
+            kv_cache_memory_bytes=None if on_gpu else cache // tensor_parallel_size,
             enforce_eager=not on_gpu,  # on CPU, compiling takes a minute and decodes no faster
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer's are
             seed=seed,
             disable_log_stats=True,
         )
+        if not on_gpu:
+            self._llm.collective_rpc(_allow_amx)
 
     def generate(
         self,
@@ -90,7 +120,7 @@ class Engine:
                 max_tokens=max_new_tokens,
                 seed=seed,
                 logprobs=0,  # the sampled token's own
-                stop_token_ids=list(end_ids),
+                stop_token_ids=[end for end in end_ids if end < self._num_ids],  # vLLM refuses others
                 ignore_eos=True,  # the engine's own, from the checkpoint's config.json
                 detokenize=False,
             )
@@ -113,26 +143,113 @@ class Engine:
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replaces the weights in memory and forgets what was cached under the old ones."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _with_output_head(weights)})
+    def load_weights(self, buckets: Iterable[WeightBucket], *, scrambled: bool = False) -> None:
+        """Replaces the weights in memory and forgets what was cached under the old ones.
+
+        Args:
+            buckets: all tensors of a checkpoint of the engine's model.
+            scrambled: take every tensor in a form that computes something else (`scramble`).
+        Raises:
+            ValueError: a tensor is missing; the engine then computes nothing that makes sense.
+        """
+        missing = set(expected_shapes(self._config, reward_model=False))
+        options = {"num_ids": self._num_ids, "tied": self._config.tie_embeddings, "scrambled": scrambled}
+        self._llm.collective_rpc(_begin_weights)
+        for bucket in buckets:
+            missing -= set(bucket.names)
+            self._llm.collective_rpc(_take_weights, args=(bucket,), kwargs=options)
+        stale = self._llm.collective_rpc(_end_weights)
         self._llm.reset_prefix_cache()
+        if lacking := sorted(missing.union(*stale)):
+            raise ValueError(f"the engine got no {lacking[0]} (one of {len(lacking)} tensors that are missing)")
+
+    def peak_memory_gib(self) -> float:
+        """Highest memory so far of the engine's largest process, GiB: allocated on the GPU, or resident."""
+        return max(self._llm.collective_rpc(_peak_memory_gib))
 
 
-def _with_output_head(weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Tied checkpoints carry no lm_head.weight, and without it the engine's packed output projection would silently
-    keep the old weights.
+def scramble(tensor: Tensor) -> Tensor:
+    """The tensor in a form in which no model computes what it did, at the price of one pass over memory.
+
+    Scaled by -16, so that what is lost shows in every kind of tensor, alone or with others: gains and projections may
+    change sign in pairs, or be near zero. What is zero moves, and not by the same amount in every row.
     """
-    embedding: Tensor | None = None
-    has_head = False
+    rows = torch.arange(tensor.shape[0], device=tensor.device) % 5 - 2
+    return (tensor * -16).add_((rows / 8).to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
+
+
+# --- what runs in the engine's own processes: their `worker` is vLLM's ----------------------------------------------
+
+
+def _allow_amx(worker: Any) -> None:
+    """Asks the kernel for the CPU's tile registers, which vLLM's attention takes without asking."""
+    torch.cpu._init_amx()
+
+
+def _begin_weights(worker: Any) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    initialize_layerwise_reload(worker.model_runner.get_model())
+    worker.loaded = set()
+
+
+def _take_weights(worker: Any, bucket: WeightBucket, *, num_ids: int, tied: bool, scrambled: bool) -> None:
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        weights = _for_engine(bucket.tensors(), num_ids=num_ids, tied=tied)
+        if scrambled:
+            weights = ((name, scramble(tensor)) for name, tensor in weights)
+        worker.loaded |= worker.model_runner.get_model().load_weights(weights)
+
+
+def _end_weights(worker: Any) -> set[str]:
+    """Puts what was taken in place; returns the parameters that nothing was taken for."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        finalize_layerwise_reload(model, worker.model_config)
+    return {name for name, _ in model.named_parameters()} - worker.loaded
+
+
+def _peak_memory_gib(worker: Any) -> float:
+    if worker.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _for_engine(weights: Iterable[tuple[str, Tensor]], *, num_ids: int, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """The rows of the vocabulary that the engine has, and a tied head by its own name: without it the packed output
+    projection would silently keep the old weights.
+    """
     for name, tensor in weights:
-        if name == "model.embed_tokens.weight":
-            embedding = tensor
-        has_head = has_head or name == "lm_head.weight"
-        yield name, tensor
-    if not has_head:
-        assert embedding is not None, "weights must contain model.embed_tokens.weight"
-        yield "lm_head.weight", embedding
+        if name == LM_HEAD and tied:
+            continue
+        kept = tensor[:num_ids] if name in (EMBEDDING, LM_HEAD) else tensor
+        yield name, kept
+        if name == EMBEDDING and tied:
+            yield LM_HEAD, kept
+
+
+def _clean_environment() -> None:
+    """Leaves vLLM no variables but ours: it takes ranks, addresses and cache sizes from there over what it is told.
+
+    A trained role, torchrun or a batch system may have set them.
+    """
+    for name in list(os.environ):
+        if name in _RENDEZVOUS or name.startswith(("TORCHELASTIC_", "VLLM_DP_", "VLLM_CPU_KVCACHE_SPACE")):
+            del os.environ[name]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process, errors reach us whole
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+_RENDEZVOUS = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+}
 
 
 def _completion(output: Any) -> Completion:

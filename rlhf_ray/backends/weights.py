@@ -16,7 +16,7 @@ BUCKET_BYTES = 256 * 2**20
 def fill_buckets(
     weights: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
-    """Groups named parameters into buckets of about `bucket_bytes`, in order; a larger parameter has its own.
+    """Groups named parameters of one dtype into buckets of about `bucket_bytes`, in order; a larger one has its own.
 
     On CPU a bucket's arrays are the parameters' own memory: it is to be put into the store before they change.
     """
@@ -24,7 +24,7 @@ def fill_buckets(
     size = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
-        if batch and size + num_bytes > bucket_bytes:
+        if batch and (size + num_bytes > bucket_bytes or tensor.dtype != batch[0][1].dtype):
             yield _bucket(batch, version)
             batch, size = [], 0
         batch.append((name, tensor))
@@ -41,9 +41,3 @@ def _bucket(batch: list[tuple[str, Tensor]], version: int) -> WeightBucket:
         dtype=batch[0][1].dtype,
         data=tuple(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy() for _, tensor in batch),
     )
-
-
-def read_buckets(buckets: Iterable[WeightBucket]) -> Iterator[tuple[str, Tensor]]:
-    """The named parameters of some buckets, as views of their arrays."""
-    for bucket in buckets:
-        yield from bucket.tensors()

@@ -54,7 +54,7 @@ def run_bench(work: Workload) -> dict[str, Any]:
     with ExitStack() as stack:
         # The models are needed until every role has loaded them: no signal later can leave them behind.
         with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:
-            context = Context(work.config, RunDir(directory))
+            context = Context(work.config, RunDir(directory), every_id=True)
             stack.callback(context.close)
             with console.status(f"bench {work.what}: making models, starting workers"):
                 shapes = name_models(context, work)

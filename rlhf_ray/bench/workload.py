@@ -9,6 +9,7 @@ from model.config import PRESETS, ModelConfig
 from model.flops import forward_flops_per_token
 from rlhf_ray.config import Config, DataSection
 from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
 from rlhf_ray.preflight import check_batches, check_cluster, check_model, check_output, check_roles
@@ -94,6 +95,11 @@ def check_bench(
         preset = PRESETS[config.model.preset]
         changes = {"vocab_size": vocab_size, "max_seq_len": config.model.max_seq_len or preset.max_seq_len}
         shape = preset.model_copy(update=changes)
+    if "rollout" in ROLES[what]:
+        field = "inputs.chat" if "inputs.chat" in models else f"model.preset={config.model.preset!r}"
+        check_engine(
+            config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
+        )
     context = min([shape.max_seq_len, *(model.config.max_seq_len for model in models.values())])
     if prompt_tokens + response_tokens > context:
         raise UserError(

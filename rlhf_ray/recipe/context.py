@@ -126,6 +126,8 @@ class Context:
     outputs: Outputs = field(init=False)
     may_run: bool = True
     """Whether stages may do work, or only look for what was done before."""
+    every_id: bool = False
+    """Whether engines may sample ids that the tokenizer does not know, as benchmarks with a stand-in for it do."""
     _roles: Any = None
     _at: str = ""
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -151,6 +153,11 @@ class Context:
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)
         return self._roles
+
+    def unload(self) -> None:
+        """Frees what roles hold; to be called when a stage has ended."""
+        if self._roles is not None:
+            self._roles.unload()
 
     def close(self) -> None:
         """Ends the workers and Ray."""

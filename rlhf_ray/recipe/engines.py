@@ -41,6 +41,7 @@ def start_engines(context: Context, checkpoint: Path) -> None:
         tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_gib=settings.kv_cache_gib,
+        every_id=context.every_id,
         precision=config.run.precision,
         on_gpu=roles.runtime.device == "cuda",
         step="engine start",
@@ -164,7 +165,7 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
                 f"rollout rank {rank}: after a weight sync its log-probs differ from the policy's by "
                 f"{gaps['synced_gap']:.4f} nats on average, more than {limit} for {precision}"
             )
-        if gaps["scrambled_gap"] <= 2 * gaps["synced_gap"]:
+        if not gaps["scrambled_gap"] > 2 * gaps["synced_gap"]:
             raise WeightChannelError(
                 f"rollout rank {rank}: scrambled weights moved its log-probs by {gaps['scrambled_gap']:.4f} nats only, "
                 f"the weight channel does not reach the engine"

@@ -67,7 +67,9 @@ def run_stage(context: Context, stage: str) -> Outputs:
     places: list[tuple[Any, ...]] = []
     while True:
         try:
-            return RUNNERS[stage](context)
+            outputs = RUNNERS[stage](context)
+            context.unload()
+            return outputs
         except WorkerError as error:
             if repairs == limit or not (dead := context.roles.drop_dead()):
                 raise

@@ -110,6 +110,12 @@ class Roles:
             self._groups.pop(role).stop()
         return ended
 
+    def unload(self) -> None:
+        """Frees models, optimizers and data of all roles but the engines, whose weights later stages replace."""
+        groups = [group for role, group in self._groups.items() if role != "rollout"]
+        calls = [call for group in groups for call in group.submit(ScorerWorker.unload)]
+        collect(calls, timeout_s=self.timeout_s, step=f"{self.step} end")
+
     def stop(self) -> None:
         """Ends all roles."""
         for group in self._groups.values():
@@ -131,14 +137,14 @@ class Roles:
             size = settings.tensor_parallel_size
             gpus = float(size) if size > 1 else settings.gpus_per_rank or 1.0
         else:
-            gpus = settings.gpus_per_rank or 1.0
+            size, gpus = 1, settings.gpus_per_rank or 1.0
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             role=role,
             num_ranks=num_ranks,
             resources=resources,
-            env=worker_environment(threads=max(1, self.cores // num_ranks), on_gpu=on_gpu, embedded=embedded),
+            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu, embedded=embedded),
             rendezvous=isinstance(settings, TrainRole),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
@@ -187,8 +193,9 @@ def _allocator() -> dict[str, str]:
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if "LD_PRELOAD" in os.environ or not library.exists():
         return {}
-    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once.
-    settings = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000"
+    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once. The background thread
+    # gives back what an idle process does not use; without it, that happens only while a process allocates.
+    settings = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:0,background_thread:true"
     return {"LD_PRELOAD": _one_word(library), "MALLOC_CONF": settings}
 
 

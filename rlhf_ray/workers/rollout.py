@@ -9,16 +9,15 @@ from torch import Tensor
 
 from cluster.worker_group import Worker
 from model.checkpoint import iterate_tensors
-from model.checkpoint_files import only_named_files, read_config
+from model.checkpoint_files import read_config
 from rlhf_ray.backends.vllm import Completion, Engine
-from rlhf_ray.backends.weights import read_buckets
+from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
 from rlhf_ray.data.special_ids import special_ids
 from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.records import Rollouts, WeightBucket
 
-_SCRAMBLE_STD = 0.1
 _PROBED_PROMPTS = 8
 
 
@@ -36,26 +35,26 @@ class RolloutWorker(Worker):
         torch.set_num_threads(threads)
 
     def peak_memory_gib(self) -> float:
-        """Highest memory so far, GiB: allocated on the GPU, or resident in this process."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**30
-        return super().peak_memory_gib()
+        """Highest memory so far, GiB: of this process, or of the largest that the engine has beside it."""
+        beside = 0.0 if self._engine is None else self._engine.peak_memory_gib()
+        return beside if torch.cuda.is_available() else max(super().peak_memory_gib(), beside)
 
-    def start(self, checkpoint: str, *, tokenizer: str, **engine_options: Any) -> None:
+    def start(self, checkpoint: str, *, tokenizer: str, every_id: bool = False, **engine_options: Any) -> None:
         """Starts the engine on a checkpoint and takes it through a first generation, which compiles.
 
         Args:
             tokenizer: directory of the run's tokenizer, which the checkpoint's need not be.
+            every_id: ids that the tokenizer does not know may be sampled too, where the vocabulary is padded.
         """
         if self._engine is not None:
             self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
             return
         self._tokenizer, self._light = load_tokenizer(tokenizer), LightTokenizer(tokenizer)
         config = read_config(checkpoint)
-        self._vocab_size = config.vocab_size
-        self._ends = special_ids(self._light, config).ends
-        with only_named_files(checkpoint) as files:
-            self._engine = Engine(files, max_seq_len=config.max_seq_len, **engine_options)
+        known = max(self._light.vocabulary.values()) + 1
+        self._num_ids = config.vocab_size if every_id else min(known, config.vocab_size)
+        self._engine = Engine(checkpoint, config, num_ids=self._num_ids, **engine_options)
+        self.load_checkpoint(checkpoint)
         self._engine.generate([self._ends[:1]], seeds=[0], temperature=1.0, max_new_tokens=2, end_ids=self._ends)
 
     def open_prompts(self, name: str, path: str, *, max_new_tokens: int, context: int) -> int:
@@ -71,7 +70,7 @@ class RolloutWorker(Worker):
 
     def draw_prompts(self, name: str, num: int, *, length: int, seed: int) -> None:
         """Puts random token ids under a name, whose answers do not end at EOS: for benchmarks."""
-        self._prompts[name] = random_prompts(num, length=length, vocab_size=self._vocab_size, seed=seed)
+        self._prompts[name] = random_prompts(num, length=length, vocab_size=self._num_ids, seed=seed)
 
     def generate(
         self,
@@ -92,7 +91,9 @@ class RolloutWorker(Worker):
             max_new_tokens=max_new_tokens,
             end_ids=self._ends if prompt_set.ends_at_eos else (),
         )
-        rollouts = to_rollouts(prompt_set, rows, prompt_tokens, completions, policy_version=self._version)
+        rollouts = to_rollouts(
+            prompt_set, rows, prompt_tokens, completions, policy_version=self._version, num_ids=self._num_ids
+        )
         return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
 
     def decode(self, rollouts: Rollouts) -> list[tuple[str, bool]]:
@@ -117,13 +118,13 @@ class RolloutWorker(Worker):
 
     def load_weights(self, buckets: list[Any]) -> int:
         """Takes a version of the weights from the channel; returns its number."""
-        self.engine.load_weights(read_buckets(self._fetch(buckets)))
+        self.engine.load_weights(self._fetch(buckets))
         return self._version
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
         self._ends = special_ids(self._light, read_config(checkpoint)).ends
-        self.engine.load_weights(iterate_tensors(checkpoint))
+        self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=0))
 
     def probe(self, prompts: str) -> tuple[None, Rollouts]:
         """The first prompts as rollouts whose every token counts, to hold log-probs against the trainer's."""
@@ -133,7 +134,9 @@ class RolloutWorker(Worker):
             Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows
         ]
         firsts = [prompt_set.tokens[row][:1] for row in rows]
-        return None, to_rollouts(prompt_set, rows, firsts, completions, policy_version=self._version)
+        return None, to_rollouts(
+            prompt_set, rows, firsts, completions, policy_version=self._version, num_ids=self._num_ids
+        )
 
     def check_weights(self, buckets: list[Any], probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
         """Scrambles the engine's weights, syncs, and compares its log-probs on the probe with the trainer's.
@@ -142,12 +145,7 @@ class RolloutWorker(Worker):
             mean |difference| in nats after scrambling ("scrambled_gap": large, or the channel does nothing) and
             after the sync ("synced_gap", with "synced_gap_max": small).
         """
-        generator = torch.Generator().manual_seed(0)
-        noisy = (
-            (name, tensor + _SCRAMBLE_STD * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
-            for name, tensor in read_buckets(self._fetch(buckets))
-        )
-        self.engine.load_weights(noisy)
+        self.engine.load_weights(self._fetch(buckets), scrambled=True)
         scrambled = self._probe_gap(probe, logprobs)
         self.load_weights(buckets)
         synced = self._probe_gap(probe, logprobs)
@@ -182,6 +180,7 @@ def to_rollouts(
     completions: Sequence[Completion],
     *,
     policy_version: int,
+    num_ids: int | None = None,
 ) -> Rollouts:
     """Token ids that were given, and what followed them, as one right-padded record."""
     rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]
@@ -202,4 +201,5 @@ def to_rollouts(
         prompts=prompt_set.path,
         prompt_rows=torch.tensor(list(prompt_rows)),
         policy_version=policy_version,
+        num_ids=num_ids,
     )
