@@ -216,7 +216,7 @@ def check_roles(config: Config, roles: Sequence[str]) -> None:
 
 def _check_shares(config: Config, roles: Sequence[str]) -> None:
     """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
-    for role in roles:
+    for role in on_device(config, roles):
         settings: Any = getattr(config.roles, role)
         share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
         if share > 1 and share % 1:
