@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import hardware
-from model.config import PRESETS
+from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
@@ -88,9 +88,13 @@ def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, M
     if (shape := model_shape(config, models)) is None:
         return
     field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
-    check_engine(
-        config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=config.run.device == "cuda"
-    )
+    check_shapes(config, {field: shape})
+
+
+def check_shapes(config: Config, shapes: Mapping[str, ModelConfig]) -> None:
+    """The run's engines take models of these shapes, by the fields that name them."""
+    elsewhere, on_gpu = config.cluster.address != EMBEDDED, config.run.device == "cuda"
+    check_engine(config.roles.rollout, shapes, precision=config.run.precision, on_gpu=on_gpu, elsewhere=elsewhere)
 
 
 def check_submission(config: Config, out: Path) -> None:
