@@ -345,6 +345,30 @@ def test_signals_that_are_ignored_stay_so(call, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_no_exception_comes_into_an_import(program, tmp_path):
+    # torch, for one, aborts there.
+    (tmp_path / "library.py").write_text(
+        "import os, time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(300)\n"
+        "except BaseException:\n"
+        "    os.abort()\n"
+    )
+    code = (
+        "import sys\n"
+        "from rlhf_ray.stopping import stopping_on_signals\n"
+        "with stopping_on_signals():\n"
+        f"    sys.path.append({str(tmp_path)!r})\n"
+        "    import library\n"
+    )
+    process = program(sys.executable, "-c", code)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert (process.returncode, err) == (130, "stopped\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "send", "batch_size"),
