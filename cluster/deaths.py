@@ -28,7 +28,8 @@ _GET_INFO = (3 << 30) | (_INFO.size << 16) | (0xFF << 8) | 11
 _INFO_EXIT = 1 << 3
 # What Ray and Python's fault handler print around the lines that say something.
 _NOISE = re.compile(
-    r":\w+:|\*\*\* |PC: @|@ +0x|\[\d{4}-.* logging\.cc|Extension modules|Stack |Current thread|\(total|\^+$"
+    r":\w+:|\*\*\* |PC: @|@ +(0x|\.\.\.)|\[\d{4}-.* logging\.cc|\[failure_signal|Extension modules|Stack |"
+    r"Current thread|\(total|\^+$"
 )
 
 

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import saying
+from rlhf_ray.stopping import saying, scratch_directory
 
 if TYPE_CHECKING:
     from cluster.jobs import Client, Job
@@ -55,11 +54,10 @@ def submit(
     from rlhf_ray.preflight import check_submission
 
     check_submission(load_config(config, set_), out)
-    with _cluster(address) as client, tempfile.TemporaryDirectory(prefix="rlhf-ray-") as directory:
+    with _cluster(address) as client, scratch_directory("rlhf-ray-") as files:
         from cluster import jobs
 
         _check_unused(client, out)
-        files = Path(directory)
         shutil.copyfile(config, files / config.name)
         if ship:
             _copy_packages(files)

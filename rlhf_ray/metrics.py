@@ -1,6 +1,7 @@
 """Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class MetricsWriter:
                 if row["step"] < steps_done:
                     kept.append(line)
         write_text(self._path, "".join(line + "\n" for line in kept))
+        threading.excepthook = _ended
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -57,6 +59,12 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes TensorBoard."""
         self._board.close()
+
+
+def _ended(thread: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. A disk that fails it fails the run as well, which says so in one line."""
+    if not isinstance(thread.exc_value, OSError):
+        threading.__excepthook__(thread)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

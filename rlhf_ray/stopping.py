@@ -7,11 +7,14 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 GRACE_S = 5.0
@@ -24,6 +27,7 @@ _ROUNDS = 5  # a process may start another while it is being ended
 
 
 _line = "stopped"
+_scratch: list[str] = []
 _leaving = threading.Lock()  # never released: one thread ends the process, and says so once
 
 
@@ -38,6 +42,15 @@ def saying(line: str) -> Iterator[None]:
     before, _line = _line, line
     yield
     _line = before  # not where the block is left by a stop: its line is still to be said
+
+
+@contextmanager
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """A temporary directory that is gone after the block, however a signal ends it."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as directory:
+        _scratch.append(directory)
+        yield Path(directory)
+    _scratch.remove(directory)
 
 
 @contextmanager
@@ -116,6 +129,8 @@ def _leave(number: int) -> None:
     """Ends this process and its descendants; exit code as shells count."""
     _leaving.acquire()
     end_descendants()
+    for directory in _scratch:
+        shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # the terminal may have gone
         print(_line, file=sys.stderr, flush=True)
     os._exit(128 + number)

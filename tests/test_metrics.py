@@ -1,6 +1,7 @@
 """Metrics of a stage: rows survive a kill, and a resumed stage does not count a step twice."""
 
 import json
+import threading
 
 import pytest
 
@@ -51,6 +52,21 @@ def test_a_kill_while_resuming_loses_no_row(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, steps_done=1)
     assert read_metrics(tmp_path) == [{"step": 0, "loss": 1.0}]
+
+
+def test_a_disk_that_fails_tensorboards_thread_is_told_by_the_run_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    def fail(error):
+        raise error
+
+    MetricsWriter(tmp_path).close()
+    for error in (OSError("No space left on device"), ValueError("a bug")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    said = capsys.readouterr().err
+    assert "ValueError: a bug" in said and "No space" not in said
 
 
 def test_no_metrics_are_no_rows(tmp_path):

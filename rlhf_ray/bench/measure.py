@@ -5,7 +5,6 @@ A benchmark is a stage that files nothing: it works in a temporary directory, wh
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
 from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
 from rlhf_ray.records import Rollouts
 from rlhf_ray.run_state import RunDir
+from rlhf_ray.stopping import scratch_directory
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Repeat = Callable[[int], dict[str, float]]
@@ -53,7 +53,7 @@ def run_bench(work: Workload) -> dict[str, Any]:
         console.print(line, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         # The models are needed until every role has loaded them: no signal later can leave them behind.
-        with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:
+        with scratch_directory("rlhf-ray-bench-") as directory:
             context = Context(work.config, RunDir(directory), every_id=True)
             stack.callback(context.close)
             with console.status(f"bench {work.what}: making models, starting workers"):
