@@ -3,6 +3,7 @@
 Read in the sources of vLLM 0.32. Imports no torch.
 """
 
+import sys
 from collections.abc import Mapping
 
 from cluster.hardware import memory_limit_bytes
@@ -40,21 +41,24 @@ def kv_cache_bytes(
     return block * max(of_one + 1, min(sequences * of_one + 1, at_most // block))
 
 
-def check_engine(rollout: RolloutRole, models: Mapping[str, ModelConfig], *, precision: str, on_gpu: bool) -> None:
+def check_engine(
+    rollout: RolloutRole, models: Mapping[str, ModelConfig], *, precision: str, on_gpu: bool, elsewhere: bool = False
+) -> None:
     """The models that an engine of these settings will generate with can run in it.
 
     Args:
         models: the field that names each -> its shape.
+        elsewhere: this machine's memory says nothing: others will run the engine.
     Raises:
         UserError: the first thing that vLLM would refuse.
     """
     for field, model in models.items():
         _check_divides(field, model, rollout.tensor_parallel_size)
         if not on_gpu:
-            _check_on_cpu(field, model, rollout, precision)
+            _check_on_cpu(field, model, rollout, precision, sys.maxsize if elsewhere else memory_limit_bytes())
 
 
-def _check_on_cpu(field: str, model: ModelConfig, rollout: RolloutRole, precision: str) -> None:
+def _check_on_cpu(field: str, model: ModelConfig, rollout: RolloutRole, precision: str, limit: int) -> None:
     """On CPU: there is attention for the model's heads, and the cache holds one whole context."""
     if model.head_dim not in CPU_HEAD_SIZES:
         raise UserError(
@@ -64,7 +68,7 @@ def _check_on_cpu(field: str, model: ModelConfig, rollout: RolloutRole, precisio
     size = rollout.tensor_parallel_size
     needed = kv_cache_bytes(model, sequences=1, precision=precision, tensor_parallel_size=size)
     context = f"one whole context of {field}, {model.max_seq_len} tokens, takes as much"
-    if (limit := memory_limit_bytes()) < needed:
+    if limit < needed:
         raise UserError(
             f"roles.rollout.kv_cache_gib must be at least {_gib_up(needed)} ({context}), and this machine may use "
             f"{limit / GIB:.1f} GiB; lower max_position_embeddings in the model's config.json, or give a smaller model"

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.config import PRESETS
+from model.config import PRESETS, ModelConfig
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
@@ -81,10 +81,16 @@ def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, M
         shape = shape.model_copy(update={"max_seq_len": config.model.max_seq_len or shape.max_seq_len})
     else:
         return
-    check_engine(config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=on_gpu(config))
+    check_shapes(config, {field: shape})
 
 
-def on_gpu(config: Config) -> bool:
+def check_shapes(config: Config, shapes: Mapping[str, ModelConfig]) -> None:
+    """The run's engines take models of these shapes, by the fields that name them."""
+    rollout, precision, elsewhere = config.roles.rollout, config.run.precision, config.cluster.address is not None
+    check_engine(rollout, shapes, precision=precision, on_gpu=_on_gpu(config), elsewhere=elsewhere)
+
+
+def _on_gpu(config: Config) -> bool:
     """Whether models will be on GPUs, as far as this machine can tell."""
     return config.run.device == "cuda" or (config.run.device == "auto" and count_gpus() > 0)
 

@@ -64,6 +64,7 @@ def test_a_context_that_this_machine_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(engine_limits, "memory_limit_bytes", lambda: 3 * GIB)
     assert "this machine may use 3.0 GiB; lower max_position_embeddings" in refusal(RolloutRole(), LLAMA_1B)
     check_engine(RolloutRole(), {"inputs.chat": TINY}, precision="bf16", on_gpu=False)
+    check_engine(RolloutRole(), {"inputs.chat": LLAMA_1B}, precision="bf16", on_gpu=False, elsewhere=True)
 
 
 def test_head_sizes_are_those_of_vllm():

@@ -9,9 +9,8 @@ from model.config import PRESETS, ModelConfig
 from model.flops import forward_flops_per_token
 from rlhf_ray.config import Config, DataSection
 from rlhf_ray.data.reward_function import is_function
-from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight import check_batches, check_cluster, check_model, check_output, check_roles, on_gpu
+from rlhf_ray.preflight import check_batches, check_cluster, check_model, check_output, check_roles, check_shapes
 from rlhf_ray.preflight_inputs import REWARD_MODELS, check_models, check_tokenizers
 
 Benchmark = Literal["rollout", "score", "train", "sync", "round"]
@@ -94,7 +93,7 @@ def check_bench(
         shape = preset.model_copy(update=changes)
     if "rollout" in ROLES[what]:
         field = "inputs.chat" if "inputs.chat" in models else f"model.preset={config.model.preset!r}"
-        check_engine(config.roles.rollout, {field: shape}, precision=config.run.precision, on_gpu=on_gpu(config))
+        check_shapes(config, {field: shape})
     context = min([shape.max_seq_len, *(model.config.max_seq_len for model in models.values())])
     if prompt_tokens + response_tokens > context:
         raise UserError(
