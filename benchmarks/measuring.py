@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.hardware import cpu
 from rlhf_ray.bench.report import commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,17 +78,8 @@ def per_phase(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def device() -> str:
-    """The machine, with its load before this script's own work where the system tells."""
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if "model name" in line
-        ]
-        model = f", {names[0]}" if names else ""
-    return f"cpu, {len(os.sched_getaffinity(0))} cores ({platform.machine()}{model})"
+    """The machine."""
+    return f"cpu, {len(os.sched_getaffinity(0))} cores of {cpu()}"
 
 
 def write_result(

@@ -1,7 +1,13 @@
-"""Facts of the machine that a process runs on: its CPU's arithmetic, the memory it may use. No torch, no Ray."""
+"""Facts of the machine that a process runs on: its CPU's arithmetic, its GPUs, the memory it may use.
 
+No torch, no Ray.
+"""
+
+import ctypes
+import itertools
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +49,16 @@ def cpu(root: Path = ROOT) -> Cpu:
     )
 
 
+def count_gpus(root: Path = ROOT) -> int:
+    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
+    found = max(len(list(root.glob("dev/nvidia[0-9]*"))), len(list(root.glob("proc/driver/nvidia/gpus/*"))))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    shown = itertools.takewhile(lambda part: part not in ("", "-1"), (part.strip() for part in visible.split(",")))
+    return min(found, len(list(shown)))  # CUDA reads the list up to its first name that is no device's
+
+
 def memory_limit_bytes(root: Path = ROOT) -> int:
     """The memory that this process may use: the machine's, or what the cgroups above it (v1 or v2) allow."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -50,6 +66,18 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
         _number(group / name) for group in _memory_groups(root) for name in ("memory.max", "memory.limit_in_bytes")
     ]
     return min([total, *(limit for limit in limits if limit is not None and limit < _UNLIMITED)])
+
+
+SMALL_SHARED_BYTES = 2**30
+"""Free bytes of /dev/shm below which it is no place for Ray's object store."""
+
+
+def shared_memory_bytes() -> int:
+    """What is free of the memory that processes share by files, /dev/shm; 0 without it."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
 
 
 def oom_kills(root: Path = ROOT) -> int:
@@ -67,6 +95,15 @@ def resident_bytes(pid: int, root: Path = ROOT) -> int | None:
     """Resident memory of a process; None where it is gone."""
     fields = _read(root / f"proc/{pid}/statm").split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else None
+
+
+def give_back_memory() -> None:
+    """Returns what this process has freed to the system; its allocator would keep it for seconds, or for ever."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallctl"):
+        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))  # 4096: of all arenas
+    elif hasattr(allocator, "malloc_trim"):
+        allocator.malloc_trim(0)
 
 
 def _memory_groups(root: Path) -> Iterator[Path]:

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.deaths import Process, Starts, why_dead
 from cluster.placement import reserve
 
 R = TypeVar("R")
 
 Condition = Literal["dead", "busy", "idle"]
+
+_LOOK_EVERY_S = 1.0
+"""Between looks at the processes that are waited for."""
 
 
 class WorkerError(RuntimeError):
@@ -31,6 +35,16 @@ class WorkerError(RuntimeError):
     def __init__(self, message: str, *, role: str, rank: int, step: str, cause: BaseException | None = None):
         super().__init__(message)
         self.role, self.rank, self.step, self.cause = role, rank, step, cause
+
+    @property
+    def died(self) -> bool:
+        """Whether a process was lost: trying again may end otherwise."""
+        return isinstance(self.cause, RayActorError)
+
+    @property
+    def late(self) -> bool:
+        """Whether there was no answer in time."""
+        return isinstance(self.cause, GetTimeoutError)
 
 
 class Worker:
@@ -61,10 +75,15 @@ class Worker:
         return self._busy_s
 
     def rendezvous_address(self) -> tuple[str, int]:
-        """This node's address and a port that was free a moment ago, for rank 0 to listen on."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+        """This node's address and a port for rank 0 to listen on, which is nobody else's from now on.
+
+        A socket that is bound but does not listen keeps it from being given away. With SO_REUSEADDR on both, as
+        torch.distributed's store has it, the store may listen there all the same.
+        """
+        self._port_holder = socket.socket()
+        self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port_holder.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(self._port_holder.getsockname()[1])
 
     def set_rendezvous(self, address: str, port: int) -> None:
         """Puts torch.distributed's rendezvous variables in the environment of this rank."""
@@ -112,11 +131,14 @@ class Call(Generic[R]):
     method: str
     ref: Any
     data: tuple[Any, ...] = ()
+    process: Process | None = None
 
 
-def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "") -> list[R]:
+def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "", starts: Starts | None = None) -> list[R]:
     """Results of `calls` in order, raising as soon as a rank fails: the others may wait for it for ever.
 
+    Args:
+        starts: where the ranks are still coming up, tells of those that do not.
     Raises:
         WorkerError: a rank raised, died, or had not answered after `timeout_s` seconds.
     """
@@ -124,12 +146,17 @@ def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "") -> li
     results: dict[Any, R] = {}
     waiting = {call.ref: call for call in calls}
     while waiting:
-        done, _ = ray.wait(
-            list(waiting), num_returns=1, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False
-        )
+        for process in {call.process for call in waiting.values() if call.process is not None}:
+            process.look()
+        left_s = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left_s, _LOOK_EVERY_S), fetch_local=False)
         if not done:
             late = next(iter(waiting.values()))
-            raise _error(late, step, f"gave no answer within {timeout_s:.0f} s")
+            if starts is not None and (failure := starts.failure()):
+                raise _error(late, step, failure)
+            if left_s == 0.0:
+                raise _error(late, step, f"gave no answer within {timeout_s:.0f} s", GetTimeoutError())
+            continue
         # A failed call takes its dependants down with it: take all that is done, first submitted first.
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         for ref in [ref for ref in waiting if ref in set(answered)]:
@@ -144,18 +171,14 @@ def _result(call: Call[R], step: str) -> R:
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, RayActorError):
-            raise _error(call, step, f"lost an input: {_why_dead(cause)}", cause) from error
+            raise _error(call, step, f"lost an input: {why_dead(cause, None)}", cause) from error
         raise _error(call, step, f"{type(cause).__name__}: {cause}", cause) from error
     except RayActorError as error:
-        raise _error(call, step, f"the process died: {_why_dead(error)}", error) from error
+        raise _error(call, step, f"the process died: {why_dead(error, call.process)}", error) from error
     except GetTimeoutError as error:
         raise _error(call, step, "its result could not be fetched within 60 s", error) from error
-
-
-def _why_dead(error: RayActorError) -> str:
-    """The last line of Ray's report, less its guesses: what a constructor raised, or how the process died."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    except RayError as error:  # the runtime environment failed, the object store is full, an object was lost
+        raise _error(call, step, f"{type(error).__name__}: {why_dead(error, None)}", error) from error
 
 
 def _error(call: Call[Any], step: str, what: str, cause: BaseException | None = None) -> WorkerError:
@@ -166,9 +189,10 @@ def _error(call: Call[Any], step: str, what: str, cause: BaseException | None = 
 class WorkerGroup:
     """The ranks of one role, alive for the whole run."""
 
-    def __init__(self, role: str, actors: list[Any], placement: Any, pids: list[int], *, timeout_s: float):
-        self.role, self.pids = role, pids
+    def __init__(self, role: str, actors: list[Any], placement: Any, *, timeout_s: float):
+        self.role = role
         self._actors, self._placement, self._timeout_s = actors, placement, timeout_s
+        self._processes: list[Process] = []
 
     @classmethod
     def launch(
@@ -179,20 +203,23 @@ class WorkerGroup:
         num_ranks: int = 1,
         resources: Mapping[str, float],
         env: Mapping[str, str],
+        rendezvous: bool = False,
         start_timeout_s: float = 300.0,
         call_timeout_s: float = 3600.0,
     ) -> "WorkerGroup":
-        """Starts the ranks and gives them a rendezvous.
+        """Starts the ranks.
 
         Args:
             resources: {"CPU": share, "GPU": share} of one rank.
             env: environment variables of each rank, set before its process imports anything.
+            rendezvous: the ranks compute together: they get what torch.distributed needs to find each other.
             start_timeout_s: seconds for placement, and again for the processes to come up.
             call_timeout_s: default deadline of each later call, seconds.
         Raises:
             PlacementError, WorkerError.
         """
         placement = reserve([dict(resources)] * num_ranks, role=role, timeout_s=start_timeout_s)
+        starts = Starts()
         remote_class = ray.remote(worker_class)
         actors = [
             remote_class.options(
@@ -203,11 +230,14 @@ class WorkerGroup:
             ).remote(role, rank, num_ranks)
             for rank in range(num_ranks)
         ]
-        group = cls(role, actors, placement, [], timeout_s=start_timeout_s)
+        group = cls(role, actors, placement, timeout_s=start_timeout_s)
         try:
-            group.pids = group.call(Worker.ready, step="start-up")
-            address, port = group.call_one(0, Worker.rendezvous_address, step="start-up")
-            group.call(Worker.set_rendezvous, address, port, step="start-up")
+            ready = group.submit(Worker.ready)
+            pids = collect(ready, timeout_s=start_timeout_s, step="start-up", starts=starts)
+            group._processes = [Process(pid) for pid in pids]
+            if rendezvous:
+                address, port = group.call_one(0, Worker.rendezvous_address, step="start-up")
+                group.call(Worker.set_rendezvous, address, port, step="start-up")
         except WorkerError:
             group.stop()
             raise
@@ -218,6 +248,11 @@ class WorkerGroup:
     def num_ranks(self) -> int:
         """How many ranks the group has."""
         return len(self._actors)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process id of each rank."""
+        return [process.pid for process in self._processes]
 
     def submit_one(
         self, rank: int, method: Callable[..., Any], *args: Any, num_data: int = 0, **kwargs: Any
@@ -230,7 +265,8 @@ class WorkerGroup:
         remote_method = getattr(self._actors[rank], method.__name__)
         refs = remote_method.options(num_returns=1 + num_data).remote(*args, **kwargs)
         ref, *data = refs if num_data else [refs]
-        return Call(self.role, rank, method.__name__, ref, tuple(data))
+        process = self._processes[rank] if self._processes else None  # none while the ranks come up
+        return Call(self.role, rank, method.__name__, ref, tuple(data), process)
 
     def submit(self, method: Callable[..., R], *args: Any, **kwargs: Any) -> list[Call[R]]:
         """Starts `method` with the same arguments on every rank and returns at once."""
@@ -263,3 +299,5 @@ class WorkerGroup:
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
+        for process in self._processes:
+            process.close()

@@ -36,6 +36,7 @@ from model.llama import Head, Llama
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "empty_model",
     "is_reward_model",
     "iterate_tensors",
     "load_checkpoint",
@@ -61,17 +62,22 @@ def load_model(
     device: str | torch.device = "cpu",
     fresh_head: bool = False,
     seed: int = 0,
-    activation_checkpointing: bool = False,
 ) -> Llama:
     """Build the model of a checkpoint directory and load it, without initialising weights in vain.
 
     Args and Raises: see `load_checkpoint`.
     """
+    model = empty_model(read_config(directory), head=head, dtype=dtype, device=device)
+    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
+    return model
+
+
+def empty_model(config: ModelConfig, *, head: Head, dtype: torch.dtype, device: str | torch.device = "cpu") -> Llama:
+    """A model whose weights are whatever its memory holds, until somebody writes them."""
     with torch.device("meta"):
-        model = Llama(read_config(directory), head=head, activation_checkpointing=activation_checkpointing)
+        model = Llama(config, head=head)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
     return model
 
 
@@ -205,6 +211,14 @@ def save_checkpoint(
     sync_files(directory.parent, below=False)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that the umask gives; safetensors' own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 class _ShardWriter:
     """Collects tensors and writes a shard whenever the next tensor would make it too large."""
 
@@ -242,7 +256,7 @@ class _ShardWriter:
         _write_json(self._directory / INDEX_FILE, index)
 
     def _flush(self) -> None:
-        save_file(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
+        save_tensors(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._shard))
         self._shard, self._shard_bytes = {}, 0
 

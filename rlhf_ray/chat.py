@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.checkpoint_files import read_config
+from rlhf_ray.config import Config
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import settled
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Dialogue = list[dict[str, str]]
@@ -18,16 +20,19 @@ Dialogue = list[dict[str, str]]
 
 def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
     """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it."""
-    model = read_config(checkpoint)
+    model, config = read_config(checkpoint), settled(Config())
     worker = RolloutWorker("rollout", 0, 1)  # a plain class: no cluster is needed for one engine
-    _say(f"starting the engine on {checkpoint}; an empty line ends the dialogue")
+    _say(
+        f"starting the engine on {checkpoint}, in {config.run.precision} on {config.run.device}; "
+        "an empty line ends the dialogue"
+    )
     with _quiet():
         worker.start(
             str(checkpoint),
             tokenizer=str(checkpoint),
-            precision="bf16",
+            precision=config.run.precision,
             max_num_seqs=1,  # hence a cache of one whole dialogue
-            on_gpu=_has_cuda(),
+            on_gpu=config.run.device == "cuda",
         )
         worker.set_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(checkpoint)
@@ -106,12 +111,14 @@ def _quiet() -> Iterator[None]:
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         before = [(number, os.dup(number)) for number in (1, 2)]
-        failed = True
+        failed = False
         try:
             for number, _ in before:
                 os.dup2(said.fileno(), number)
             yield
-            failed = False
+        except Exception:  # not where a signal ends it
+            failed = True
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -126,9 +133,3 @@ def _quiet() -> Iterator[None]:
 def _say(line: str) -> None:
     """A line that is neither question nor answer."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -14,7 +14,7 @@ import typer
 from rlhf_ray.cli_data import data_app
 from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import Stopped, stopping_on_signals
+from rlhf_ray.stopping import saying, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
@@ -37,45 +37,58 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
     from rlhf_ray.config import load_config
     from rlhf_ray.preflight import check_run
 
-    config = load_config(config_path, overrides)
-    check_run(config, out, stages)
-
-    made = _run_recipe(config, out, stages)
+    with saying("stopped; the same command goes on from the last checkpoint"):
+        config = load_config(config_path, overrides)
+        check_run(config, out, stages)
+        _mend_environment()
+        made = _run_recipe(config, out, stages)
     if "evaluation" in made:
         from rlhf_ray.evaluate.policies import print_evaluation
 
         print_evaluation(made["evaluation"])
 
 
+def _mend_environment() -> None:
+    """Before libraries are imported, which read where their caches are."""
+    from rlhf_ray.preflight_machine import mend_environment
+
+    if line := mend_environment():
+        print(line, file=sys.stderr)
+
+
 def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
     """`run_recipe`, with its failures as those that `main` prints."""
     from rlhf_ray.recipe.run import run_recipe
+    from rlhf_ray.remedies import GOES_ON, disk_remedy
 
-    with _cluster_failures("the same command goes on from the last checkpoint"):
+    with _cluster_failures(GOES_ON):
         try:
             return run_recipe(config, out, stages=stages)
         except OSError as error:  # the disk is full, or the run directory has gone
-            raise RunFailure(
-                f"{error.filename or out}: {error.strerror or error}; the last whole checkpoint is untouched, and the "
-                "same command goes on from it once the disk is in order"
-            ) from error
+            told = (f"{error.filename or out}: {error.strerror or error}", disk_remedy(error))
+            raise RunFailure("; ".join(filter(None, told))) from error
 
 
 @contextmanager
-def _cluster_failures(remedy: str) -> Iterator[None]:
+def _cluster_failures(goes_on: str) -> Iterator[None]:
     """The cluster's exceptions as those that `main` prints."""
+    from ray.exceptions import RayError
+
+    from cluster.deaths import why_dead
     from cluster.placement import PlacementError
-    from cluster.session import log_directory
     from cluster.worker_group import WorkerError
+    from rlhf_ray.remedies import what_helps
 
     try:
         yield
     except WorkerError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
-        raise RunFailure(f"{error}; the workers' logs are in {log_directory()}, and {remedy}") from error
+        raise RunFailure(f"{error}; {what_helps(error, goes_on=goes_on)}") from error
     except PlacementError as error:
         raise RunFailure(str(error)) from error
+    except RayError as error:  # Ray itself: its node or its store has gone
+        raise RunFailure(f"{type(error).__name__}: {why_dead(error, None)}") from error
 
 
 @app.command()
@@ -110,10 +123,19 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to a checkpoint; an empty line ends the dialogue."""
-    from rlhf_ray.preflight import count_gpus
+    from rlhf_ray.config import Config
+    from rlhf_ray.machine import settled
     from rlhf_ray.preflight_inputs import check_chat_checkpoint
 
-    check_chat_checkpoint(checkpoint, temperature=temperature, max_new_tokens=max_new_tokens, on_gpu=count_gpus() > 0)
+    run = settled(Config()).run
+    check_chat_checkpoint(
+        checkpoint,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        on_gpu=run.device == "cuda",
+        precision=run.precision,
+    )
+    _mend_environment()
 
     from rlhf_ray.chat import talk
 
@@ -155,16 +177,15 @@ def bench(
         response_tokens=response_tokens,
         out=out,
     )
+    _mend_environment()
 
     from rlhf_ray.bench.measure import run_bench
     from rlhf_ray.bench.report import print_report
     from rlhf_ray.run_state import write_json
 
-    with _cluster_failures("the same command starts anew"):
+    with _cluster_failures("the same command starts anew"), saying("stopped; a benchmark keeps nothing"):
         try:
             found = run_bench(work)
-        except Stopped as stopped:
-            raise Stopped(stopped.args[0], "stopped; a benchmark keeps nothing, and starts anew") from None
         except OSError as error:
             raise RunFailure(
                 f"{error.filename or 'the temporary directory'}: {error.strerror or error}; set TMPDIR to a directory "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_ray.errors import RunFailure, UserError
-from rlhf_ray.stopping import Stopped
+from rlhf_ray.stopping import saying
 
 if TYPE_CHECKING:
     from cluster.jobs import Client, Job
@@ -116,7 +116,7 @@ def stop(job: JobId, address: Address = None) -> None:
     with _cluster(address) as client:
         from cluster import jobs
 
-        with _interrupted_saying(f"job {job}: was asked to end; see {_command('status', job, client)}"):
+        with saying(f"\njob {job}: was asked to end; see {_command('status', job, client)}"):
             before = jobs.job(client, job)
             ended = jobs.stop(client, job)
         if before.ended:
@@ -170,7 +170,12 @@ def _check_unused(client: "Client", out: Path) -> None:
 def _copy_packages(directory: Path) -> None:
     root = Path(__file__).resolve().parent.parent
     for package in PACKAGES:
-        shutil.copytree(root / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            root / package,
+            directory / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+            copy_function=shutil.copyfile,
+        )
 
 
 def _entrypoint(config: str, out: Path, overrides: Sequence[str], *, ship: bool) -> str:
@@ -191,7 +196,7 @@ def _follow(client: "Client", job_id: str) -> None:
     from cluster import jobs
 
     stop_it = _command("stop", job_id, client)
-    with _interrupted_saying(f"no longer following job {job_id}, which goes on; stop it with {stop_it}"):
+    with saying(f"\nno longer following job {job_id}, which goes on; stop it with {stop_it}"):
         for text in jobs.follow(client, job_id):
             print(text, end="", flush=True)
         ended = jobs.wait(client, job_id, timeout_s=30)  # the log may end a moment before the state is final
@@ -205,16 +210,6 @@ def _failure(job: "Job") -> RunFailure:
     code = "" if job.exit_code is None else f" with exit code {job.exit_code}"
     missing = job.exit_code == 127 or "No module named" in job.message
     return RunFailure(f"job {job.id} ended{code}: {job.message}" + (NOT_INSTALLED if missing else ""))
-
-
-@contextmanager
-def _interrupted_saying(line: str) -> Iterator[None]:
-    """Ctrl-C ends this program alone; the line says what that leaves."""
-    try:
-        yield
-    except Stopped as stopped:
-        _say(f"\n{line}")
-        raise typer.Exit(128 + stopped.args[0]) from None
 
 
 def _command(name: str, job: str, client: "Client") -> str:

@@ -80,17 +80,21 @@ class RunSection(Section):
     """Stages that `rlhf-ray run` goes through, in the recipe's order."""
     seed: Seed = 0
     """Seed of every draw: data, initial weights, prompt order, sampling."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of models; with bf16 the optimizer keeps fp32 master weights. "auto" takes bf16 on CUDA and on CPUs
+    with units for it (AMX, AVX512-BF16), else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models live; "auto" takes CUDA where the driver's machine has it."""
+    save_every_s: Positive | None = 600.0
+    """Seconds after which a checkpoint is written, whatever a section's `save_every`; none goes by steps alone."""
 
 
 class ClusterSection(Section):
     """The Ray cluster."""
 
     address: str | None = None
-    """A running cluster ("auto" or "host:port"); none starts an embedded Ray on this machine."""
+    """A running cluster ("auto" or "host:port"), or "local" for an embedded Ray on this machine; none takes
+    RAY_ADDRESS, and where that is not set an embedded one."""
     cores: PositiveInt | None = None
     """CPU cores that compute threads may fill on one machine; none for all that the process may use."""
     cpus_per_rank: Annotated[float, Field(ge=0.001)] = 0.1
@@ -110,8 +114,9 @@ class TrainRole(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
+    GPUs than roles."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass rather than keep its activations."""
 
@@ -121,8 +126,9 @@ class FrozenRole(Section):
 
     num_ranks: PositiveInt = 1
     """Independent replicas; chunks of a batch go to them in turn."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of a rank (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
+    GPUs than roles."""
 
 
 class RolloutRole(Section):
@@ -132,8 +138,8 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpus_per_rank: Positive = 1.0
-    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA."""
+    gpus_per_rank: Positive | None = None
+    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA; none as for ranks."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
@@ -476,6 +482,18 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
+
+
+def config_with(config: Config, settings: Mapping[str, object]) -> Config:
+    """The config with dotted keys replaced."""
+    raw = config.model_dump()
+    for key, value in settings.items():
+        *tables, name = key.split(".")
+        table = raw
+        for part in tables:
+            table = table[part]
+        table[name] = value
+    return Config.model_validate(raw)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> str:

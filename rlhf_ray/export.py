@@ -9,7 +9,7 @@ from model.checkpoint_values import check_finite
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight_inputs import READ_THROUGH_BYTES
-from rlhf_ray.run_state import finished_files
+from rlhf_ray.run_state import copy_file, copy_files, finished_files
 
 STEPS = {
     "policy": "ppo",
@@ -49,10 +49,10 @@ def export_model(run: Path, to: Path, *, what: str) -> Path:
     partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, partial)
+        copy_files(source, partial)
         if (partial / "tokenizer.json").exists():
             write_ids(partial)  # models of earlier versions may name another EOS than they were trained with
-        shutil.copy(source.parent / "step.json", partial / "lineage.json")
+        copy_file(source.parent / "step.json", partial / "lineage.json")
         os.rename(partial, to)
     except OSError as error:
         raise UserError(

@@ -65,6 +65,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def latest(directory: Path, key: str) -> float:
+    """The newest value of a metric in DIR/metrics.jsonl, NaN without one."""
+    return next((float(row[key]) for row in reversed(read_metrics(directory)) if key in row), float("nan"))
+
+
 class Bar:
     """A progress bar's handle."""
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from cluster.plan import GIB, Memory
 from model.checkpoint_files import read_config
 from model.config import PRESETS, ModelConfig
-from rlhf_ray.config import Config, apply_overrides, parse_config, read_toml
+from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
-from rlhf_ray.planning import STAGES, Plan, Request, config_with
+from rlhf_ray.planning import STAGES, Plan, Request
 
 PARTS = tuple(field.name for field in fields(Memory))
 SHORT = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "kv_cache": "KV", "overhead": "other"}
@@ -66,8 +66,8 @@ def plan_request(
     given = "roles" in raw
     if given and zero_stage is not None:
         raise UserError("--zero-stage cannot be given beside a placement (roles in --config or --set); leave one out")
-    if config.run.precision != "bf16":
-        raise UserError("run.precision=fp32 is not planned for, bf16 is; leave it out")
+    if config.run.precision == "fp32":
+        raise UserError("run.precision=fp32 is not planned for, bf16 is; leave it out, or --set run.precision=bf16")
     context = min(shape.max_seq_len, reward_shape.max_seq_len) if stage in ("reward", "ppo") else shape.max_seq_len
     config = _cut_to_context(config, stage, raw, context, batch, response_tokens)
     answer = config.ppo.max_new_tokens

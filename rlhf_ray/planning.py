@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from cluster.plan import GIB, Memory, Option, Placement, Role, place, seat_given
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
-from rlhf_ray.config import Config, TrainRole
+from rlhf_ray.config import Config, TrainRole, config_with
+from rlhf_ray.errors import UserError
 from rlhf_ray.memory import largest_matrix, scoring_memory, training_memory, training_work
 from rlhf_ray.preflight import ROLES, check_batches, on_device, stage_roles
 
@@ -70,7 +71,7 @@ def make_plan(request: Request) -> Plan:
     """The placement asked for, or the best simple one, and whether it fits.
 
     Raises:
-        UserError: batch sizes of a given placement do not divide.
+        UserError: batch sizes of a given placement do not divide, or the stage has no role.
     """
     if request.given:
         return _given_plan(request)
@@ -95,7 +96,7 @@ def _given_plan(request: Request) -> Plan:
     for role in _roles(request, request.config):
         settings = getattr(request.config.roles, role.name)
         share = float(role.options[0].gpus_per_rank)
-        roles.append((role, role.options[0], share if share > 1 else settings.gpus_per_rank))
+        roles.append((role, role.options[0], share if share > 1 else settings.gpus_per_rank or 1.0))
     placement = seat_given(
         roles,
         gpus=request.gpus,
@@ -146,8 +147,10 @@ def _row_tokens(request: Request, config: Config) -> int:
 
 
 def _roles(request: Request, config: Config) -> list[Role]:
-    roles = []
-    for name in on_device(config, stage_roles(config, request.stage)):
+    roles, names = [], on_device(config, stage_roles(config, request.stage))
+    if not names:  # the reward stage alone
+        raise UserError(f"--stage {request.stage}: the config names both reward models; plan another stage")
+    for name in names:
         if name == "rollout":
             roles.append(_engine_role(request, config))
         elif request.stage == "ppo" and name in FROZEN:
@@ -401,18 +404,6 @@ def _notes(request: Request, placement: Placement, config: Config, settings: Map
                     "when it is full the others wait"
                 )
     return notes
-
-
-def config_with(config: Config, settings: Mapping[str, object]) -> Config:
-    """The config with dotted keys replaced."""
-    raw = config.model_dump()
-    for key, value in settings.items():
-        *tables, name = key.split(".")
-        table = raw
-        for part in tables:
-            table = table[part]
-        table[name] = value
-    return Config.model_validate(raw)
 
 
 def _flat(config: Config) -> dict[str, object]:

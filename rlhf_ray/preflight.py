@@ -10,15 +10,21 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from cluster import hardware
 from model.config import PRESETS, ModelConfig
+from rlhf_ray import machine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
-from rlhf_ray.recipe.context import WHO_MAKES, no_cluster
+from rlhf_ray.preflight_machine import check_machine
+from rlhf_ray.preflight_memory import check_memory, model_shape
+from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
 NEEDS: Mapping[str, Sequence[str]] = {
@@ -43,6 +49,8 @@ ROLES: Mapping[str, Sequence[str]] = {
 }
 """Stage -> the roles it starts."""
 
+TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
+
 SMALLEST_VOCABULARY = 286
 """Pieces `train_tokenizer` needs: special tokens, bytes, and room for digits to be learnt."""
 
@@ -55,9 +63,11 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     Raises:
         UserError: the first thing that is wrong.
     """
+    config = settled(config)
     wanted = tuple(stages or config.run.stages)
     check_stages(wanted)
     running = stages_to_run(config, wanted)
+    check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
     check_batches(config, running)
@@ -67,32 +77,24 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_needs(config, out, wanted)
     check_lengths(config, running, models)
     check_rollout(config, running, models)
+    if config.cluster.address == EMBEDDED and config.run.device == "cpu":
+        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
     """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
     if not any("rollout" in ROLES.get(stage, ()) for stage in running):
         return
-    field = next((name for name in ("inputs.chat", "inputs.base") if name in models), None)
-    if field is not None:
-        shape = models[field].config
-    elif config.model.preset in PRESETS:
-        field, shape = f"model.preset={config.model.preset!r}", PRESETS[config.model.preset]
-        shape = shape.model_copy(update={"max_seq_len": config.model.max_seq_len or shape.max_seq_len})
-    else:
+    if (shape := model_shape(config, models)) is None:
         return
+    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
     check_shapes(config, {field: shape})
 
 
 def check_shapes(config: Config, shapes: Mapping[str, ModelConfig]) -> None:
     """The run's engines take models of these shapes, by the fields that name them."""
-    rollout, precision, elsewhere = config.roles.rollout, config.run.precision, config.cluster.address is not None
-    check_engine(rollout, shapes, precision=precision, on_gpu=_on_gpu(config), elsewhere=elsewhere)
-
-
-def _on_gpu(config: Config) -> bool:
-    """Whether models will be on GPUs, as far as this machine can tell."""
-    return config.run.device == "cuda" or (config.run.device == "auto" and count_gpus() > 0)
+    on_gpu, elsewhere = config.run.device == "cuda", config.cluster.address not in (None, machine.EMBEDDED)
+    check_engine(config.roles.rollout, shapes, precision=config.run.precision, on_gpu=on_gpu, elsewhere=elsewhere)
 
 
 def check_submission(config: Config, out: Path) -> None:
@@ -162,18 +164,24 @@ def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
 
 def check_cluster(config: Config) -> None:
     """A cluster given by address answers."""
-    if (config.cluster.address or "").startswith("ray://"):
+    address = config.cluster.address or EMBEDDED
+    if address.startswith("ray://"):
         raise UserError(
-            f"cluster.address={config.cluster.address!r}: is one of Ray Client, whose drivers run outside the cluster; "
+            f"{address_field(address)}={address!r}: is one of Ray Client, whose drivers run outside the cluster; "
             "give HOST:PORT or auto on a machine of the cluster, or use `rlhf-ray submit`"
         )
-    host, _, port = (config.cluster.address or "").rpartition(":")
-    if not host:
+    if address in (EMBEDDED, "auto"):
         return  # an embedded cluster, or one that Ray finds by itself
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address_field(address)}={address!r}: must read HOST:PORT, or auto for the cluster of this machine; "
+            "`ray start --head` prints it"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise no_cluster(config.cluster.address, error) from error
+        raise no_cluster(address, error) from error
 
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
@@ -193,16 +201,37 @@ def on_device(config: Config, roles: Sequence[str]) -> list[str]:
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
-    """As `check_ranks`, for roles that are up together."""
-    if config.cluster.address is not None:
+    """As `check_ranks`, for roles of a settled config that are up together."""
+    if config.run.device == "cuda":
+        _check_shares(config, roles)
+    if config.cluster.address != EMBEDDED:
         return  # the cluster's own resources are checked when it is reached
-    gpus = count_gpus()
-    if config.run.device == "cuda" and not gpus:
-        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
-    if config.run.device == "cpu" or not gpus:
+    if config.run.device == "cpu":
         _check_cores(config, roles)
+    elif not (gpus := hardware.count_gpus()):
+        raise UserError("run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address")
+    elif machine.is_cpu_build():
+        raise UserError(
+            "run.device='cuda': the torch installed here is built for CPUs; run DEVICE=cuda scripts/install.sh"
+        )
     else:
         _check_gpus(config, roles, gpus)
+
+
+def _check_shares(config: Config, roles: Sequence[str]) -> None:
+    """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
+    for role in roles:
+        settings: Any = getattr(config.roles, role)
+        share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
+        if share > 1 and share % 1:
+            raise UserError(
+                f"{field}={share:g} must be a whole number, or at most 1: a fraction shares one GPU; set it to 1"
+            )
+        if role in TRAINED_ROLES and settings.num_ranks > 1 and share <= 0.5:
+            raise UserError(
+                f"{field}={share:g} must be above 0.5 with roles.{role}.num_ranks={settings.num_ranks}: two ranks of a "
+                "trained role would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
+            )
 
 
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
@@ -221,8 +250,10 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    held = on_device(config, roles)
-    needed = {role: _num_ranks(config, role) * getattr(config.roles, role).gpus_per_rank for role in held}
+    needed = {
+        role: _num_ranks(config, role) * (getattr(config.roles, role).gpus_per_rank or 1.0)
+        for role in on_device(config, roles)
+    }
     if "rollout" in roles and rollout.tensor_parallel_size > 1:
         needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
@@ -236,13 +267,6 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
 def _num_ranks(config: Config, role: str) -> int:
     settings = getattr(config.roles, role)
     return int(settings.num_engines if role == "rollout" else settings.num_ranks)
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use, counted without loading CUDA."""
-    found = max(len(list(Path("/dev").glob("nvidia[0-9]*"))), len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([part for part in visible.split(",") if part.strip()]))
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:

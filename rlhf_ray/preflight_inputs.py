@@ -357,7 +357,7 @@ def token_limit(
     )
 
 
-def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int, on_gpu: bool) -> None:
+def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int, on_gpu: bool, precision: str) -> None:
     """A checkpoint to talk to is a whole language model, has its tokenizer, and room for an answer."""
     try:
         sampling_temperature(temperature)
@@ -370,7 +370,7 @@ def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int
             raise UserError("the tokenizer has no chat_template; give a fine-tuned model")
         check_turns(files)
     _check_fit("CHECKPOINT", files, f"CHECKPOINT={str(path)!r}", model)
-    check_engine(RolloutRole(), {f"CHECKPOINT={str(path)!r}": model}, precision="bf16", on_gpu=on_gpu)
+    check_engine(RolloutRole(), {f"CHECKPOINT={str(path)!r}": model}, precision=precision, on_gpu=on_gpu)
     if max_new_tokens >= model.max_seq_len:
         raise UserError(
             f"--max-new-tokens {max_new_tokens}: must be less than {model.max_seq_len}, the model's context; lower it"

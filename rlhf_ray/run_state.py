@@ -13,11 +13,12 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class RunDir:
             UserError: it cannot be written.
         """
         self.path = Path(path).resolve()
+        self.machine: Mapping[str, Any] = {}
+        """What the run's steps are computed on; recorded with each."""
         try:
             (self.path / "steps").mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -107,17 +110,27 @@ class Step:
     def begin(self) -> Path:
         """The directory to work in; holds the last checkpoint of an interrupted attempt, if there was one."""
         self.partial.mkdir(exist_ok=True)
-        for half_written in self.partial.glob(".*.partial-*"):  # by a rank that was killed while it saved a model
-            shutil.rmtree(half_written)
+        sweep(self.partial)
         return self.partial
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part of the result, as JSON values, that is made once: one from before an interruption is read again."""
+        path = self.partial / "parts" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def finish(self, **facts: Any) -> Path:
         """Files the output for good; `facts` go to the manifest."""
+        facts = {"machine": dict(self._run.machine), **facts}
         write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
         sync_files(self.partial)
         os.rename(self.partial, self.path)
         # Only now: an attempt killed before the rename resumes from it.
-        shutil.rmtree(self.path / "state", ignore_errors=True)
+        for name in ("state", "parts"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         seconds = round(time.time() - self._start, 1)
         self._run.record(steps={self.path.name: {"inputs": self.inputs, "seconds": seconds, **facts}})
         return self.path
@@ -130,6 +143,31 @@ class Step:
     def new_state(self, steps_done: int) -> "StateWriter":
         """A checkpoint to be filled in a `with` block; it appears whole at the block's end, and older ones go."""
         return StateWriter(self.partial / "state", steps_done)
+
+
+class Due:
+    """When a stage writes its next checkpoint: every so many steps, so long after the last one, and at its end.
+
+    The one at the end is written before any result: what fails there costs no training.
+    """
+
+    def __init__(self, every: int, every_s: float | None):
+        self._every, self._every_s = every, math.inf if every_s is None else every_s
+        self._last, self._took_s = time.monotonic(), 0.0
+
+    def now(self, steps_done: int, total: int) -> bool:
+        """Whether it is time. Where writing takes long, the clock alone takes a tenth of the time for it at most."""
+        waited_s = time.monotonic() - self._last
+        by_time = waited_s >= max(self._every_s, 9 * self._took_s)
+        return steps_done % self._every == 0 or steps_done == total or by_time
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing of one."""
+        start = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._took_s = self._last - start
 
 
 class StateWriter:
@@ -154,6 +192,37 @@ class StateWriter:
         for old in self._final.parent.iterdir():
             if old != self._final:
                 shutil.rmtree(old)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what processes that were ended have half written: models, checkpoints, files."""
+    for pattern in (".*.partial-*", "best/.*.partial-*", "state/*.writing", "*.writing", ".*.tmp"):
+        for half_written in directory.glob(pattern):
+            if half_written.is_dir():
+                shutil.rmtree(half_written, ignore_errors=True)
+            else:
+                half_written.unlink(missing_ok=True)
+
+
+def copy_files(source: Path, to: Path, *, link: bool = False) -> None:
+    """Puts the files of one directory into another: what they hold, not who may write them.
+
+    Args:
+        link: as second names of the same files, where the file system has that.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        copy_file(file, to / file.name, link=link)
+
+
+def copy_file(file: Path, to: Path, *, link: bool = False) -> None:
+    """Puts a file's content at `to`, in place of one there that may be read-only."""
+    to.unlink(missing_ok=True)
+    if link:
+        with suppress(OSError):
+            os.link(file, to)
+            return
+    shutil.copyfile(file, to)
 
 
 def finished_files(run: Path, name: str, file: str) -> list[Path]:

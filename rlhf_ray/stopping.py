@@ -3,6 +3,7 @@
 Nothing is lost by ending at once, since results appear by rename; and no process stays behind.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -14,25 +15,39 @@ from contextlib import contextmanager
 
 GRACE_S = 5.0
 """Seconds from a signal in which a run may end in good order."""
-STOPPED = "stopped; the same command goes on from the last checkpoint"
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OVER = 0  # no signal's number: tells the watcher that its work is done
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ROUNDS = 5  # a process may start another while it is being ended
 
 
+_line = "stopped"
+_leaving = threading.Lock()  # never released: one thread ends the process, and says so once
+
+
 class Stopped(BaseException):
-    """SIGINT or SIGTERM came. Not a KeyboardInterrupt, which libraries catch and turn into other things."""
+    """A signal came. Not a KeyboardInterrupt, which libraries catch and turn into other things."""
+
+
+@contextmanager
+def saying(line: str) -> Iterator[None]:
+    """A stop in this `with` block ends with `line`, in place of "stopped"."""
+    global _line
+    before, _line = _line, line
+    yield
+    _line = before  # not where the block is left by a stop: its line is still to be said
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Ends this process and all it started with code 128 + N at signal N, SIGINT or SIGTERM.
+    """Ends this process and all it started with code 128 + N at signal N: SIGINT, SIGTERM or SIGHUP.
 
     The block is unwound by `Stopped`. A second signal, or an unwinding that takes longer than `GRACE_S`, ends
     all at once: a thread watches, because Python runs handlers only when the main thread is back from C.
     """
+    global _line
+    _line = "stopped"
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -50,12 +65,15 @@ def stopping_on_signals() -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except Stopped as stopped:
-        _leave(*stopped.args)
-    except SystemExit as error:
-        # Ray replaces the handler of SIGTERM by one that exits with the signal's number.
-        if error.code == signal.SIGTERM:
-            _leave(signal.SIGTERM)
+    except BaseException as error:
+        # Code that a `Stopped` passes may make something else of it: a SystemError where it is Ray's C code. And while
+        # Ray starts, its own handler of SIGTERM is in place, which exits with the signal's number.
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            received.append(signal.SIGTERM)
+        elif isinstance(error, KeyboardInterrupt):
+            received.append(signal.SIGINT)
+        if received:
+            _leave(received[0])
         raise
     finally:
         signal.set_wakeup_fd(woken_before)
@@ -84,10 +102,12 @@ def _watch(reading: int, handled: list[signal.Signals]) -> None:
             _adopt_orphans()
 
 
-def _leave(number: int, said: str = STOPPED) -> None:
+def _leave(number: int) -> None:
     """Ends this process and its descendants; exit code as shells count."""
+    _leaving.acquire()
     end_descendants()
-    print(said, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        print(_line, file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

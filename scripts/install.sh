@@ -2,7 +2,7 @@
 # Creates .venv with everything this project needs. Run by every make target; at once done when nothing changed.
 #
 #   DEVICE=cpu|cuda   which list of pins to install; default: cuda where nvidia-smi works
-#   PYTHON=...        the interpreter to build .venv from; default: python3.11, else python3.12
+#   PYTHON=...        the interpreter to build .venv from; default: the first of python3.11, 3.12, 3.13
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,16 +19,20 @@ fi
 [[ $DEVICE == cpu || $DEVICE == cuda ]] || die "DEVICE=$DEVICE must be cpu or cuda"
 
 find_python() {
-    local candidate candidates=${PYTHON:-python3.11 python3.12 python3}
-    for candidate in $candidates; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    local candidate candidates=(python3.11 python3.12 python3.13 python3)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    die "Python 3.11 or 3.12 is needed, and none of these is one: $candidates; install python3.11 or set PYTHON"
+    die "Python 3.11, 3.12 or 3.13 is needed, and none of these is one: ${candidates[*]}; install python3.11 or set PYTHON"
 }
 python=$(find_python)
+if ! "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 14))'; then
+    say "$("$python" --version) is newer than this was tried on (3.11 to 3.13); going on; set PYTHON for another"
+fi
 
 # DeepSpeed and torch.compile build small C++ extensions when they first run: a compiler and Python's own headers.
 has_toolchain() {
@@ -56,11 +60,14 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
 
 say "installing for $DEVICE; this takes a few minutes the first time"
 if [[ $DEVICE == cpu ]]; then
-    # The +cpu build is not in every index; PyTorch's own index for it is asked for torch and nothing else.
+    # The +cpu build is not in every index; PyTorch's own index for it is asked for torch and nothing else. Where neither
+    # has it the usual build serves, which does not load without CUDA's libraries.
     torch=$(grep '^torch==' requirements/cpu.txt)
     pip install --no-deps "$torch" 2>/dev/null \
-        || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
-    pip install --no-deps -r requirements/cpu.txt
+        || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null \
+        || { say "no index has ${torch#torch==} of torch; taking the larger ${torch%+cpu}"; pip install "${torch%+cpu}"; }
+    grep -v '^torch==' requirements/cpu.txt >.venv/others.txt
+    pip install --no-deps -r .venv/others.txt
 else
     pip install -r requirements/gpu.txt
 fi

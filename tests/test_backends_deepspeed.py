@@ -8,7 +8,11 @@ from training_world import BATCH, RTOL, STEPS, TIED, UNTIED, TrainingWorker, beg
 
 from cluster.session import session
 from cluster.worker_group import WorkerError, collect
+from model.checkpoint import save_checkpoint
+from model.flops import num_parameters
+from model.llama import Llama
 from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.train_state import read_state
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -131,3 +135,49 @@ def test_a_sharded_model_exports_what_a_whole_one_does(group, config):
         assert list(other) == list(exports[0])
         assert all(torch.equal(other[name], weight) for name, weight in exports[0].items())
     assert exports[0]["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_masters_are_the_checkpoints_weights_bit_for_bit(group, tmp_path, zero_stage):
+    """In bf16 too, where the model rounds them; of all ranks only the first loads any."""
+    model = Llama(TIED, head="scalar")
+    model.init_weights(seed=2)
+    for dtype in (torch.float32, torch.float16):
+        stored = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+        checkpoint, state = tmp_path / f"{dtype}", tmp_path / f"{dtype}-state"
+        save_checkpoint(checkpoint, TIED, stored.items(), num_labels=1)
+        for zeroed in (False, True):
+            begin(group, str(checkpoint), "scalar", zero_stage=zero_stage, precision="bf16", zeroed=zeroed)
+            group.call(TrainerWorker.save_state, str(state))
+            masters = {name: parts["weight"] for name, parts in read_state(state)}
+            if zeroed:  # a value model's head starts at zero, whatever the checkpoint's is
+                stored["score.weight"] = torch.zeros_like(stored["score.weight"])
+            assert masters.keys() == stored.keys()
+            for name, weight in stored.items():
+                assert torch.equal(masters[name], weight.float()), name
+                for rank in range(2):
+                    assert torch.equal(weights_of(group, rank)[name], weight.float().bfloat16()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_fresh_weights_are_those_of_the_seed_on_every_rank(group, zero_stage):
+    start = Llama(UNTIED)
+    start.init_weights(seed=1)
+    begin(group, UNTIED, "lm", zero_stage=zero_stage, precision="bf16")
+    for weights in group.call(TrainingWorker.copy_weights):
+        assert all(torch.equal(weights[name], weight.bfloat16()) for name, weight in start.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3, None], ids=["0", "1", "2", "3", "frozen"])
+def test_a_model_that_was_unloaded_leaves_no_memory_behind(group, tmp_path, zero_stage):
+    # Nearly 4 million parameters: of a whole model that stayed, weights alone would be 2 % of the process each time.
+    config = UNTIED.model_copy(update={"hidden_size": 256, "ffn_size": 768, "num_layers": 4, "vocab_size": 2048})
+    assert num_parameters(config) > 3.5e6
+    checkpoint = tmp_path / "model"
+    save_checkpoint(checkpoint, config, Llama(config, head="lm").state_dict().items())
+    options = (config, str(checkpoint), zero_stage)
+    for resident in group.call(TrainingWorker.resident_after_unload, 10, *options):
+        assert resident[9] < 1.02 * resident[2], [f"{number / 2**20:.0f} MiB" for number in resident]

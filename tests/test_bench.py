@@ -183,7 +183,8 @@ def bench(what: str, directory: Path) -> dict:
     assert set(report["idle_share"]) == {"all", *ROLES[what]}
     assert all(0 < share < 1 for share in report["idle_share"].values())
     assert set(report["peak_memory_gib"]) == {"driver", *ROLES[what]}
-    assert report["device"]["kind"] == "cpu" and report["device"]["name"]
+    assert report["device"]["kind"] == "cpu" and report["device"]["name"].endswith("bf16 units)")
+    assert report["precision"] == report["config"]["run"]["precision"] in ("bf16", "fp32")
     assert {"torch", "ray", "deepspeed"} <= set(report["packages"])
     assert report["commit"] and report["date"] and report["config"]["ppo"]["max_new_tokens"] == 10
     return report

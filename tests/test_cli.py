@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_inputs import PRETRAINING_RUN, prompt, write_checkpoint, write_rows, write_tokenizer
+from tiny_inputs import ANSWER, PRETRAINING_RUN, USER, prompt, write_checkpoint, write_rows, write_tokenizer
 
 from rlhf_ray import chat, cli
 from rlhf_ray.errors import RunFailure, UserError
@@ -167,8 +167,8 @@ def test_failures_of_workers_are_told_by_their_cause(monkeypatch):
 
     told = {"role": "policy", "rank": 1, "step": "sft step 3"}
     fail_with(WorkerError("policy rank 1 failed in train at sft step 3: boom", **told))
-    with pytest.raises(RunFailure, match=r"policy rank 1 .* boom; the workers' logs are in .* same command goes on"):
-        cli._run_recipe(None, Path("x"), None)
+    with pytest.raises(RunFailure, match=r"^policy rank 1 .* boom; the workers' logs are in [^;]*$"):
+        cli._run_recipe(None, Path("x"), None)  # it may well fail again
     fail_with(WorkerError("policy rank 1 failed in open_data", **told, cause=UserError("d row 3: too long")))
     with pytest.raises(UserError, match=r"^d row 3: too long$"):
         cli._run_recipe(None, Path("x"), None)
@@ -412,16 +412,20 @@ def test_a_full_disk_ends_a_run_with_one_line_and_spoils_no_checkpoint(config, s
 
 @pytest.mark.slow
 def test_bad_data_that_only_a_worker_meets_is_told_as_bad_input(config, tmp_path):
-    # Equal texts go to the same side: none is held out, which the rank that reads them finds.
-    path = write_rows(tmp_path / "corpus", "corpus", [{"text": "only one document"}] * 3)
+    # The run's own tokenizer has special tokens that nobody knows before it is made.
+    corpus = write_rows(tmp_path / "corpus", "corpus", [{"text": f"a cat on mat {n}."} for n in range(200)])
+    rows = [
+        {"messages": [USER, {**ANSWER, "content": f"{n} </s>" if n > 17 else f"{n}"}], "kind": ""} for n in range(20)
+    ]
+    path = write_rows(tmp_path / "demonstrations", "demonstrations", rows)
+    sets = [f"data.corpus={corpus}", f"data.demonstrations={path}", 'run.stages=["tokenizer","pretrain","sft"]']
+    sets += ["pretrain.num_steps=1", "pretrain.held_out=0.1", "sft.seq_len=64", "sft.batch_size=2", "sft.held_out=0.3"]
     result = subprocess.run(
-        [
-            *(PROGRAM, "run", config, "--out", tmp_path / "run"),
-            *("--set", f"data.corpus={path}", "--set", 'run.stages=["tokenizer","pretrain"]'),
-        ],
+        [PROGRAM, "run", config, "--out", tmp_path / "run", *(word for each in sets for word in ("--set", each))],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines()[-1].startswith(f"error: {path}: 3 rows leave ")
+    told = "messages[1].content holds the special token '</s>', which would end or fake a turn; remove it from the text"
+    assert result.stderr.splitlines()[-1] == f"error: {path} row 18: {told} (and 1 more rows)"

@@ -1,7 +1,11 @@
 """Groups of ranks on a real Ray: dispatch, deadlines, failures naming their origin, placement, clean ends."""
 
+import contextlib
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +65,17 @@ class Rank(Worker):
     def fail(self) -> tuple[str, list[int], list[int]]:
         raise ValueError("no batch today")
 
+    def end_by(self, number: int) -> None:
+        print("the last batch was odd", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    def port_is_free(self, port: int) -> bool:
+        with socket.socket() as other, contextlib.suppress(OSError):
+            other.bind(("", port))
+            return True
+        return False
+
 
 class Thorough(Rank):
     """A worker whose method calls another of its methods."""
@@ -83,10 +98,13 @@ def test_a_worker_counts_the_seconds_of_its_calls_once() -> None:
 
 
 class Stillborn(Worker):
-    """A worker whose construction fails."""
+    """A worker whose construction fails, as its role says."""
 
     def __init__(self, role: str, rank: int, num_ranks: int):
-        raise OSError("no such device")
+        if role == "value":
+            raise OSError("no such device")
+        print("no licence", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV) if role == "policy" else os._exit(7)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,6 +120,7 @@ def launch(num_ranks: int = 2, *, role: str = "policy", cpus: float = 0.1, timeo
         num_ranks=num_ranks,
         resources={"CPU": cpus},
         env={"COLOUR": "teal", **ENV},
+        rendezvous=True,
         start_timeout_s=30,
         call_timeout_s=timeout_s,
     )
@@ -140,14 +159,18 @@ def test_ranks_are_processes_of_their_own_with_a_common_rendezvous(group: Worker
     assert second[:3] == ["1", "2", "0"]
     assert first[3:] == second[3:]
     assert first[3] and int(first[4] or 0) > 0 and first[5] == "teal"
+    assert group.call(Rank.port_is_free, int(first[4] or 0)) == [False, False]  # kept for rank 0
 
 
 def test_ranks_on_cpu_take_memory_from_rays_jemalloc(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = worker_environment(threads=1, on_gpu=False)
+    assert environment["LD_PRELOAD"].endswith("libjemalloc.so")
     group = WorkerGroup.launch(Rank, role="policy", resources={"CPU": 0.1}, env=environment | ENV)
     assert group.call(Rank.maps, environment["LD_PRELOAD"]) == [True]
+    # Nobody to meet, and a library that finds these would look for others.
+    assert group.call(Rank.environment, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") == [[None] * 4]
     group.stop()
-    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=True)
+    assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=False, embedded=False)  # on machines of others
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libmine.so")  # inherited by the ranks
     assert "LD_PRELOAD" not in worker_environment(threads=1, on_gpu=False)
 
@@ -206,6 +229,26 @@ def test_a_rank_that_dies_is_named_at_once_though_the_other_waits() -> None:
     assert wait_until_gone(pair.pids) == []
 
 
+@pytest.mark.parametrize(
+    "number, what",
+    [
+        (signal.SIGKILL, "SIGKILL; it held 0.0 GiB when last seen; its last words: the last batch was odd"),
+        (signal.SIGILL, "SIGILL; it held 0.0 GiB when last seen; its last words: the last batch was odd | "),
+    ],
+)
+def test_a_death_is_told_by_its_signal_memory_and_last_words(number: int, what: str) -> None:
+    rank = launch(1)
+    with pytest.raises(WorkerError) as caught:
+        rank.call(Rank.end_by, number, step="sft step 2")
+    told = f"policy rank 0 failed in end_by at sft step 2: the process died: killed by {what}"
+    assert re.sub(r"held 0\.\d", "held 0.0", str(caught.value)).startswith(told)
+    assert caught.value.died
+    if number == signal.SIGILL:
+        crash = f'Fatal Python error: Illegal instruction | File "{__file__}", line '
+        assert crash in str(caught.value) and str(caught.value).endswith(" in end_by")
+    rank.stop()
+
+
 @pytest.mark.parametrize("method, what", [(Rank.fail, "no batch today"), (Rank.die, "the process died")])
 def test_the_producer_is_named_not_those_who_wait_for_its_data(method, what) -> None:
     producer, consumer = launch(1, role="rollout"), launch(1, role="safety")
@@ -238,9 +281,43 @@ def test_groups_that_may_wait_for_a_dead_one_are_ended_with_it() -> None:
         roles.stop()
 
 
-def test_a_rank_that_cannot_start_is_named_and_frees_its_place() -> None:
-    with pytest.raises(WorkerError, match=r"value rank 0 failed in ready at start-up: .*no such device"):
-        WorkerGroup.launch(Stillborn, role="value", resources={"CPU": 3}, env=ENV, start_timeout_s=30)
+def test_files_of_the_current_directory_stand_in_for_no_module(tmp_path: Path) -> None:
+    for name in ("model", "queue", "cluster"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('the {name} of someone else')")
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from cluster.session import session
+import ray
+
+with session(num_cpus=1):
+    @ray.remote
+    def where():
+        import cluster, model, queue
+        return [model.__file__, cluster.__file__]
+
+    print(*ray.get(where.remote()), sep="\\n")
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-P", "-c", script, str(root)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(root / name / "__init__.py") for name in ("model", "cluster")], done.stderr
+
+
+@pytest.mark.parametrize(
+    "role, what",
+    [
+        ("value", "the process died: OSError: no such device$"),
+        (
+            "policy",
+            "the process died: killed by SIGSEGV; its last words: no licence | Fatal Python error: Segmentation",
+        ),
+        ("safety", "the process died: it says nothing of why, as a process that SIGKILL ends; its last words: no lic"),
+    ],
+)
+def test_a_rank_whose_constructor_fails_is_named_and_frees_its_place(role: str, what: str) -> None:
+    with pytest.raises(WorkerError, match=f"{role} rank 0 failed in ready at start-up: {what.replace('|', '.')}"):
+        WorkerGroup.launch(Stillborn, role=role, resources={"CPU": 3}, env=ENV, start_timeout_s=30)
     wait_for_cpus(CPUS - 0.2)  # the shared group keeps two tenths
 
 
@@ -348,7 +425,7 @@ with session(num_cpus=1):
 def test_a_death_is_reported_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", DEATH_SCRIPT], capture_output=True, text=True, timeout=120)
     [line] = done.stdout.splitlines()
-    assert line.startswith("policy rank 1 failed in peak_memory_gib at ppo step 3: the process died: ")
+    assert line.startswith("policy rank 1 failed in peak_memory_gib at ppo step 3: the process died: killed by SIGKILL")
     assert len(line) < 300
 
 
@@ -359,3 +436,25 @@ def test_cluster_imports_no_torch() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "env, what",
+    [
+        (
+            {"PYTHONHOME": "/nowhere"},
+            "its process ended while it started; its last words: .*No module named 'encodings'",
+        ),
+        ({"PYTHONPATH": "HERE"}, "its process ended while it started; its last words: this site is closed"),
+    ],
+)
+def test_a_process_that_ends_before_it_is_up_is_told_at_once(env: dict[str, str], what: str, tmp_path: Path) -> None:
+    """Ray tells nobody, and starts another after a minute. Until then it starts fewer: this test is the last."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nprint('this site is closed', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 4)\n"
+    )
+    start = time.monotonic()
+    env = {name: value.replace("HERE", str(tmp_path)) for name, value in env.items()}
+    with pytest.raises(WorkerError, match=f"value rank 0 failed in ready at start-up: {what}"):
+        WorkerGroup.launch(Rank, role="value", resources={"CPU": 0.1}, env=env, start_timeout_s=120)
+    assert time.monotonic() - start < 60

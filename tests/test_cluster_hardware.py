@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.hardware import cpu, memory_limit_bytes, oom_kills, resident_bytes
+from cluster.hardware import count_gpus, cpu, memory_limit_bytes, oom_kills, resident_bytes
 
 GIB = 2**30
 
@@ -33,6 +33,18 @@ def test_a_cpus_units_are_read_from_its_flags(tmp_path: Path, flags: str, vector
     text = f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\nmodel name\t: Some CPU\n"
     found = cpu(lay(tmp_path, proc__cpuinfo=text))
     assert (found.name, found.vectors, found.has_bf16) == ("Some CPU", vectors, has_bf16)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [(None, 3), ("", 0), ("-1", 0), ("1", 1), ("0, 2", 2), ("0,-1,1", 1), ("GPU-a,GPU-b", 2), ("0,1,2,3", 3)],
+)
+def test_visible_devices_bound_the_gpus(tmp_path, monkeypatch, visible, gpus) -> None:
+    lay(tmp_path, dev__nvidia0="", dev__nvidia1="", dev__nvidia2="", dev__nvidiactl="", dev__null="")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus(tmp_path) == gpus
 
 
 def test_without_cgroups_the_limit_is_the_machines_memory(tmp_path: Path) -> None:

@@ -126,10 +126,10 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
         ),
         (
             "roles.rollout.gpus_per_rank=-1",
-            "--set: roles.rollout.gpus_per_rank=-1 must be greater than 0; correct it, or leave it out for the "
-            "default, 1.0",
+            '--set: roles.rollout.gpus_per_rank=-1 must be greater than 0, or "none"; correct it, or leave it '
+            "out for the default, none",
         ),
-        ("run.precision=bf61", "--set: run.precision='bf61' must be 'bf16' or 'fp32'; did you mean bf16?"),
+        ("run.precision=bf61", "--set: run.precision='bf61' must be 'auto', 'bf16' or 'fp32'; did you mean bf16?"),
         ("run.stages=sft", "--set: run.stages='sft' must be a list, for example [\"sft\"]"),
         ("ppo=3", "--set: ppo=3 must be a section of keys; write [ppo] and its keys below"),
         (

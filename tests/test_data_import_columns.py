@@ -1,6 +1,7 @@
 """`data import`: names of columns elsewhere, labels, system messages, and columns that nothing reads."""
 
 import json
+import math
 
 import pytest
 from test_data_importers import PAIR, answer, checked, user, write_lines
@@ -145,6 +146,8 @@ def test_a_labelled_bad_answer_is_not_learnt(imported, capsys, mark):
 
 
 def test_a_label_that_says_neither(imported, capsys):
+    _, counts = imported({"messages": CHAT, "label": math.nan, "score": math.nan})
+    assert (counts.left_out, counts.unused) == ({}, {})
     _, counts = imported({"messages": CHAT}, {"prompt": "Hi?", "completion": "Hello.", "label": "maybe"})
     assert counts.left_out == {"unknown label": 1}
     assert "label='maybe' must say true or false; map it to these, or drop the column" in capsys.readouterr().err
@@ -156,6 +159,11 @@ def test_answers_that_are_not_to_be_learnt(imported, capsys, key, bad, good):
     rows, counts = imported({"messages": turns}, {"messages": [CHAT[0], {**CHAT[1], key: bad}, *turns[2:]]})
     assert (len(rows), counts.left_out, counts.unused) == (1, {"labelled bad": 1}, {})
     assert f"messages[1].{key}={bad!r} marks an answer not to be learnt from" in capsys.readouterr().err
+
+
+def test_answers_of_a_prompt_are_learnt_too(imported):
+    bad = {"prompt": [CHAT[0], {**CHAT[1], "weight": 0}, user("More?")], "completion": "No."}
+    assert imported({"messages": CHAT}, bad)[1].left_out == {"labelled bad": 1}
 
 
 # --- columns that nothing reads --------------------------------------------------------------------------------------
@@ -189,5 +197,5 @@ def test_a_prompt_beside_the_messages_that_hold_it_is_told(imported):
 
 
 def test_numbers_of_an_unknown_scale_are_told(imported):
-    rows, counts = imported({"messages": CHAT, "rating": 0, "score": -3.5})
+    rows, counts = imported({"messages": CHAT, "rating": 0, "score": "-3.5"})
     assert (len(rows), counts.unused) == (1, {"rating": 1, "score": 1})

@@ -141,14 +141,14 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path, dtype, number):
     with pytest.raises(UserError, match=rf"^inputs.chat=.*{line}"):
         check_run(parse_config({"run": {"device": "cpu"}, "inputs": {"chat": str(chat)}}), tmp_path / "new", ("ppo",))
     with pytest.raises(UserError, match=rf"^CHECKPOINT=.*{line}"):
-        check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False)
+        check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False, precision="bf16")
     with pytest.raises(CheckpointError, match=line):
         load_model(chat, head="lm")
     with pytest.raises(CheckpointError, match=line):
         load_model(chat, head="none")
     # The largest number there is stays one.
     largest = broken(tmp_path / "largest", name, torch.finfo(dtype).max, dtype=dtype)
-    check_chat_checkpoint(largest, temperature=1.0, max_new_tokens=4, on_gpu=False)
+    check_chat_checkpoint(largest, temperature=1.0, max_new_tokens=4, on_gpu=False, precision="bf16")
     load_model(largest, head="lm", dtype=dtype)
 
 
@@ -157,18 +157,18 @@ def test_large_checkpoints_are_left_to_the_workers(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rlhf_ray.preflight_inputs.READ_THROUGH_BYTES", 1000)
     chat = broken(tmp_path / "chat", "model.norm.weight", np.nan, dtype=torch.float32)
-    check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False)
+    check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False, precision="bf16")
 
 
 def test_chat_refuses_what_the_engine_would(tmp_path):
     chat = write_checkpoint(tmp_path / "chat")
     write_tokenizer(chat)
     with pytest.raises(UserError, match=r"--temperature 0.001 must be 0 \(greedy\) or from 0.01 to 2"):
-        check_chat_checkpoint(chat, temperature=0.001, max_new_tokens=4, on_gpu=False)
+        check_chat_checkpoint(chat, temperature=0.001, max_new_tokens=4, on_gpu=False, precision="bf16")
     config = json.loads((chat / "config.json").read_text())
     (chat / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2**40}))
     with pytest.raises(UserError, match=r"one whole context of CHECKPOINT=.* lower max_position_embeddings"):
-        check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False)
+        check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False, precision="bf16")
 
 
 def test_a_scrambled_tensor_is_another_in_every_row():

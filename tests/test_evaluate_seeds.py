@@ -1,5 +1,6 @@
 """Seeds side by side: pairing, standard error and the rule of when a gain is claimed."""
 
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
     """A run directory whose evaluation holds these scores per model."""
     step = directory / "steps" / "evaluate-abc"
     step.mkdir(parents=True)
+    machine = {"precision": "fp32", "device": "cpu", "cpu": "Some CPU (avx2, no bf16 units)"}
+    (step / "evaluation.json").write_text(json.dumps({"machine": machine}))
     rows = [
         {
             "prompt_id": f"p{number}",
@@ -59,6 +62,7 @@ def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys
     print_comparison([run])
     told = capsys.readouterr().out
     assert "sampled at temperature 0.7" in told and "greedy" in told and "temperature 1" not in told
+    assert told.startswith(f"{run}: fp32 on cpu, Some CPU (avx2, no bf16 units)\n")
     assert told.count("no claim: not the truth") == 2  # the reward's rows
     with pytest.raises(UserError, match="no model 'long', only PPO, SFT"):
         print_comparison([run], against="long")

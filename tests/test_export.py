@@ -1,5 +1,6 @@
 """A model copied out of a run: the newest, whole, or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -35,12 +36,23 @@ def test_the_newest_finished_model_is_copied_with_its_lineage(tmp_path: Path) ->
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_files_that_nobody_may_write_are_exported_as_others(tmp_path: Path) -> None:
+    model = finish(tmp_path / "run", "sft-aaa", age_s=0)
+    for path in [*model.iterdir(), model]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        export_model(tmp_path / "run", tmp_path / "out", what="chat")
+    finally:
+        model.chmod(0o755)
+    assert all(path.stat().st_mode & 0o200 for path in [tmp_path / "out", *(tmp_path / "out").iterdir()])
+
+
 def test_a_copy_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: Path, target: Path) -> None:
-        raise shutil.Error([(str(source), str(target), "No space left on device")])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     finish(tmp_path / "run", "ppo-aaa", age_s=0)
-    monkeypatch.setattr(shutil, "copytree", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match=r"--to .*out: cannot be written \(.*No space left on device"):
         export_model(tmp_path / "run", tmp_path / "out", what="policy")
 

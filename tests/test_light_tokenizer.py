@@ -85,6 +85,7 @@ def listed(**flags):
             "special_tokens_map.json": {"additional_special_tokens": ["<tool>"]},
         },
         {"added_tokens.json": {"<new>": 303}},
+        {"tokenizer_config.json": {"unk_token": ""}},
         {
             "tokenizer.json": {
                 "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
@@ -92,7 +93,7 @@ def listed(**flags):
         },
         {"tokenizer_config.json": {"chat_template": "of no account"}, "additional_chat_templates/tool_use.jinja": "x"},
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_special_tokens_are_those_of_transformers_wherever_they_are_named(tmp_path, files):
     directory = write_tokenizer(tmp_path / "t")

@@ -1,6 +1,7 @@
 """Checkpoints: exchange with transformers, refusals, atomic writing."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -21,6 +22,7 @@ from model.checkpoint_files import (
 from model.config import PRESETS, Llama3RopeScaling, UnsupportedModelError, to_hf_config
 from model.heads import last_token_scores, scored_lengths
 from model.llama import Llama
+from rlhf_ray.backends.train_state import PARTS, write_state
 
 TINY, EMBEDDING = PRESETS["tiny"], "model.embed_tokens.weight"
 SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -422,6 +424,20 @@ def test_saving_is_whole_or_not_at_all(tmp_path):
     save_checkpoint(target, TINY, tensors)
     with pytest.raises(CheckpointError, match="new: already exists"):
         save_checkpoint(target, TINY, tensors)
+
+
+def test_files_have_the_modes_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(tmp_path / "model", random_model(TINY), max_shard_bytes=2**16)
+        write_state(
+            tmp_path / "state", [("w", {part: torch.zeros(2) for part in PARTS})], steps=1, max_bytes=1
+        )  # a trainer's
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "model").iterdir(), *(tmp_path / "state").iterdir()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_saving_copies_tensors_that_the_caller_reuses(tmp_path):

@@ -15,6 +15,7 @@ from model.config import PRESETS
 from model.llama import Llama
 from rlhf_ray import cli, memory
 from rlhf_ray.config import load_config
+from rlhf_ray.errors import UserError
 from rlhf_ray.memory import Work, lm_head_bytes, training_memory, training_work
 from rlhf_ray.plan_command import plan_request
 from rlhf_ray.planning import make_plan
@@ -177,6 +178,20 @@ def test_seven_billion_on_eight_gpus():
     # 512 KiB a token: what 0.9 x 80 GiB leaves, in sequences of 4,096 tokens
     cache = seats["rollout"].memory.kv_cache
     assert any(f"holds {cache // (4096 * 524_288)} of 256 sequences" in note for note in found.notes)
+
+
+def test_rewards_that_are_given_or_functions_are_planned_for_as_they_run():
+    functions = ["inputs.helpfulness=m:f", "ppo.value_init=policy"]
+    assert {seat.role for seat in plan(overrides=functions).placement.seats} == {
+        "policy",
+        "value",
+        "reference",
+        "safety",
+        "rollout",
+    }
+    assert [seat.role for seat in plan(stage="reward", overrides=functions[:1]).placement.seats] == ["safety"]
+    with pytest.raises(UserError, match="--stage reward: the config names both reward models; plan another stage"):
+        plan(stage="reward", overrides=[functions[0], "inputs.safety=models/safety"])
 
 
 def test_an_asked_for_stage_is_kept():

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, write_rows, write_tokenizer
 
-from rlhf_ray import preflight
+from cluster import hardware
+from rlhf_ray import machine, preflight
 from rlhf_ray.config import STAGES, parse_config
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.schemas import GUIDELINES
@@ -137,6 +138,7 @@ def test_a_sound_run_passes_and_leaves_nothing(tmp_path, files):
         ({"tokenizer": {"vocab_size": 285}}, "tokenizer.vocab_size=285 must be at least 286"),
         ({"pretrain": {"seq_len": 300}}, "pretrain.seq_len=300 must be at most 256: the model's context"),
         ({"ppo": {"max_new_tokens": 256}}, "ppo.max_new_tokens=256 must be at most 255: the model's context"),
+        ({"cluster": {"address": "head"}}, "cluster.address='head': must read HOST:PORT, or auto for the cluster of"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address='127.0.0.1:1': no cluster answers there"),
         ({"cluster": {"address": "ray://127.0.0.1:1"}}, "cluster.address='ray://127.0.0.1:1': is one of Ray Client"),
     ],
@@ -149,39 +151,79 @@ def test_rules_of_stages_that_do_not_run_are_not_held_against_a_run(tmp_path):
     check_run(config(ppo={"batch_size": 7}, run={"stages": ["testbed", "tokenizer", "pretrain"]}), tmp_path)
 
 
-def test_gpus_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
+@pytest.fixture
+def gpus(monkeypatch):
+    """Gives this machine a number of GPUs and a torch that can use them."""
+    monkeypatch.setattr(machine, "is_cpu_build", lambda: False)
+    return lambda number: monkeypatch.setattr(hardware, "count_gpus", lambda: number)
+
+
+def test_gpus_are_counted(tmp_path, gpus):
+    gpus(0)
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line == "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 2)
-    on_gpu = config(run={"device": "auto"}, roles={"helpfulness": {"gpus_per_rank": 1.5}})
-    # The two reward models alone: 1.5 + 1.
-    line = complaint(on_gpu, tmp_path / "new", "testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
-    assert line.startswith("roles ask for 4.5 GPUs (helpfulness 1.5, policy 1, rollout 1, safety 1), this machine")
-    check_run(on_gpu, tmp_path / "new", ("testbed", "tokenizer", "pretrain"))
+    gpus(2)
+    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"gpus_per_rank": 1.0}}
+    on_gpu = config(run={"device": "auto"}, roles=roles)
+    stages = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
+    line = complaint(on_gpu, tmp_path / "new", *stages)
+    assert line.startswith("roles ask for 5 GPUs (helpfulness 1, policy 2, rollout 1, safety 1), this machine has 2")
+    check_run(on_gpu, tmp_path / "new", stages[:3])
 
 
-def test_only_models_that_a_stage_starts_take_gpus(monkeypatch):
-    monkeypatch.setattr(preflight, "count_gpus", lambda: 1)
+def test_only_models_that_a_stage_starts_take_gpus(gpus):
+    gpus(1)
+
+    def settled_with(inputs):
+        given = {"run": {"device": "auto"}, "inputs": inputs, "roles": {"safety": {"num_ranks": 2}}}
+        return machine.settled(config(**given))
 
     def needed(stages, **inputs):
         with pytest.raises(UserError) as raised:
-            preflight.check_ranks(
-                config(run={"device": "auto"}, inputs=inputs, roles={"safety": {"num_ranks": 2}}), stages
-            )
+            preflight.check_ranks(settled_with(inputs), stages)
         return str(raised.value).partition("(")[2].partition(")")[0]
 
     assert needed(["reward"]) == "helpfulness 1, safety 2"
     assert needed(["reward"], helpfulness="models/help") == "safety 2"
-    preflight.check_ranks(config(run={"device": "auto"}, inputs={"safety": "m:f"}), ["reward"])
+    preflight.check_ranks(settled_with({"safety": "m:f"}), ["reward"])
     everything = "helpfulness 1, policy 1, reference 1, rollout 1, safety 2, value 1"
     assert needed(["ppo"], helpfulness="models/help", safety="models/safe") == everything
     assert needed(["ppo"], helpfulness="m:f", safety="m:g") == "policy 1, reference 1, rollout 1, value 1"
 
 
-def test_visible_devices_bound_the_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert preflight.count_gpus() == 0
+@pytest.mark.parametrize("number", range(1, 9))
+def test_roles_of_one_rank_share_what_gpus_there_are(tmp_path, gpus, number):
+    gpus(number)
+    check_run(config(run={"device": "auto"}), tmp_path / "new")
+
+
+def test_shares_of_gpus_that_cannot_be(tmp_path, gpus, monkeypatch):
+    gpus(8)
+    on_gpu = config(run={"device": "cuda"}, roles={"helpfulness": {"gpus_per_rank": 1.5}})
+    assert complaint(on_gpu, tmp_path / "new") == (
+        "roles.helpfulness.gpus_per_rank=1.5 must be a whole number, or at most 1: a fraction shares one GPU; "
+        "set it to 1"
+    )
+    on_gpu = config(run={"device": "cuda"}, roles={"policy": {"gpus_per_rank": 0.5, "num_ranks": 2}})
+    assert complaint(on_gpu, tmp_path / "new") == (
+        "roles.policy.gpus_per_rank=0.5 must be above 0.5 with roles.policy.num_ranks=2: two ranks of a trained role "
+        "would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
+    )
+    frozen = {"reference": {"gpus_per_rank": 0.5, "num_ranks": 2}}
+    check_run(config(run={"device": "cuda"}, roles=frozen), tmp_path / "new")
+    monkeypatch.setattr(machine, "is_cpu_build", lambda: True)
+    line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
+    assert line.startswith("run.device='cuda': the torch installed here is built for CPUs; ")
+
+
+def test_the_cluster_of_ray_address_is_checked_as_one_that_the_config_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    line = complaint(config(), tmp_path / "new")
+    assert line.startswith("RAY_ADDRESS='127.0.0.1:1': no cluster answers there (")
+    assert line.endswith("start one with `ray start --head`, or set cluster.address=local for an embedded one")
+    check_run(config(cluster={"address": "local"}), tmp_path / "new")
+    line = complaint(config(cluster={"address": "127.0.0.1:2"}), tmp_path / "new")
+    assert line.startswith("cluster.address='127.0.0.1:2': ")
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
@@ -595,8 +637,11 @@ def test_what_the_run_directory_holds_counts_while_its_settings_are_the_same(tmp
         recorded = recorded if stage == "testbed" else {stage: recorded}
         step = Path(run / "steps" / f"{stage}-abc")
         step.mkdir(parents=True)
-        write_json(step / "step.json", {"inputs": {"config": recorded, "seed": 0, "precision": "bf16"}})
-    check_run(config(), run, ("pretrain",))
+        write_json(
+            step / "step.json",
+            {"inputs": {"config": recorded, "seed": 0, "precision": "fp32"}},
+        )
+    check_run(config(run={"precision": "fp32"}), run, ("pretrain",))
     with pytest.raises(UserError, match=r"pretrain needs tokenizer, .* \(what tokenizer left in .* other settings\)"):
         check_run(config(tokenizer={"vocab_size": 400}), run, ("pretrain",))
     with pytest.raises(UserError, match="pretrain needs tokenizer, "):
@@ -655,7 +700,7 @@ def test_a_reward_that_is_given_is_not_trained(tmp_path):
     assert RUNNERS["reward"](context) == {"safety": tmp_path / "model"}
     assert names == ["reward-safety"]
     # Nor is it missed by stages that come later.
-    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"})
+    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"}, run={"precision": "bf16"})
     step = tmp_path / "steps" / "reward-safety-abc"
     step.mkdir(parents=True)
     recorded = {"config": {"reward": given.model_dump(mode="json")["reward"]}, "seed": 0, "precision": "bf16"}
@@ -671,7 +716,7 @@ def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
     for stages in (("reward",), ("sft", "reward")):
         assert run_recipe(given, tmp_path / "run", stages=stages) == {}
         said = [line for line in " ".join(capsys.readouterr().err.split()).split(")") if "nothing to do" in line]
-        assert [line.split(":")[0].strip() for line in said] == list(stages)
+        assert [line.split(":")[-2].split()[-1] for line in said] == list(stages)
         assert "reward: nothing to do, the config names what it would make (helpfulness, safety" in said[-1]
 
 

@@ -26,6 +26,10 @@ def words(dialogues, answers):
     return [len(answer.split()) + 100 * len(dialogue[-1]["content"]) for dialogue, answer in zip(dialogues, answers)]
 def short(dialogues, answers):
     return [1.0]
+def alone(answers):
+    return [1.0]
+def named(*, dialogues, answers):
+    return [1.0]
 def endless(dialogues, answers):
     return itertools.count()
 def text(dialogues, answers):
@@ -162,6 +166,8 @@ def test_numbers_of_any_kind_are_scores(score: Score, name: str) -> None:
         ("nan", "my_rewards:nan returned nan for the answer 'no.'; return finite numbers"),
         ("huge", "my_rewards:huge returned 1e+39 for the answer 'a cod is.'; return finite numbers"),
         ("nothing", "my_rewards:nothing: cannot be imported (my_rewards has no nothing); correct it, or give"),
+        ("alone", "my_rewards:alone: is to be called with (dialogues, answers) (too many positional arguments); give"),
+        ("named", "my_rewards:named: is to be called with (dialogues, answers) (too many positional arguments); give"),
         ("number", "my_rewards:number: is no function but int"),
     ],
 )
@@ -219,7 +225,7 @@ def test_what_a_signal_brings_is_not_the_functions_doing(root: str) -> None:
 
     stop = type(stop)(stop.__code__, {"__name__": "rlhf_ray.stopping", "Stopped": Stopped})
     before = signal.signal(signal.SIGUSR1, stop)
-    (Path(root) / "my_rewards.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\nf = len\n")
+    (Path(root) / "my_rewards.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\nf = print\n")
     try:
         with pytest.raises(Stopped):
             find_function("my_rewards:f", root=root)

@@ -5,14 +5,17 @@ import os
 
 import pytest
 
+from rlhf_ray import run_state
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_state import RunDir, code_version, digest, fingerprint, write_json
+from rlhf_ray.run_state import Due, RunDir, code_version, copy_files, digest, fingerprint, sweep, write_json
 
 INPUTS = {"config": {"sft": {"lr": 1e-5}}, "seed": 0, "parents": {"base": "pretrain-1/model"}}
 
 
 def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
-    step = RunDir(tmp_path).step("sft", INPUTS)
+    run = RunDir(tmp_path)
+    run.machine = {"precision": "fp32"}
+    step = run.step("sft", INPUTS)
     (step.begin() / "model").write_text("weights")
     assert not step.done and not RunDir(tmp_path).step("sft", INPUTS).done
     assert step.finish(loss=0.5) == step.path
@@ -20,7 +23,13 @@ def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
     assert again.done and (again.path / "model").read_text() == "weights"
     assert not again.partial.exists()
     recorded = json.loads((again.path / "step.json").read_text())
-    assert recorded == {"name": "sft", "key": again.key, "inputs": INPUTS, "loss": 0.5}
+    assert recorded == {
+        "name": "sft",
+        "key": again.key,
+        "inputs": INPUTS,
+        "machine": {"precision": "fp32"},
+        "loss": 0.5,
+    }
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["steps"][again.path.name]["loss"] == 0.5
 
@@ -69,6 +78,68 @@ def test_a_checkpoint_that_failed_half_way_is_no_checkpoint(tmp_path):
         assert list(directory.iterdir()) == []  # the half of the last attempt is gone
         (directory / "weights").write_text("6")
     assert step.latest_state()[0] == 6
+
+
+def test_a_checkpoint_is_due_by_steps_by_the_clock_and_at_the_end(monkeypatch):
+    clock = iter([0.0, 59.0, 60.0, 60.0, 80.0, 140.0, 259.0, 260.0])
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: next(clock))
+    due = Due(5, 60.0)  # begun at 0
+    assert not due.now(3, 100)  # at 59
+    assert due.now(4, 100)  # at 60
+    with due.writing():  # from 60 to 80: 20 s, a tenth of 200
+        pass
+    assert not due.now(6, 100)  # at 140, 60 after
+    assert not due.now(7, 100)  # at 259
+    assert due.now(8, 100)  # at 260, 180 after
+    clock = iter([0.0, *[1e9] * 4])
+    due = Due(5, None)
+    assert [due.now(done, 7) for done in (4, 5, 6, 7)] == [False, True, False, True]
+
+
+def test_a_part_of_a_result_is_made_once(tmp_path):
+    step = RunDir(tmp_path).step("evaluate", INPUTS)
+    step.begin()
+
+    def again():
+        raise AssertionError("made twice")
+
+    assert step.kept("0", lambda: {"a": (1 / 3, None)}) == {"a": [1 / 3, None]}
+    assert RunDir(tmp_path).step("evaluate", INPUTS).kept("0", again) == {"a": [1 / 3, None]}
+    assert not (step.finish() / "parts").exists()
+
+
+def test_what_was_half_written_is_swept_away(tmp_path):
+    for name in ("model", "state/step-00000002", "best/after-000001"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (".model.partial-77", "state/step-00000003.writing", "best/.after-000002.partial-77"):
+        (tmp_path / name / "policy").mkdir(parents=True)
+    for name in ("metrics.jsonl.writing", ".answers.parquet.77.tmp"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["best", "best/after-000001", "model", "state", "state/step-00000002"]
+
+
+def test_files_are_copied_without_their_modes(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("new")
+    (source / "tokenizer.json").chmod(0o400)
+    source.chmod(0o500)
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "tokenizer.json").write_text("old")
+    (to / "tokenizer.json").chmod(0o400)
+    before = os.umask(0o027)
+    try:
+        copy_files(source, to)
+    finally:
+        os.umask(before)
+    assert (to / "tokenizer.json").read_text() == "new"
+    assert (to / "tokenizer.json").stat().st_mode & 0o777 == 0o640
+    assert to.stat().st_mode & 0o200
+    copy_files(to, tmp_path / "linked", link=True)
+    assert (tmp_path / "linked" / "tokenizer.json").samefile(to / "tokenizer.json")
 
 
 def test_the_newest_of_two_whole_checkpoints_counts(tmp_path):

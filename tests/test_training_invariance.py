@@ -24,6 +24,7 @@ from training_world import (
     plain_lm,
     plain_ppo,
     plain_reward,
+    reward_data,
     train_lm,
     train_ppo,
     train_reward,
@@ -34,6 +35,7 @@ from model.llama import Llama
 from rlhf_ray.backends.deepspeed import learning_rate_scale
 from rlhf_ray.data.batching import epoch_rows
 from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 NUM_EXAMPLES = 16  # of the full-batch runs, in which a packed step holds the same examples as an unpacked one
@@ -188,11 +190,34 @@ def test_evaluation_does_not_depend_on_ranks_or_micro_batches(groups, zero_stage
     losses = []
     for ranks in (1, 2):
         begin(groups[ranks], UNTIED, "lm", zero_stage=zero_stage)
-        groups[ranks].call(TrainerWorker.open_data, lm_data, BATCH, UNTIED.vocab_size, "unpacked")
+        # An odd number of rows: the second rank has one less, and a micro-batch less where they are single.
+        groups[ranks].call(TrainerWorker.open_data, lm_data, BATCH + 1, UNTIED.vocab_size, "unpacked")
         for size in (1, 5):
             losses += groups[ranks].call(PolicyWorker.evaluate_lm, micro_batch_size=size)
     assert losses[0] > 5  # ln(512) = 6.24 before training
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_accuracy_does_not_depend_on_ranks_or_micro_batches(groups, zero_stage):
+    found = []
+    for ranks in (1, 2):
+        begin(groups[ranks], UNTIED, "scalar", zero_stage=zero_stage)
+        groups[ranks].call(TrainerWorker.open_data, reward_data, 1)
+        for tokens in (1, 300, 10_000):  # at 10,000 all pairs are one micro-batch, and are split for two ranks
+            found += groups[ranks].call(RewardWorker.evaluate_reward, micro_batch_tokens=tokens)
+    # One pair at a time through the model itself.
+    model = Llama(UNTIED, head="scalar")
+    model.init_weights(seed=1)
+    pairs = reward_data(1).held_out
+    hits = []
+    for sides in pairs._sides:
+        chosen, rejected = (model(torch.tensor([side]))[0, -1].item() for side in sides)
+        hits.append(float(chosen > rejected))
+    for accuracy in found:
+        assert accuracy == found[0]
+    assert found[0]["accuracy/all"] == pytest.approx(np.mean(hits)) and found[0]["count/all"] == len(pairs)
 
 
 def test_learning_rate_schedule():

@@ -63,7 +63,7 @@ def test_the_version_follows_every_file_that_is_imported(tmp_path: Path, changed
 
 
 def test_the_version_follows_the_name_and_a_module_found_by_a_changed_path(tmp_path: Path) -> None:
-    source = "import sys, os\nsys.path.append(os.path.dirname(__file__) + '/elsewhere')\nimport added\nf = g = len\n"
+    source = "import sys, os\nsys.path.append(os.path.dirname(__file__) + '/elsewhere')\nimport added\nf = g = print\n"
     root = write(tmp_path, {**FILES, "my_rewards.py": source})
     first = function_version("my_rewards:f", root=root)
     assert function_version("my_rewards:g", root=root) != first
@@ -72,25 +72,25 @@ def test_the_version_follows_the_name_and_a_module_found_by_a_changed_path(tmp_p
 
 
 def test_a_function_from_another_directory_of_the_users_is_followed_too(tmp_path: Path) -> None:
-    sys.path.append(write(tmp_path / "library", {"pack/__init__.py": "from pack.a import f", "pack/a.py": "f = len"}))
+    sys.path.append(write(tmp_path / "library", {"pack/__init__.py": "from pack.a import f", "pack/a.py": "f = print"}))
     first = function_version("pack:f", root=str(tmp_path))
-    write(tmp_path / "library", {"pack/a.py": "f = max"})
+    write(tmp_path / "library", {"pack/a.py": "f = zip"})
     assert function_version("pack:f", root=str(tmp_path)) != first
-    assert function_version("math:floor", root=str(tmp_path)) == function_version("math:floor", root=str(tmp_path))
+    assert function_version("operator:add", root=str(tmp_path)) == function_version("operator:add", root=str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("files", "spec", "taken"),
     [
-        ({"model.py": "f = len"}, "model:f", "model.py: its name is that of rlhf-ray's own package model"),
-        ({"cluster/__init__.py": "", "r.py": "import cluster\nf = len"}, "r:f", "cluster/__init__.py: its name is"),
-        ({"random.py": "f = len"}, "random:f", "random.py: its name is that of Python's own module random"),
+        ({"model.py": "f = print"}, "model:f", "model.py: its name is that of rlhf-ray's own package model"),
+        ({"cluster/__init__.py": "", "r.py": "import cluster\nf = print"}, "r:f", "cluster/__init__.py: its name is"),
+        ({"random.py": "f = print"}, "random:f", "random.py: its name is that of Python's own module random"),
         (
-            {"r.py": "from queue import X\nf = len", "queue.py": "X = 1"},
+            {"r.py": "from queue import X\nf = print", "queue.py": "X = 1"},
             "r:f",
             "queue.py: its name is that of Python's",
         ),
-        ({"r.py": "import numpy\nf = len", "numpy.py": ""}, "r:f", "numpy.py: its name is that of /"),
+        ({"r.py": "import numpy\nf = print", "numpy.py": ""}, "r:f", "numpy.py: its name is that of /"),
     ],
 )
 def test_a_module_with_the_name_of_another_is_told(

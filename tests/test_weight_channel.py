@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -225,6 +226,19 @@ def gap(roles) -> float:
 
 
 @pytest.mark.slow
+def test_nothing_of_an_embedded_ray_its_trainers_and_engines_listens_beyond_this_machine(run):
+    me = psutil.Process()
+    open_to_others = {
+        (process.name(), connection.laddr)
+        for process in [me, *me.children(recursive=True)]
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    }
+    assert open_to_others == set()
+
+
+@pytest.mark.slow
 def test_after_a_sync_the_engine_computes_what_the_trainer_does(run):
     precision = run.config.run.precision
     assert gap(run.roles) > 0.5  # two different models
@@ -313,6 +327,20 @@ def test_other_weights_are_found_out(run, world):
     buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=1)]
     with pytest.raises(WeightChannelError, match="after a weight sync its log-probs differ"):
         verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [("tied", "fp32", 1)], indirect=True, ids=engine_name)
+def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run):
+    sampled = []
+    for num_chunks in (1, 4):
+        options = {"num_chunks": num_chunks, "seed": (0, 0), "temperature": 1.0, "max_new_tokens": 6}
+        calls = generate(run.roles, "prompts_train", [3, 1, 3, 3], **options)
+        collect(calls, timeout_s=300)
+        chunks = [ray.get(call.data[0]) for call in calls]
+        sampled.append([r.tokens[i][r.response_mask[i]].tolist() for r in chunks for i in range(len(r.tokens))])
+    assert sampled[0] == sampled[1]
+    assert len({tuple(sampled[0][place]) for place in (0, 2, 3)}) == 3
 
 
 @pytest.mark.slow

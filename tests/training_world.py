@@ -4,6 +4,7 @@ The plain loops take one example at a time, unpadded, through torch and AdamW. T
 workers, and neither batching, losses nor engine.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from cluster.hardware import resident_bytes
 from cluster.worker_group import WorkerGroup
 from model.config import PRESETS, ModelConfig
 from model.heads import state_values
@@ -71,6 +73,31 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
 
         return self.engine.step([0, 1], loss_fn)
 
+    def resident_after_unload(
+        self, num_builds: int, config: ModelConfig, checkpoint: str, zero_stage: int | None
+    ) -> Any:
+        """Resident bytes after each of `num_builds` models was in use and unloaded, fp32 and bf16 in turn.
+
+        Args:
+            zero_stage: the model's training begins on it; None: `checkpoint` is loaded frozen.
+        """
+        resident = []
+        for number in range(num_builds):
+            runtime = Runtime(precision=("fp32", "bf16")[number % 2], device="cpu")
+            if zero_stage is None:
+                self.load_frozen(checkpoint, head="lm", runtime=runtime)
+            else:
+                self.build(config, head="lm", seed=1, runtime=runtime)
+                self.begin_training(optim=OPTIM, num_steps=STEPS, zero_stage=zero_stage)
+            self.open_data(lm_data, BATCH, config.vocab_size, "unpacked")
+            if zero_stage is not None:
+                for step in range(2):
+                    self.train_lm(step, batch_size=BATCH, micro_batch_size=2, seed=3)
+            self.evaluate_lm(micro_batch_size=2)
+            self.unload()
+            resident.append(resident_bytes(os.getpid()))
+        return resident
+
     def copy_weights(self) -> dict[str, Tensor]:
         """Whole weights, from every rank."""
         return {name: tensor.detach().clone() for name, tensor in self.engine.weights()}
@@ -85,6 +112,7 @@ def launch(role: str, num_ranks: int, worker: type[TrainerWorker] = TrainingWork
         num_ranks=num_ranks,
         resources={"CPU": 0.1},
         env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
+        rendezvous=True,
         call_timeout_s=120,
     )
 
@@ -112,10 +140,13 @@ def begin(
     optim: OptimSection = OPTIM,
     seed: int = 1,
     state: str | None = None,
+    zeroed: bool = False,
 ) -> None:
-    """Puts a model under DeepSpeed on every rank."""
+    """Puts a model under DeepSpeed on every rank, with its scalar head at zero where `zeroed`."""
     runtime = Runtime(precision=precision, device="cpu")
     group.call(TrainerWorker.build, source, head=head, seed=seed, runtime=runtime)
+    if zeroed:
+        group.call(TrainerWorker.zero_head)
     group.call(TrainerWorker.begin_training, optim=optim, num_steps=STEPS, zero_stage=zero_stage, state=state)
 
 

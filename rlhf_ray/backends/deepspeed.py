@@ -4,10 +4,12 @@ The only file that imports DeepSpeed. Every stage trains through `TrainEngine.st
 """
 
 import gc
+import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +45,20 @@ def init_distributed(device: torch.device) -> None:
         # An all-reduce for inference, unused here. Building it takes g++ and ten seconds, and a process killed in
         # the middle leaves a lock for which every later one waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes what is there
+
+
+def _store(rank: int, world_size: int) -> dist.TCPStore:
+    """Where the ranks find each other. torch's own, by the same variables, would listen on every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening: dict[str, Any] = {}
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening["master_listen_fd"] = socket.create_server((host, port), family=family).detach()
+    return dist.TCPStore(host, port, world_size, rank == 0, **listening)
 
 
 def learning_rate_scale(
@@ -63,19 +78,29 @@ class TrainEngine:
     """A model under DeepSpeed with AdamW and a learning-rate schedule."""
 
     def __init__(
-        self, model: Llama, *, optim: Any, num_steps: int, zero_stage: int, precision: str, state: Path | None = None
+        self,
+        model: Llama,
+        *,
+        optim: Any,
+        num_steps: int,
+        zero_stage: int,
+        precision: str,
+        state: Path | None = None,
+        masters: Iterable[tuple[str, Tensor]] = (),
     ):
-        """Wraps `model`.
+        """Wraps `model`, on every rank with the weights that rank 0 has.
 
         Args:
             optim: an `OptimSection`.
             num_steps: length of the schedule, optimizer steps.
             precision: "bf16" (fp32 master weights) or "fp32".
             state: a directory of `save_state` to go on from, whatever ranks and stage wrote it.
+            masters: names and values of the master weights that hold more than the model's bf16; names that are no
+                parameter's are passed over. Not read where there is a state.
         """
         import deepspeed
 
-        if state is not None:  # before DeepSpeed takes copies of the weights
+        if state is not None and dist.get_rank() == 0:  # before DeepSpeed takes copies of the weights
             parameters = dict(model.named_parameters())
             with torch.no_grad():
                 for name, parts in read_state(state, ("weight",)):
@@ -120,6 +145,8 @@ class TrainEngine:
         self.num_ranks: int = dist.get_world_size()
         if state is not None:
             self._take_state(state)
+        else:
+            self._take_masters(masters)
 
     @property
     def module(self) -> nn.Module:
@@ -222,6 +249,14 @@ class TrainEngine:
         moments = {part: safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]}
         return {"weight": safe_get_full_fp32_param(parameter), **moments}
 
+    def _take_masters(self, masters: Iterable[tuple[str, Tensor]]) -> None:
+        """DeepSpeed made its own from the model's weights."""
+        parameters = dict(self._engine.module.named_parameters())
+        with torch.no_grad():
+            for name, weight in masters:
+                if name in parameters:  # else it belongs to a head that this model does without
+                    self._set_state(parameters[name], {"weight": weight.float().to(self._engine.device)})
+
     def _take_state(self, directory: Path) -> None:
         """Takes master weights, moments and step from disk; the model has its weights already."""
         self._make_moments()
@@ -246,17 +281,19 @@ class TrainEngine:
         self._schedule._last_lr = rates
 
     def _set_state(self, parameter: nn.Parameter, parts: dict[str, Tensor]) -> None:
+        """Sets master weight and, where given, moments."""
+        moments = {part: tensor for part, tensor in parts.items() if part != "weight"}
         if self.zero_stage == 0:
             master = self._masters()[parameter]
             master.copy_(parts["weight"])
-            for part in PARTS[1:]:
-                self._adamw.state[master][part].copy_(parts[part])
+            for part, tensor in moments.items():
+                self._adamw.state[master][part].copy_(tensor)
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         safe_set_full_fp32_param(parameter, parts["weight"])
-        for part in PARTS[1:]:
-            safe_set_full_optimizer_state(parameter, parts[part], part)
+        for part, tensor in moments.items():
+            safe_set_full_optimizer_state(parameter, tensor, part)
 
     def _masters(self) -> dict[nn.Parameter, Tensor]:
         """Stage 0: each parameter's fp32 weights, which in fp32 are itself."""
@@ -289,7 +326,19 @@ class TrainEngine:
     def destroy(self) -> None:
         """Frees the optimizer and what DeepSpeed hooked into the model."""
         self._engine.destroy()
+        if self.zero_stage == 3:
+            _forget_sharded_models()
         gc.collect()
+
+
+def _forget_sharded_models() -> None:
+    """Clears where DeepSpeed's ZeRO-3 keeps models of this process for ever, optimizers and all: none is in use."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()  # an lru_cache on a method, keyed by `self`
 
 
 def _details(parts: list[dict[str, Tensor]]) -> dict[str, Any]:

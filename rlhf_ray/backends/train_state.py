@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from model.checkpoint import save_tensors
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of a parameter, each in its shape, float32."""
@@ -28,10 +29,10 @@ def write_state(
     for name, parts in parameters:
         held |= {f"{name}/{part}": parts[part].contiguous().cpu() for part in PARTS}
         if sum(tensor.nbytes for tensor in held.values()) >= max_bytes:
-            save_file(held, directory / f"state-{num_files:05d}.safetensors")
+            save_tensors(held, directory / f"state-{num_files:05d}.safetensors")
             held, num_files = {}, num_files + 1
     if held:
-        save_file(held, directory / f"state-{num_files:05d}.safetensors")
+        save_tensors(held, directory / f"state-{num_files:05d}.safetensors")
     (directory / _STEPS_FILE).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
 
 

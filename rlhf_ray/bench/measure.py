@@ -25,6 +25,7 @@ from rlhf_ray.bench.workload import ROLES, SCORING, TRAINED, Workload
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
+from rlhf_ray.machine import opening_lines
 from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.preflight import SMALLEST_VOCABULARY
 from rlhf_ray.recipe import ppo
@@ -48,6 +49,8 @@ def run_bench(work: Workload) -> dict[str, Any]:
     Raises:
         WorkerError, PlacementError, RunFailure.
     """
+    for line in opening_lines(work.config):
+        console.print(line, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         # The models are needed until every role has loaded them: no signal later can leave them behind.
         with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as directory:

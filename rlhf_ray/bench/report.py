@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cluster.hardware import cpu
 from model.config import ModelConfig
 from model.flops import num_parameters, peak_flops, weight_bytes
 from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, utilisation
@@ -60,6 +60,7 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
     return found | {
         "idle_share": idle_share(laps),
         "peak_memory_gib": peaks,
+        "precision": work.config.run.precision,
         "device": device,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -71,24 +72,15 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
 def device_facts(work: Workload, kind: str) -> dict[str, Any]:
     """Kind, name and number of what the roles compute on; the name is that of the driver's machine."""
     if kind == "cpu":
-        return {"kind": "cpu", "name": _cpu_name(), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
+        return {"kind": "cpu", "name": str(cpu()), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
     gpus = 0.0
     for role in ROLES[work.what]:
         settings: Any = getattr(work.config.roles, role)
         size = settings.tensor_parallel_size if role == "rollout" else 1
         ranks = settings.num_engines if role == "rollout" else settings.num_ranks
-        gpus += ranks * (size if size > 1 else settings.gpus_per_rank)
+        gpus += ranks * (size if size > 1 else settings.gpus_per_rank or 1.0)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
     return {"kind": "cuda", "name": name, "count": math.ceil(gpus - 1e-6)}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str:
@@ -126,7 +118,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     for line in (
         f"{report['model']['source']}, {report['model']['parameters']:,} parameters",
-        f"{device['count']} x {device['name']}, commit {report['commit']}",
+        f"{report['precision']} on {device['count']} x {device['name']}, commit {report['commit']}",
         f"{report['repeats']} repeats after {report['warmup']} to warm up"
         + ("" if report["benchmark"] == "sync" else f", each of {batch}"),
     ):

@@ -10,8 +10,10 @@ from model.flops import forward_flops_per_token
 from rlhf_ray.config import Config, DataSection
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import settled
 from rlhf_ray.preflight import check_batches, check_cluster, check_model, check_output, check_roles, check_shapes
 from rlhf_ray.preflight_inputs import REWARD_MODELS, check_models, check_tokenizers
+from rlhf_ray.preflight_machine import check_machine
 
 Benchmark = Literal["rollout", "score", "train", "sync", "round"]
 
@@ -66,7 +68,7 @@ def check_bench(
     Raises:
         UserError: the first thing that is wrong.
     """
-    config = _of_a_bench(config, num_steps=warmup + repeats, response_tokens=response_tokens)
+    config = _of_a_bench(settled(config), num_steps=warmup + repeats, response_tokens=response_tokens)
     rewards = [name for name in REWARD_MODELS if getattr(config.inputs, name) is not None]
     for name in rewards:
         if is_function(getattr(config.inputs, name)):
@@ -78,6 +80,7 @@ def check_bench(
         raise UserError(
             f"inputs.{rewards[0]} is given without inputs.chat; give both, since they share a tokenizer, or neither"
         )
+    check_machine(config)
     check_cluster(config)
     check_roles(config, ROLES[what])
     check_batches(config, ["ppo"])

@@ -79,7 +79,7 @@ class Columns(dict[str, Any]):
         """
         for name in (*_LABELS, *_OPPOSITES, *_GRADES):
             value = super().get(name)
-            is_grade = name in _GRADES and isinstance(value, int | float) and not isinstance(value, bool)
+            is_grade = name in _GRADES and re.fullmatch(r"\s*[-+.\d]+\s*", str(value)) is not None
             is_answer = name in _LISTS and not isinstance(value, bool)
             good = None if is_grade or is_answer else verdict(value)
             if good is not None:
@@ -89,7 +89,7 @@ class Columns(dict[str, Any]):
             elif name in _LABELS and not _is_empty(value):
                 rule = "must say true or false; map it to these, or drop the column"
                 raise BrokenRow("unknown label", f"{name}={short(value)} {rule}")
-        for name in ("completion", "messages"):
+        for name in ("prompt", "completion", "messages"):
             for place, message in enumerate(_mappings(super().get(name))):
                 if message.get("role", message.get("from")) not in ("system", "user", "human"):
                     self._refuse_unlearnt(message, self._shown(name), place)
@@ -158,4 +158,5 @@ def _mappings(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
+    is_nan = value != value  # what pandas writes for a missing value
+    return value is None or is_nan or value in ([], {}) or (isinstance(value, str) and not value.strip())

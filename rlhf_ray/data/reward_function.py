@@ -10,6 +10,7 @@ threshold at logit(`ppo.safety_threshold`).
 
 import hashlib
 import importlib
+import inspect
 import itertools
 import re
 import reprlib
@@ -41,8 +42,8 @@ def find_function(spec: str, *, root: str) -> Function:
     """The function `module:function`; modules are looked for in `root` too.
 
     Raises:
-        UserError: there is no such module or function, importing it fails, or a module of `root` that it needs has the
-            name of another one.
+        UserError: there is no such module or function, importing it fails, it takes other arguments, or a module of
+            `root` that it needs has the name of another one.
     """
     module_name, _, name = spec.partition(":")
     with located(spec):
@@ -57,6 +58,14 @@ def find_function(spec: str, *, root: str) -> Function:
     function = getattr(module, name)
     if not callable(function):
         raise UserError(f"{spec}: is no function but {type(function).__name__}; give module:function")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise UserError(
+            f"{spec}: is to be called with (dialogues, answers) ({error}); give it these arguments"
+        ) from error
+    except ValueError:
+        pass  # one of C, whose arguments are not known
     found: Function = function
     return found
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt
+from rlhf_ray.data.chat import check_template, encode_answer, encode_dialogue, encode_prompt
 from rlhf_ray.data.schemas import Kind, row_problems
 from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import UserError
@@ -55,6 +55,7 @@ def token_problems(
     rows = [row for row in enumerate(table.to_pylist()) if not any(row_problems(kind, row[1]))]
     texts = {number: "\0".join(_texts(row)) for number, row in rows}
     problems: dict[int, str] = {}
+    as_real: Any = tokenizer  # it has what encoding needs
     shapes, well = set[tuple[str, ...]](), 0
     for number, row in sorted(rows, key=lambda row: -len(texts[row[0]])):
         if found := spelt.search(texts[number]):
@@ -62,8 +63,10 @@ def token_problems(
             continue
         roles = tuple(message["role"] for message in row["messages"])
         if patience is None or well < patience or roles not in shapes:
-            shapes.add(roles)
             try:
+                if roles not in shapes:
+                    shapes.add(roles)
+                    check_template(as_real, roles)  # on texts that cannot be mistaken for each other
                 length = _num_tokens(tokenizer, row)
                 if limit is not None and length > limit:
                     problems[number] = f": has {length} tokens, at most {limit} fit: {reason}"

@@ -68,7 +68,8 @@ def write_ids(checkpoint: Path) -> None:
     _update(checkpoint / CONFIG_FILE, named)
     if not is_reward:
         _update(checkpoint / GENERATION_FILE, named | {"eos_token_id": ids.ends if ids.other_eos else ids.eos})
-    marks = {name: token for name, token in tokenizer.marks.items() if name in ("bos_token", "eos_token", "pad_token")}
+    written = ("bos_token", "eos_token", "pad_token", "unk_token")
+    marks = {name: token for name, token in tokenizer.marks.items() if name in written}
     if pad is not None:
         marks["pad_token"] = {number: piece for piece, number in tokenizer.vocabulary.items()}[pad]
     # Readers take tokenizer.json as it is under this class alone; others rebuild it by rules of their own.

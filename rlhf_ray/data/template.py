@@ -143,4 +143,4 @@ def _tokens_in(tokenizer: Any, text: str) -> list[str]:
 
 def _flagged(tokenizer: Any) -> list[str]:
     flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [*flagged, *tokenizer.all_special_tokens]
+    return [token for token in (*flagged, *tokenizer.all_special_tokens) if token]  # some settings name the empty text

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,15 +89,20 @@ def evaluate(context: Context) -> Path:
                 at_least=num_chunks(context),
                 readers=SCORED_BY,
             )
-        results, rows = {}, []
+        results: dict[str, dict[str, float]] = {}
+        rows: list[dict[str, Any]] = []
         for temperature in section.temperatures:
             for model, checkpoint in models.items():
                 label = model + temperature_suffix(temperature)
                 with console.status(f"evaluate: {label}"):
-                    results[label], answers = evaluate_model(context, checkpoint, prompts, temperature)
-                rows += [answer_row(prompt, label, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+                    make = partial(evaluate_model, context, checkpoint, prompts, temperature)
+                    results[label], answers = step.kept(f"{len(results)}", make)
+                rows += [
+                    answer_row(prompt, label, Answer(*made)) for prompt, made in zip(prompts, answers, strict=True)
+                ]
         judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
-        write_json(work / "evaluation.json", {"testbed": judged, "prompts": len(prompts), "models": results})
+        facts = {"testbed": judged, "prompts": len(prompts), "machine": context.run.machine}
+        write_json(work / "evaluation.json", {**facts, "models": results})
         write_table(work / "answers.parquet", rows, ANSWERS)
         step.finish(results=results)
     return step.path

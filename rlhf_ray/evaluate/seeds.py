@@ -5,6 +5,7 @@ least 500 prompts. A gain is paired: the same prompt, answered by PPO and by SFT
 prompt's gain is its mean over seeds, and the standard error is over prompts.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
     Raises:
         UserError: as `compare`.
     """
+    for run in runs:
+        machine = json.loads(find_answers(run).with_name("evaluation.json").read_text(encoding="utf-8")).get("machine")
+        if machine is not None:
+            print(f"{run}: {machine['precision']} on {machine['device']}, {machine['cpu']}")
     for suffix in suffixes(runs[0]):
         title = "greedy" if suffix == GREEDY else f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
         gains = compare(runs, against=against, suffix=suffix)

@@ -1,7 +1,6 @@
 """What the stages of one run share: its directory, the outputs so far, and the workers."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from rlhf_ray.config import Config
 from rlhf_ray.data.reward_function import function_version, is_function
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import machine_facts, ray_address, settled
 from rlhf_ray.metrics import console
-from rlhf_ray.run_state import RunDir, Step, code_version, fingerprint
+from rlhf_ray.run_state import RunDir, Step, code_version, copy_file, fingerprint
 
 SHARED_CODE = (
     "model",
@@ -53,11 +53,16 @@ WHO_MAKES = {
 """Output name -> the stage that makes it, and the config key that names one from elsewhere."""
 
 
+def address_field(address: str | None) -> str:
+    """Where a settled config's cluster address is from."""
+    return "RAY_ADDRESS" if address == ray_address() else "cluster.address"
+
+
 def no_cluster(address: str | None, error: Exception) -> UserError:
-    """What is wrong where `cluster.address` leads nowhere."""
+    """What is wrong where the cluster's address leads nowhere."""
     return UserError(
-        f"cluster.address={address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
-        "start one with `ray start --head`, or leave it out for an embedded one"
+        f"{address_field(address)}={address!r}: no cluster answers there ({str(error).splitlines()[0]}); "
+        "start one with `ray start --head`, or set cluster.address=local for an embedded one"
     )
 
 
@@ -116,6 +121,7 @@ class Context:
     """One run."""
 
     config: Config
+    """Settled (`rlhf_ray.machine`) whatever was given."""
     run: RunDir
     outputs: Outputs = field(init=False)
     may_run: bool = True
@@ -127,6 +133,8 @@ class Context:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
+        self.config = settled(self.config)
+        self.run.machine = machine_facts(self.config)
         self.outputs = Outputs(self.config)
 
     @property
@@ -145,6 +153,11 @@ class Context:
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)
         return self._roles
+
+    def unload(self) -> None:
+        """Frees what roles hold; to be called when a stage has ended."""
+        if self._roles is not None:
+            self._roles.unload()
 
     def close(self) -> None:
         """Ends the workers and Ray."""
@@ -198,5 +211,5 @@ class Context:
         """Copies the run's tokenizer into a checkpoint; others load it as it is, and end answers as the run does."""
         for pattern in TOKENIZER_FILES:
             for file in self.outputs["tokenizer"].glob(pattern):
-                shutil.copy(file, checkpoint / file.name)
+                copy_file(file, checkpoint / file.name)
         write_ids(checkpoint)

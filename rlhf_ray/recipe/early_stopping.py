@@ -45,13 +45,16 @@ def best_directory(work: Path, index: int) -> Path:
 
 
 def keep_best(roles: Roles, work: Path, index: int) -> None:
-    """Saves the policy as the best so far; one from before an interruption is the same and stays."""
-    if not best_directory(work, index).exists():
+    """Saves the policy as the best so far; one from before an interruption is the same and stays.
+
+    The policy that PPO starts from lies on disk as the chat model.
+    """
+    if index >= 0 and not best_directory(work, index).exists():
         roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
 
 
 def drop_others(directory: Path, kept: Path) -> None:
     """Removes all of a directory's entries but one. Only once a checkpoint no longer points at them."""
-    for other in directory.iterdir():
+    for other in directory.glob("*"):
         if other != kept:
             shutil.rmtree(other)

@@ -7,9 +7,9 @@ from cluster.worker_group import collect
 from model.config import ModelConfig
 from rlhf_ray.config import PretrainSection, SFTSection
 from rlhf_ray.data.batching import DrawRows
-from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.metrics import MetricsWriter, console, latest, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.run_state import Step
+from rlhf_ray.run_state import Due, Step
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -57,9 +57,18 @@ def train_language_model(
         total = num_steps(sizes)
         begun = context.roles.begin_training("policy", optim=section.optim, num_steps=total, state=state)
         collect(begun, timeout_s=context.roles.timeout_s, step=f"{name} start")
-    kept = versions(total)
-    held_out, num_tokens = float("nan"), 0.0
+    kept, due = versions(total), Due(section.save_every, config.run.save_every_s)
+
+    def keep_version(done: int) -> None:
+        if done in kept:
+            directory = work / kept[done]
+            if not directory.exists():  # one from before an interruption is the same and stays
+                policy.call(TrainerWorker.save_model, str(directory), step=f"{name} step {done - 1}")
+            context.add_tokenizer(directory)
+
     metrics = MetricsWriter(work, steps_done=steps_done)
+    held_out, num_tokens = latest(work, "held_out_loss"), 0.0
+    keep_version(steps_done)  # it may have failed right after the checkpoint
     with progress_bar(name, total=total, done=steps_done) as bar:
         for index in range(steps_done, total):
             row = policy.call(
@@ -81,13 +90,9 @@ def train_language_model(
                 row["held_out_loss"] = held_out
             metrics.write(index, row)
             bar.advance(f"loss {row['loss']:.3f}  held-out {held_out:.3f}")
-            if index + 1 in kept:
-                directory = work / kept[index + 1]
-                if not directory.exists():  # one from before an interruption is the same and stays
-                    policy.call(TrainerWorker.save_model, str(directory), step=f"{name} step {index}")
-                context.add_tokenizer(directory)
-            if (index + 1) % section.save_every == 0 and index + 1 < total:
-                with step.new_state(index + 1) as directory:
+            if due.now(index + 1, total) or index + 1 in kept:
+                with due.writing(), step.new_state(index + 1) as directory:
                     policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")
+            keep_version(index + 1)
     metrics.close()
     return {"steps": total, "sizes": sizes, "held_out_loss": held_out, "tokens_this_time": num_tokens}

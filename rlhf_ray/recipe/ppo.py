@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import Call, collect
+from model.checkpoint import iterate_tensors, save_checkpoint
+from model.checkpoint_files import read_config
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.reward_function import is_function
@@ -28,7 +30,7 @@ from rlhf_ray.recipe.engines import (
     sync_weights,
     verify_weight_channel,
 )
-from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.run_state import Due, Step, copy_files, write_json
 from rlhf_ray.workers.policy import ExperienceRule, PolicyWorker
 from rlhf_ray.workers.ppo_update import UpdateRule
 from rlhf_ray.workers.roles import Roles
@@ -84,9 +86,10 @@ def ppo(context: Context) -> Path:
         stopping.look(-1, evaluate_held_out(roles, section, num_held_out)["held_out/reward_combined"])
         keep_best(roles, work, stopping.best_step)
     metrics = MetricsWriter(work, steps_done=steps_done)
-    index = steps_done
+    due = Due(section.save_every, context.config.run.save_every_s)
     with progress_bar("ppo", total=section.num_steps, done=steps_done) as bar:
-        for index in range(steps_done, section.num_steps):
+        while steps_done < section.num_steps and stopping.looks_since_best < section.patience:
+            index = steps_done
             row = iteration(roles, section, index, num_prompts=num_prompts, seed=seed)
             if look_is_due(section, index):
                 row |= evaluate_held_out(roles, section, num_held_out)
@@ -96,23 +99,42 @@ def ppo(context: Context) -> Path:
             bar.advance(
                 f"reward {row['reward/combined']:+.2f}  kl {row['kl/per_sequence']:.2f}  {row['time/step_s']:.1f} s"
             )
-            if stopping.looks_since_best >= section.patience:
-                console.print(f"ppo: no better held-out reward in {section.patience} looks, stopped after step {index}")
-                break
-            if (index + 1) % section.save_every == 0 and index + 1 < section.num_steps:
-                save_state(roles, step, index + 1, stopping)
+            steps_done = index + 1
+            if due.now(steps_done, section.num_steps) or stopping.looks_since_best >= section.patience:
+                with due.writing():
+                    save_state(roles, step, steps_done, stopping)
                 drop_others(work / "best", best_directory(work, stopping.best_step))
+    if stopping.looks_since_best >= section.patience:
+        console.print(
+            f"ppo: no better held-out reward in {section.patience} looks, stopped after step {steps_done - 1}"
+        )
     metrics.close()
-    if not (work / "last").exists():
-        roles["policy"].call(TrainerWorker.save_model, str(work / "last"), step="after PPO")
-    shutil.copytree(best_directory(work, stopping.best_step), work / "model", dirs_exist_ok=True)
-    context.add_tokenizer(work / "model")
-    context.add_tokenizer(work / "last")
+    save_models(context, work, stopping, steps_done)
     done = step.finish(
-        steps=index + 1, best_step=stopping.best_step, best_reward=stopping.best, weight_check=weight_check
+        steps=steps_done, best_step=stopping.best_step, best_reward=stopping.best, weight_check=weight_check
     )
-    shutil.rmtree(done / "best")  # not before: until then an interrupted stage resumes from it
+    shutil.rmtree(done / "best", ignore_errors=True)
     return done
+
+
+def save_models(context: Context, work: Path, stopping: EarlyStopping, steps_done: int) -> None:
+    """Puts the best policy at `model` and the newest at `last`; what an interrupted attempt put there stays."""
+    model, last = work / "model", work / "last"
+    if not model.exists():
+        if stopping.best_step >= 0:
+            best_directory(work, stopping.best_step).rename(model)
+        else:
+            chat = context.outputs["chat"]
+            save_checkpoint(model, read_config(chat), iterate_tensors(chat))
+    if not last.exists():
+        if stopping.best_step == steps_done - 1:
+            half = work / ".last.partial-"
+            copy_files(model, half, link=True)
+            half.rename(last)
+        else:
+            context.roles["policy"].call(TrainerWorker.save_model, str(last), step="after PPO")
+    for directory in (model, last):
+        context.add_tokenizer(directory)
 
 
 def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ Helpfulness and safety are collected separately, with separate guidelines. Here 
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def collect(context: Context) -> Path:
         for version, checkpoint in enumerate(versions):
             context.roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="collect")
             for temperature in temperatures:
-                answers |= sample(context, jobs, version, temperature)
+                made = step.kept(f"{version}-{temperature:g}", partial(sample, context, jobs, version, temperature))
+                answers |= {(index, side): (text, finished) for index, side, text, finished in made}
                 bar.advance(f"{section.versions[version]} at temperature {temperature:g}")
     names = [step_name(path) for path in versions]
     rows = [row for row in (label(i, job, answers, names, rng, section) for i, job in enumerate(jobs)) if row]
@@ -123,10 +125,8 @@ def draw_job(row: int, prompt: dict[str, Any], rng: random.Random, section: Coll
     )
 
 
-def sample(
-    context: Context, jobs: list[Job], version: int, temperature: float
-) -> dict[tuple[int, int], tuple[str, bool]]:
-    """Answers of one version at one temperature: (job, side) -> (text, finished)."""
+def sample(context: Context, jobs: list[Job], version: int, temperature: float) -> list[tuple[int, int, str, bool]]:
+    """Answers of one version at one temperature: (job, side, text, finished)."""
     wanted = [
         (index, side)
         for index, job in enumerate(jobs)
@@ -152,11 +152,11 @@ def sample(
     }
     decoded = [engines.submit_one(rank, RolloutWorker.decode, call.data[0]) for rank, call in sampled.items()]
     results = collect_calls(decoded, timeout_s=context.roles.timeout_s, step="collect")
-    return {
-        key: answer
+    return [
+        (*place, *answer)
         for rank, texts in zip(sampled, results, strict=True)
-        for key, answer in zip(parts[rank], texts, strict=True)
-    }
+        for place, answer in zip(parts[rank], texts, strict=True)
+    ]
 
 
 def label(

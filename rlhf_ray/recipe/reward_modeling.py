@@ -12,7 +12,7 @@ from rlhf_ray.data.reward_pairs import reward_pairs
 from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.run_state import Due, Step, write_json
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -49,6 +49,7 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
     progress = {name: step.latest_state()[0] for name, step in steps.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in steps}
     writers = {name: MetricsWriter(step.begin(), steps_done=progress[name]) for name, step in steps.items()}
+    due = {name: Due(section.save_every, context.config.run.save_every_s) for name in steps}
     with progress_bar("reward", total=sum(totals.values()), done=sum(progress.values())) as bar:
         for index in range(max(totals.values())):
             # Both models take a step at the same time, each on its own ranks.
@@ -67,8 +68,8 @@ def _train(context: Context, section: RewardSection, steps: dict[str, Step], *, 
                 row = collect(call, timeout_s=timeout_s, step=f"reward step {index}")[0]
                 writers[name].write(index, row)
                 bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
-                if (index + 1) % section.save_every == 0 and index + 1 < totals[name]:
-                    with steps[name].new_state(index + 1) as directory:
+                if due[name].now(index + 1, totals[name]):
+                    with due[name].writing(), steps[name].new_state(index + 1) as directory:
                         roles[name].call(
                             TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}"
                         )

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.worker_group import WorkerError
 from rlhf_ray.config import STAGES, Config
+from rlhf_ray.errors import RunFailure
 from rlhf_ray.evaluate.policies import evaluate
+from rlhf_ray.machine import opening_lines
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
 from rlhf_ray.recipe.ppo import ppo
@@ -14,7 +17,8 @@ from rlhf_ray.recipe.pretraining import pretrain
 from rlhf_ray.recipe.reward_modeling import train_reward_models
 from rlhf_ray.recipe.sft import sft
 from rlhf_ray.recipe.tokenizer import make_tokenizer
-from rlhf_ray.run_state import RunDir, fingerprint, package_versions, write_json
+from rlhf_ray.remedies import what_helps
+from rlhf_ray.run_state import RunDir, fingerprint, package_versions, sweep, write_json
 from rlhf_ray.testbed.stage import make_testbed
 
 Outputs = Mapping[str, Path]
@@ -57,16 +61,33 @@ def run_stage(context: Context, stage: str) -> Outputs:
 
     Raises:
         WorkerError: a worker failed without dying, or workers died more often than `cluster.max_repairs`.
+        RunFailure: workers died a second time at the same place, and nothing was done in between.
     """
     repairs, limit = 0, context.config.cluster.max_repairs
+    places: list[tuple[Any, ...]] = []
     while True:
         try:
-            return RUNNERS[stage](context)
+            outputs = RUNNERS[stage](context)
+            context.unload()
+            return outputs
         except WorkerError as error:
             if repairs == limit or not (dead := context.roles.drop_dead()):
                 raise
+            place = (dead, error.step, progress(context.run))
+            if place in places:
+                raise RunFailure(
+                    f"{error}; it is the second time at the same place with no checkpoint between, so it is not tried "
+                    f"again; {what_helps(error, again=True)}"
+                ) from error
+            places.append(place)
             repairs += 1
             console.print(f"{error}\n{stage}: rebuilding {' and '.join(dead)}, repair {repairs} of {limit}")
+
+
+def progress(run: RunDir) -> list[Path]:
+    """What a run has to go on from: finished steps, checkpoints, parts of results."""
+    patterns = ("*", "*.partial/state/*", "*.partial/parts/*")
+    return sorted(path for pattern in patterns for path in (run.path / "steps").glob(pattern))
 
 
 def dump_failure(run: RunDir, error: WorkerError) -> None:
@@ -94,8 +115,11 @@ def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None 
 
 
 def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str, Path]:
-    run.record(config=config.model_dump(mode="json"), packages=package_versions())
     context = Context(config, run)
+    config = context.config
+    run.record(config=config.model_dump(mode="json"), machine=run.machine, packages=package_versions())
+    for line in opening_lines(config):
+        console.print(line, highlight=False, soft_wrap=True)
     made: dict[str, Path] = {}
     try:
         for stage in STAGES:
@@ -121,4 +145,6 @@ def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str,
         raise
     finally:
         context.close()
+        for partial in run.path.glob("steps/*.partial"):  # no worker writes there any more
+            sweep(partial)
     return made

@@ -69,22 +69,24 @@ class PolicyWorker(TrainerWorker):
         return {**self.engine.step(micro_batches, loss), "tokens": float(self._data.train.num_tokens(rows))}
 
     def evaluate_lm(self, *, micro_batch_size: int) -> float:
-        """Mean next-token loss over the held-out rows, nats."""
+        """Mean next-token loss over the held-out rows, nats; each rank goes through its share of them."""
         held_out = self._data.held_out
-        total, count = torch.zeros(()), 0
-        for start in range(0, len(held_out), micro_batch_size):
-            packed = held_out.select(
-                list(range(start, min(start + micro_batch_size, len(held_out)))), self._runtime.device
-            )
+        own = list(range(len(held_out)))[self.rank :: self.num_ranks]
+        sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
+        for rows in self._in_step([own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]):
+            if not rows:
+                self._forward_nothing()
+                continue
+            packed = held_out.select(rows, self._runtime.device)
             result = self._forward(
                 packed.tokens,
                 position_ids=packed.position_ids,
                 segment_ids=packed.segment_ids,
                 target_mask=packed.target_mask,
             )
-            total -= result.logprobs.sum().cpu()
-            count += int(packed.target_mask.sum())
-        return (total / max(1, count)).item()
+            sums += torch.stack([-result.logprobs.double().sum(), packed.target_mask.sum()]).cpu()
+        total, count = self._all_sum(sums).tolist()
+        return float(total / max(1.0, count))
 
     # --- PPO ------------------------------------------------------------------------------------------------
 

@@ -49,23 +49,28 @@ class RewardWorker(TrainerWorker):
         return self.engine.step(plan[self.rank], loss)
 
     def evaluate_reward(self, *, micro_batch_tokens: int) -> dict[str, float]:
-        """Accuracy on held-out comparisons: overall, by guideline and by strength; ties count half."""
+        """Accuracy on held-out comparisons: overall, by guideline and by strength; ties count half.
+
+        Each rank goes through its share of them.
+        """
         pairs = self._data.held_out
-        right: dict[str, list[float]] = {}
+        groups = sorted({group for row in range(len(pairs)) for group in pairs.groups(row)})
+        right, count = torch.zeros(2, len(groups), dtype=torch.float64)
         lengths = [2 * pairs.length(row) for row in range(len(pairs))]
-        # Every rank goes through all of them: they are few, and a sharded model's ranks must stay together.
-        [plan] = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=1)
-        for rows in plan:
+        plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)
+        for rows in plan[self.rank]:  # empty ones too: a sharded model's ranks must stay together
             batch = pairs.select(rows, self._runtime.device)
             with torch.no_grad():
                 chosen, rejected = self._pair_scores(self.engine.module, batch)
             hits = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-            for row, hit in zip(rows, hits.tolist(), strict=True):
-                for group in pairs.groups(row):
-                    right.setdefault(group, []).append(hit)
+            for row, hit in zip(rows, hits[: len(rows)].tolist(), strict=True):
+                own = [groups.index(group) for group in pairs.groups(row)]
+                right[own] += hit
+                count[own] += 1
+        right, count = self._all_sum(torch.stack([right, count]))
         return {
-            **{f"accuracy/{group}": sum(hits) / len(hits) for group, hits in sorted(right.items())},
-            **{f"count/{group}": float(len(hits)) for group, hits in sorted(right.items())},
+            **{f"accuracy/{group}": share for group, share in zip(groups, (right / count).tolist(), strict=True)},
+            **{f"count/{group}": number for group, number in zip(groups, count.tolist(), strict=True)},
         }
 
     @staticmethod

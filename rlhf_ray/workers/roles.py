@@ -1,8 +1,10 @@
 """The run's roles: each a group of ranks, started when a stage first needs it and alive until the run ends."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import ray
 from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
 from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.machine import EMBEDDED
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -37,7 +40,8 @@ class Roles:
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
         self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
-        self.runtime = Runtime(precision=config.run.precision, device=resolve_device(config.run.device))
+        # Of a settled config (rlhf_ray.machine): neither is "auto" any more.
+        self.runtime = Runtime(precision=config.run.precision, device=config.run.device)
 
     def __getitem__(self, role: str) -> WorkerGroup:
         """The role's group, started at first use."""
@@ -106,6 +110,12 @@ class Roles:
             self._groups.pop(role).stop()
         return ended
 
+    def unload(self) -> None:
+        """Frees models, optimizers and data of all roles but the engines, whose weights later stages replace."""
+        groups = [group for role, group in self._groups.items() if role != "rollout"]
+        calls = [call for group in groups for call in group.submit(ScorerWorker.unload)]
+        collect(calls, timeout_s=self.timeout_s, step=f"{self.step} end")
+
     def stop(self) -> None:
         """Ends all roles."""
         for group in self._groups.values():
@@ -122,18 +132,20 @@ class Roles:
         num_ranks = self.num_ranks(role)
         # A reward that is a function holds no model.
         on_gpu = self.runtime.device == "cuda" and not is_function(getattr(self._config.inputs, role, ""))
+        embedded = self._config.cluster.address in (None, EMBEDDED)
         if isinstance(settings, RolloutRole):
             size = settings.tensor_parallel_size
-            gpus = float(size) if size > 1 else settings.gpus_per_rank
+            gpus = float(size) if size > 1 else settings.gpus_per_rank or 1.0
         else:
-            size, gpus = 1, settings.gpus_per_rank
+            size, gpus = 1, settings.gpus_per_rank or 1.0
         resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             role=role,
             num_ranks=num_ranks,
             resources=resources,
-            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu),
+            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu, embedded=embedded),
+            rendezvous=isinstance(settings, TrainRole),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
         )
@@ -152,10 +164,14 @@ class Roles:
         )
 
 
-def worker_environment(*, threads: int, on_gpu: bool) -> dict[str, str]:
-    """Environment of a rank, set before its process starts."""
+def worker_environment(*, threads: int, on_gpu: bool, embedded: bool = True) -> dict[str, str]:
+    """Environment of a rank, set before its process starts.
+
+    Args:
+        embedded: the rank is on this machine. What is installed on others, and where, is not known here.
+    """
     return {
-        **({} if on_gpu else _allocator()),
+        **(_allocator() if embedded and not on_gpu else {}),
         "OMP_NUM_THREADS": str(threads),
         # Idle threads sleep, because roles on one machine take turns on its cores; but not at once: waking them costs
         # more than a small model's matrix products.
@@ -177,17 +193,21 @@ def _allocator() -> dict[str, str]:
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if "LD_PRELOAD" in os.environ or not library.exists():
         return {}
-    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once.
-    return {"LD_PRELOAD": str(library), "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000"}
+    # oversize_threshold:0: by default jemalloc, too, gives tensors above 8 MiB back at once. The background thread
+    # gives back what an idle process does not use; without it, that happens only while a process allocates.
+    settings = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:0,background_thread:true"
+    return {"LD_PRELOAD": _one_word(library), "MALLOC_CONF": settings}
 
 
-def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda" for a configured device."""
-    if device != "auto":
-        return device
-    import torch
+@cache
+def _one_word(library: Path) -> str:
+    """A name of a file by which LD_PRELOAD finds it, for as long as this process lives.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    The loader splits at spaces and colons, knows no quotes, and puts something else for words after a dollar.
+    """
+    if not re.search(r"[\s:$]", str(library)):
+        return str(library)
+    return f"/proc/{os.getpid()}/fd/{os.open(library, os.O_RDONLY)}"
 
 
 def _set_threads(role: str) -> Any:

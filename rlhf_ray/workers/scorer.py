@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.hardware import give_back_memory
 from cluster.worker_group import Worker
 from model.checkpoint import load_model
 from model.config import ModelConfig
@@ -75,6 +76,7 @@ class ScorerWorker(Worker):
         """Frees the model."""
         self._model = self._function = None
         gc.collect()
+        give_back_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,6 +1,6 @@
 """A model being trained: the machinery that policy, value and reward workers share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import load_model, save_checkpoint
+from model.checkpoint import empty_model, iterate_tensors, load_model, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.llama import Head, Llama
 from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
@@ -22,6 +22,9 @@ class TrainerWorker(ScorerWorker):
         super().__init__(role, rank, num_ranks)
         self._engine: TrainEngine | None = None
         self._data: Any = None
+        self._source: str | ModelConfig = ""
+        self._fresh: set[str] = set()
+        """Parameters whose weights are not the checkpoint's."""
 
     def unload(self) -> None:
         """Frees model, optimizer and data."""
@@ -40,18 +43,22 @@ class TrainerWorker(ScorerWorker):
             fresh_head: put a new scalar head on the checkpoint's body, drawn from `seed`.
         """
         self.unload()
-        self._runtime = runtime
-        if isinstance(source, ModelConfig):
-            model = Llama(source, head=head)
+        self._runtime, self._source, self._fresh = runtime, source, set()
+        if self.rank > 0:  # DeepSpeed sends rank 0's weights
+            config = source if isinstance(source, ModelConfig) else read_config(source)
+            model = empty_model(config, head=head, dtype=runtime.dtype)
+        elif isinstance(source, ModelConfig):
+            model = empty_model(source, head=head, dtype=runtime.dtype)
             model.init_weights(seed=seed)
         else:
-            model = load_model(source, head=head, dtype=torch.float32, fresh_head=fresh_head, seed=seed)
+            model = load_model(source, head=head, dtype=runtime.dtype, fresh_head=fresh_head, seed=seed)
         self._config, self._model = model.config, model  # in host memory: DeepSpeed moves it
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
         assert isinstance(self._model, Llama) and self._engine is None, "zero_head comes between build and begin"
         torch.nn.init.zeros_(self._model.score.weight)
+        self._fresh.add("score.weight")
 
     def begin_training(
         self,
@@ -73,8 +80,16 @@ class TrainerWorker(ScorerWorker):
             zero_stage=zero_stage,
             precision=self._runtime.precision,
             state=Path(state) if state else None,
+            masters=self._exact_weights(),
         )
         self._model = self._engine.module
+
+    def _exact_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights of the checkpoint that the built model has rounded."""
+        if isinstance(self._source, str) and self._runtime.precision == "bf16":
+            for name, tensor in iterate_tensors(self._source):
+                if tensor.dtype != torch.bfloat16 and name not in self._fresh:
+                    yield name, tensor
 
     def open_data(self, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
         """Builds this rank's copy of the training data; `builder` returns an object with `sizes()`."""

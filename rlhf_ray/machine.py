@@ -1,0 +1,110 @@
+"""What a config leaves to the machine ("auto", none), settled once; and the machine as a run's results name it.
+
+No torch: preflight asks before anything heavy is loaded.
+"""
+
+import importlib.metadata
+import os
+from typing import Any
+
+from cluster import hardware
+from rlhf_ray.config import Config, config_with
+from rlhf_ray.data.reward_function import is_function
+
+EMBEDDED = "local"
+"""The address that stands for a Ray of the run's own, as it does for ray.init."""
+
+_ROLES = ("rollout", "policy", "value", "reference", "helpfulness", "safety")
+"""In the order in which roles get a GPU of their own where there are too few for all."""
+
+
+def settled(config: Config) -> Config:
+    """The config with what depends on this machine and its environment written out; one that is settled stays as it is.
+
+    Device, precision, the cluster's address, and each rank's share of the GPUs of an embedded Ray.
+    """
+    device = config.run.device
+    if device == "auto":
+        device = "cuda" if hardware.count_gpus() and not is_cpu_build() else "cpu"
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or hardware.cpu().has_bf16 else "fp32"
+    address = config.cluster.address or ray_address() or EMBEDDED
+    gpus = hardware.count_gpus() if device == "cuda" and address == EMBEDDED else None
+    shares = {f"roles.{role}.gpus_per_rank": share for role, share in gpu_shares(config, gpus).items()}
+    return config_with(config, {"run.device": device, "run.precision": precision, "cluster.address": address, **shares})
+
+
+def ray_address() -> str | None:
+    """The cluster that RAY_ADDRESS names, if any. Addresses over http are those of jobs servers."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    return None if address is None or address.startswith(("http://", "https://")) else address
+
+
+def is_cpu_build() -> bool:
+    """Whether the torch that is installed has no CUDA in it."""
+    return importlib.metadata.version("torch").endswith("+cpu")
+
+
+def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
+    """GPUs of a rank of each role: what the config says, else a whole one, or a share where there are too few.
+
+    The ranks of a trained role never share (NCCL takes one of a communicator on a GPU only), nor do the engines. Of the
+    roles of one rank the first get a GPU each as long as there are enough, and the others meet on the last. Rewards
+    that are functions hold no model and take none.
+
+    Args:
+        gpus: GPUs of the machine; None where they are not known, or there are none.
+    """
+    settings: dict[str, Any] = {role: getattr(config.roles, role) for role in _ROLES}
+    held = [role for role in _ROLES if not is_function(getattr(config.inputs, role, ""))]
+    given = {role: each.gpus_per_rank for role, each in settings.items() if each.gpus_per_rank is not None}
+    shares = dict.fromkeys(_ROLES, 1.0) | given
+    single = [role for role in held if role not in given and _num_gpus(settings[role]) == 1]
+    taken = sum(_num_gpus(settings[role]) * shares[role] for role in held if role not in single)
+    if gpus is None or not single:
+        return shares
+    left = gpus - int(-(-taken // 1))
+    if 1 <= left < len(single):
+        together = single[left - 1 :]
+        # Rounded down, so that the shares add up to one GPU at most.
+        shares |= dict.fromkeys(together, int(100 / len(together)) / 100)
+    return shares
+
+
+def _num_gpus(role: Any) -> int:
+    """Whole GPUs that a role takes at a share of 1."""
+    return int(role.num_engines * role.tensor_parallel_size if hasattr(role, "num_engines") else role.num_ranks)
+
+
+def machine_facts(config: Config) -> dict[str, Any]:
+    """What a settled config's models are computed on, for manifests and results: of the machine of the driver."""
+    return {
+        "precision": config.run.precision,
+        "device": config.run.device,
+        "cpu": str(hardware.cpu()),
+        "cores": config.cluster.cores or len(os.sched_getaffinity(0)),
+        "gpus": hardware.count_gpus(),
+    }
+
+
+def opening_lines(config: Config) -> list[str]:
+    """What a settled config takes and on what, for the start of a run; and what is ill-chosen for this CPU."""
+    facts, cpu = machine_facts(config), hardware.cpu()
+    on_gpu = config.run.device == "cuda"
+    gpus = f"{facts['gpus']} GPUs, " if on_gpu else ""
+    ray = "a Ray of its own" if config.cluster.address == EMBEDDED else f"the Ray cluster at {config.cluster.address}"
+    if config.cluster.address == ray_address():
+        ray += " (RAY_ADDRESS)"
+    lines = [f"{facts['precision']} on {facts['device']}: {gpus}{facts['cores']} cores of {facts['cpu']}; {ray}"]
+    if config.run.precision == "bf16" and not on_gpu and not cpu.has_bf16:
+        lines.append(
+            f"warning: run.precision=bf16: {cpu.name} has no units for it, and multiplies matrices some 60 times "
+            "slower than in fp32 (0.8 against 51 GFLOP/s on AVX2); leave it out, or set run.precision=fp32"
+        )
+    if config.cluster.address == EMBEDDED and (free := hardware.shared_memory_bytes()) < hardware.SMALL_SHARED_BYTES:
+        lines.append(
+            f"warning: /dev/shm has {free / 2**20:.0f} MiB free, too few for Ray's object store: what roles pass on "
+            "goes through a file in TMPDIR, on disk; give a container more (docker run --shm-size=4g)"
+        )
+    return lines

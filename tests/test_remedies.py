@@ -1,0 +1,85 @@
+"""What is advised after a failure, and the end of repairs that repair nothing."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
+
+from cluster.worker_group import WorkerError
+from rlhf_ray.config import parse_config
+from rlhf_ray.errors import RunFailure
+from rlhf_ray.recipe import run as recipe
+from rlhf_ray.remedies import what_helps
+from rlhf_ray.run_state import RunDir
+
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+def failure(cause: BaseException | None, *, said: str = "boom", step: str = "ppo step 3") -> WorkerError:
+    return WorkerError(f"policy rank 0 failed: {said}", role="policy", rank=0, step=step, cause=cause)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (failure(ValueError("bad")), ""),
+        (failure(None, said="its process ended while it started"), ""),
+        (failure(ActorDiedError()), f", and {GOES_ON}"),
+        (
+            failure(ActorDiedError(), said="killed by SIGKILL, because the memory limit of 6.0 GiB was full"),
+            f"; with more memory, or smaller micro-batches and models, {GOES_ON}",
+        ),
+        (
+            failure(GetTimeoutError()),
+            f"; if it only needs longer, raise cluster.call_timeout_s, and {GOES_ON}",
+        ),
+        (
+            failure(GetTimeoutError(), step="start-up"),
+            f"; if it only needs longer, raise cluster.start_timeout_s, and {GOES_ON}",
+        ),
+        (failure(OSError(errno.ENOSPC, "full")), f"; make room, and {GOES_ON}"),
+        (failure(RuntimeError("I/O error: No space left on device (os error 28)")), f"; make room, and {GOES_ON}"),
+        (failure(OSError(errno.EIO, "broken")), f"; once the disk is in order, {GOES_ON}"),
+        (failure(PermissionError(errno.EACCES, "no")), f"; let this user write there, and {GOES_ON}"),
+        (failure(FileNotFoundError(errno.ENOENT, "gone")), ""),
+    ],
+)
+def test_a_remedy_is_named_where_it_helps(error: WorkerError, remedy: str) -> None:
+    assert what_helps(error) == f"the workers' logs are in {remedy}"
+
+
+def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(
+        config=parse_config({"cluster": {"max_repairs": 9}}),
+        run=RunDir(tmp_path),
+        roles=SimpleNamespace(drop_dead=lambda: ["policy"]),
+    )
+    step = context.run.step("ppo", {})
+    step.begin()
+    attempts = []
+
+    def die(where: list[str], saves: list[int]) -> None:
+        """Dies at the places one after another; a checkpoint is there before the attempts of `saves`."""
+        attempts.clear()
+
+        def attempt(_: object) -> None:
+            attempts.append(where[len(attempts)])
+            if len(attempts) in saves:
+                with step.new_state(len(attempts)):
+                    pass
+            raise failure(ActorDiedError(), step=attempts[-1])
+
+        monkeypatch.setitem(recipe.RUNNERS, "ppo", attempt)
+        with pytest.raises(
+            RunFailure, match=r"second time at the same place with no checkpoint between.*logs are in $"
+        ):
+            recipe.run_stage(context, "ppo")
+
+    die(["ppo step 3"] * 9, [])
+    assert len(attempts) == 2
+    die(["ppo step 3"] * 9, [2])  # one between the first two deaths
+    assert len(attempts) == 3
+    die(["ppo step 3", "ppo step 2", "ppo step 3", "x"], [])
+    assert len(attempts) == 3
