@@ -180,8 +180,8 @@ def scramble(tensor: Tensor) -> Tensor:
 def _allow_amx(worker: Any) -> None:
     """Asks the kernel for the CPU's tile registers, before the first pass through a model.
 
-    vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that has not
-    asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
+    vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that has
+    not asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
     """
     getattr(torch.cpu, "_init_amx", bool)()
 
