@@ -111,6 +111,8 @@ class Starts:
 def why_dead(error: RayError, process: Process | None) -> str:
     """What is known of the end that Ray reports: how the process ended, or what Ray says, less its guesses."""
     text = re.sub(r"\x1b\[\d+m", "", str(error))
+    if "running low on memory" in text:
+        return "Ray ended it, because the memory of its machine was nearly full"
     if '\n  File "' in text:  # an exception in the constructor or of Ray's own: what stands behind its last frame
         behind = text.rpartition('\n  File "')[2].splitlines()[1:]
         return next((line for line in behind if line[:1].strip()), text.splitlines()[0])

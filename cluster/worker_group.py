@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +31,9 @@ from cluster.placement import reserve
 R = TypeVar("R")
 
 Condition = Literal["dead", "busy", "idle"]
+
+_LOSSES = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""A process has ended, or the machine that held its data."""
 
 _LOOK_EVERY_S = 1.0
 """Between looks at the processes that are waited for."""
@@ -39,7 +49,7 @@ class WorkerError(RuntimeError):
     @property
     def died(self) -> bool:
         """Whether a process was lost: trying again may end otherwise."""
-        return isinstance(self.cause, RayActorError)
+        return isinstance(self.cause, _LOSSES)
 
     @property
     def late(self) -> bool:
@@ -170,10 +180,10 @@ def _result(call: Call[R], step: str) -> R:
         return value
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, RayActorError):
+        if isinstance(cause, _LOSSES):
             raise _error(call, step, f"lost an input: {why_dead(cause, None)}", cause) from error
         raise _error(call, step, f"{type(cause).__name__}: {cause}", cause) from error
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         raise _error(call, step, f"the process died: {why_dead(error, call.process)}", error) from error
     except GetTimeoutError as error:
         raise _error(call, step, "its result could not be fetched within 60 s", error) from error
@@ -290,7 +300,7 @@ class WorkerGroup:
                 if call.ref in set(answered):
                     _result(call, "")
             except WorkerError as error:
-                if isinstance(error.cause, RayActorError):
+                if error.died:
                     return "dead"
         return "idle" if len(answered) == len(calls) else "busy"
 

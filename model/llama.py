@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import Llama3RopeScaling, ModelConfig
 from model.heads import LMHead, ScalarHead
-from model.logprobs import TokenLogprobs
+from model.logprobs import TokenLogprobs, fp32_logits
 
 Head = Literal["lm", "scalar", "none"]
 
@@ -306,7 +306,7 @@ class Llama(nn.Module):
         if self.head != "lm":
             raise ValueError(f"head={self.head!r} has no logits; build the model with head='lm'")
         hidden = self.hidden(tokens, position_ids=position_ids, segment_ids=segment_ids)
-        return F.linear(hidden, self.lm_head.weight).float()
+        return fp32_logits(hidden.flatten(0, 1), self.lm_head.weight).unflatten(0, tokens.shape)
 
     def tie_weights(self) -> None:
         """Make tied embeddings one parameter again, after `to_empty` on a meta-device model split them."""

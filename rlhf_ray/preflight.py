@@ -93,7 +93,7 @@ def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, M
 
 def check_shapes(config: Config, shapes: Mapping[str, ModelConfig]) -> None:
     """The run's engines take models of these shapes, by the fields that name them."""
-    on_gpu, elsewhere = config.run.device == "cuda", config.cluster.address not in (None, machine.EMBEDDED)
+    elsewhere, on_gpu = config.cluster.address != EMBEDDED, config.run.device == "cuda"
     check_engine(config.roles.rollout, shapes, precision=config.run.precision, on_gpu=on_gpu, elsewhere=elsewhere)
 
 
@@ -220,7 +220,7 @@ def check_roles(config: Config, roles: Sequence[str]) -> None:
 
 def _check_shares(config: Config, roles: Sequence[str]) -> None:
     """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
-    for role in roles:
+    for role in on_device(config, roles):
         settings: Any = getattr(config.roles, role)
         share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
         if share > 1 and share % 1:

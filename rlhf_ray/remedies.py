@@ -6,7 +6,7 @@ from cluster.session import log_directory
 from cluster.worker_group import WorkerError
 
 GOES_ON = "the same command goes on from the last checkpoint"
-MEMORY_FULL = "memory limit"  # in cluster/deaths.py's words
+MEMORY_FULL = "because the memory"  # in cluster/deaths.py's words
 
 
 def what_helps(error: WorkerError, *, goes_on: str = GOES_ON, again: bool = False) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 GRACE_S = 5.0
 """Seconds from a signal in which a run may end in good order."""
@@ -50,8 +51,10 @@ def stopping_on_signals() -> Iterator[None]:
     _line = "stopped"
     received: list[int] = []
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if _imports(frame):
+            _leave(number)
         if len(received) == 1:
             raise Stopped(number)
 
@@ -83,6 +86,13 @@ def stopping_on_signals() -> Iterator[None]:
         os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: C++ libraries abort where an exception meets them in the middle of that."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _watch(reading: int, handled: list[signal.Signals]) -> None:

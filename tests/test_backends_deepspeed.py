@@ -180,4 +180,5 @@ def test_a_model_that_was_unloaded_leaves_no_memory_behind(group, tmp_path, zero
     save_checkpoint(checkpoint, config, Llama(config, head="lm").state_dict().items())
     options = (config, str(checkpoint), zero_stage)
     for resident in group.call(TrainingWorker.resident_after_unload, 10, *options):
-        assert resident[9] < 1.02 * resident[2], [f"{number / 2**20:.0f} MiB" for number in resident]
+        # The third build is in fp32 and the fourth in bf16, as are the ninth and the tenth.
+        assert max(resident[8:]) < 1.02 * max(resident[2:4]), [f"{number / 2**20:.0f} MiB" for number in resident]

@@ -271,7 +271,8 @@ def program():
     started = []
 
     def start(*command):
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT))
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams))
         return started[-1]
 
     yield start
@@ -311,8 +312,28 @@ def test_a_signal_ends_a_program_that_unwinds_too_slowly_and_its_orphans(program
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (128 + number, "orphaned\n")
-    assert err == "stopped; the same command goes on from the last checkpoint\n"
+    assert err == "stopped\n"
     assert not orphan.is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_one_whatever_becomes_of_its_exception(program, number):
+    # As Ray's C code does, whose calls a handler's exception leaves as a SystemError.
+    code = (
+        "import time\n"
+        "from rlhf_ray.stopping import saying, stopping_on_signals\n"
+        "with stopping_on_signals(), saying('stopped here'):\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(300)\n"
+        "    except BaseException as error:\n"
+        "        raise SystemError('returned a result with an exception set') from error\n"
+    )
+    process = program(sys.executable, "-c", code)
+    process.stdout.readline()
+    process.send_signal(number)
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert (process.returncode, err) == (128 + number, "stopped here\n")
 
 
 def test_signals_that_are_ignored_stay_so(call, tmp_path):
@@ -324,26 +345,60 @@ def test_signals_that_are_ignored_stay_so(call, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_no_exception_comes_into_an_import(program, tmp_path):
+    # torch, for one, aborts there.
+    (tmp_path / "library.py").write_text(
+        "import os, time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(300)\n"
+        "except BaseException:\n"
+        "    os.abort()\n"
+    )
+    code = (
+        "import sys\n"
+        "from rlhf_ray.stopping import stopping_on_signals\n"
+        "with stopping_on_signals():\n"
+        f"    sys.path.append({str(tmp_path)!r})\n"
+        "    import library\n"
+    )
+    process = program(sys.executable, "-c", code)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=PATIENCE_S)[1]
+    assert (process.returncode, err) == (130, "stopped\n")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, program, number):
+@pytest.mark.parametrize(
+    ("number", "send", "batch_size"),
+    [
+        (signal.SIGINT, psutil.Process.send_signal, 2),
+        # To all of its processes, as a terminal does, within a call of some seconds.
+        (signal.SIGTERM, lambda process, number: os.killpg(process.pid, number), 1024),
+    ],
+)
+def test_a_signal_ends_a_run_which_then_goes_on(config, tmp_path, program, number, send, batch_size):
     def state():
         found = sorted(tmp_path.glob("run/steps/pretrain-*.partial/state/step-*[0-9]"))
         return int(found[-1].name.removeprefix("step-")) if found else 0
 
-    command = (PROGRAM, "run", config, "--out", tmp_path / "run")
+    settings = {"batch_size": batch_size, "micro_batch_size": 2, "save_every": 10 // batch_size + 1}
+    changes = [part for key, value in settings.items() for part in ("--set", f"pretrain.{key}={value}")]
+    command = (PROGRAM, "run", config, "--out", tmp_path / "run", *changes)
     process = program(*command)
     wait_for(lambda: state() > 0 or process.poll() is not None, "checkpoint")
     assert process.poll() is None, process.communicate()[1]
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in child.name() for child in family)
     asked = time.monotonic()
-    process.send_signal(number)
+    send(psutil.Process(process.pid), number)
     err = process.communicate(timeout=PATIENCE_S)[1]
     assert time.monotonic() - asked < 10
     assert process.returncode == 128 + number
-    assert err.endswith("stopped; the same command goes on from the last checkpoint\n")
+    assert err.endswith("stopped; the same command goes on from the last checkpoint\n") and "Traceback" not in err
     assert not [child for child in family if child.is_running()]
+    assert not [path for path in (tmp_path / "run").rglob("*") if "writing" in path.name or ".partial-" in path.name]
     if number == signal.SIGINT:
         reached, again = state(), program(*command)
         wait_for(lambda: state() > reached or again.poll() is not None, "later checkpoint")

@@ -80,6 +80,26 @@ def test_chunking_does_not_cost_bfloat16_precision():
     assert (grad.double() - exact_grad).norm() < 0.005 * exact_grad.norm()
 
 
+@pytest.mark.parametrize("chunk_bytes", [CHUNKS_OF_8, ONE_CHUNK])
+def test_bfloat16_operands_give_float32_logits(chunk_bytes):
+    # Logits near 8 rounded to bfloat16 would be off by up to 1/64, and log-probs with them.
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(V, H, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    exact, exact_entropy = naive(*wide, targets, 0.7)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    out = token_logprobs(hidden, weight, targets, temperature=0.7, with_entropy=True, chunk_bytes=chunk_bytes)
+    torch.testing.assert_close(out.logprobs.double(), exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.entropy.double(), exact_entropy, atol=1e-5, rtol=1e-5)
+    for grad, expected in zip(
+        torch.autograd.grad(out.logprobs.sum(), (hidden, weight)), torch.autograd.grad(exact.sum(), wide), strict=True
+    ):
+        assert (grad.double() - expected).norm() < 0.005 * expected.norm()  # rounded once, to bfloat16
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operation's output had."""
 

@@ -91,9 +91,8 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
                 self.begin_training(optim=OPTIM, num_steps=STEPS, zero_stage=zero_stage)
             self.open_data(lm_data, BATCH, config.vocab_size, "unpacked")
             if zero_stage is not None:
-                for step in range(2):
-                    self.train_lm(step, batch_size=BATCH, micro_batch_size=2, seed=3)
-            self.evaluate_lm(micro_batch_size=2)
+                self.train_lm(0, batch_size=BATCH, micro_batch_size=2, seed=3)
+            self.evaluate_lm(micro_batch_size=BATCH)
             self.unload()
             resident.append(resident_bytes(os.getpid()))
         return resident
