@@ -88,8 +88,10 @@ def _remedy(
     larger = "give it more memory, or cluster.address of a larger cluster"
     cache, engines = config.roles.rollout.kv_cache_gib, config.roles.rollout.num_engines
     excess = sum(parts.values()) - limit
-    if "rollout" in parts and cache is not None and (less := cache - excess / GIB / engines) >= 0.01:
-        return f"lower roles.rollout.kv_cache_gib={cache:g} to {math.floor(100 * less) / 100:g} or less"
+    if "rollout" in parts and cache is not None:
+        less = math.floor(100 * (cache - excess / GIB / engines)) / 100
+        if less * GIB >= kv_cache_bytes(shape, sequences=1, precision=config.run.precision):
+            return f"lower roles.rollout.kv_cache_gib={cache:g} to {less:g}"
     several = [role for role in roles if role != "rollout" and _ranks(config, role) > 1]
     ones = {role: getattr(config.roles, role).model_copy(update={"num_ranks": 1}) for role in several}
     single = config.model_copy(update={"roles": config.roles.model_copy(update=ones)})
@@ -134,7 +136,8 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib
         if cache is None:
-            cache = kv_cache_bytes(shape, sequences=rollout.max_num_seqs, precision=config.run.precision) / GIB
+            options = {"sequences": rollout.max_num_seqs, "tensor_parallel_size": rollout.tensor_parallel_size}
+            cache = kv_cache_bytes(shape, precision=config.run.precision, **options) / GIB
         engine = weight_bytes(shape, bytes_per_parameter=size) + cache * GIB
         sizes["rollout"] = _ranks(config, "rollout") * engine
     return sizes

@@ -61,9 +61,6 @@ class Engine:
             kv_cache_gib: on CPU, over all ranks; None for as much as the longest batch can fill.
         """
         _clean_environment()
-        # vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that
-        # has not asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
-        getattr(torch.cpu, "_init_amx", bool)()
         from vllm import LLM  # a heavy import, and the variables must come before it
 
         self._config = config
@@ -153,16 +150,15 @@ class Engine:
         Raises:
             ValueError: a tensor is missing; the engine then computes nothing that makes sense.
         """
-        missing = set(expected_shapes(self._config, reward_model=False))
+        expected = {*expected_shapes(self._config, reward_model=False), LM_HEAD}
         options = {"num_ids": self._num_ids, "tied": self._config.tie_embeddings, "scrambled": scrambled}
         self._llm.collective_rpc(_begin_weights)
         for bucket in buckets:
-            missing -= set(bucket.names)
             self._llm.collective_rpc(_take_weights, args=(bucket,), kwargs=options)
-        stale = self._llm.collective_rpc(_end_weights)
+        lacking = set().union(*self._llm.collective_rpc(_end_weights, args=(expected,)))
         self._llm.reset_prefix_cache()
-        if lacking := sorted(missing.union(*stale)):
-            raise ValueError(f"the engine got no {lacking[0]} (one of {len(lacking)} tensors that are missing)")
+        if lacking:
+            raise ValueError(f"the engine got no {min(lacking)} (one of {len(lacking)} tensors that are missing)")
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far of the engine's largest process, GiB: allocated on the GPU, or resident."""
@@ -183,36 +179,44 @@ def scramble(tensor: Tensor) -> Tensor:
 
 
 def _allow_amx(worker: Any) -> None:
-    """Asks the kernel for the CPU's tile registers, which vLLM's attention takes without asking."""
-    torch.cpu._init_amx()
+    """Asks the kernel for the CPU's tile registers, before the first pass through a model.
+
+    vLLM's bf16 attention takes AMX tiles wherever the CPU has them, and the kernel ends a process by SIGILL that has
+    not asked for them. torch and oneDNN ask before their products; vLLM's kernel for small weights does not.
+    """
+    getattr(torch.cpu, "_init_amx", bool)()
 
 
 def _begin_weights(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
     initialize_layerwise_reload(worker.model_runner.get_model())
-    worker.loaded = set()
+    worker.given, worker.filled = set(), set()
 
 
 def _take_weights(worker: Any, bucket: WeightBucket, *, num_ids: int, tied: bool, scrambled: bool) -> None:
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
-        weights = _for_engine(bucket.tensors(), num_ids=num_ids, tied=tied)
-        if scrambled:
-            weights = ((name, scramble(tensor)) for name, tensor in weights)
-        worker.loaded |= worker.model_runner.get_model().load_weights(weights)
+        weights = list(_for_engine(bucket.tensors(), num_ids=num_ids, tied=tied))
+        worker.given.update(name for name, _ in weights)
+        changed = ((name, scramble(tensor) if scrambled else tensor) for name, tensor in weights)
+        worker.filled |= worker.model_runner.get_model().load_weights(changed)
 
 
-def _end_weights(worker: Any) -> set[str]:
-    """Puts what was taken in place; returns the parameters that nothing was taken for."""
+def _end_weights(worker: Any, expected: set[str]) -> set[str]:
+    """Puts what was taken in place; returns the tensors that are missing, and parameters that nothing was taken for.
+
+    Both, since one parameter holds several tensors: of a missing one it keeps whatever is in the memory.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
     model = worker.model_runner.get_model()
     with set_current_vllm_config(worker.vllm_config):
         finalize_layerwise_reload(model, worker.model_config)
-    return {name for name, _ in model.named_parameters()} - worker.loaded
+    parameters = {name for name, _ in model.named_parameters()}
+    return (expected - worker.given) | (parameters - worker.filled)
 
 
 def _peak_memory_gib(worker: Any) -> float:
