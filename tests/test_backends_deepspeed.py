@@ -143,21 +143,20 @@ def test_masters_are_the_checkpoints_weights_bit_for_bit(group, tmp_path, zero_s
     """In bf16 too, where the model rounds them; of all ranks only the first loads any."""
     model = Llama(TIED, head="scalar")
     model.init_weights(seed=2)
-    for dtype in (torch.float32, torch.float16):
+    for dtype, zeroed in ((torch.float32, False), (torch.float16, True)):
         stored = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
         checkpoint, state = tmp_path / f"{dtype}", tmp_path / f"{dtype}-state"
         save_checkpoint(checkpoint, TIED, stored.items(), num_labels=1)
-        for zeroed in (False, True):
-            begin(group, str(checkpoint), "scalar", zero_stage=zero_stage, precision="bf16", zeroed=zeroed)
-            group.call(TrainerWorker.save_state, str(state))
-            masters = {name: parts["weight"] for name, parts in read_state(state)}
-            if zeroed:  # a value model's head starts at zero, whatever the checkpoint's is
-                stored["score.weight"] = torch.zeros_like(stored["score.weight"])
-            assert masters.keys() == stored.keys()
-            for name, weight in stored.items():
-                assert torch.equal(masters[name], weight.float()), name
-                for rank in range(2):
-                    assert torch.equal(weights_of(group, rank)[name], weight.float().bfloat16()), name
+        begin(group, str(checkpoint), "scalar", zero_stage=zero_stage, precision="bf16", zeroed=zeroed)
+        group.call(TrainerWorker.save_state, str(state))
+        masters = {name: parts["weight"] for name, parts in read_state(state)}
+        if zeroed:  # a value model's head starts at zero, whatever the checkpoint's is
+            stored["score.weight"] = torch.zeros_like(stored["score.weight"])
+        assert masters.keys() == stored.keys()
+        own = group.call(TrainingWorker.copy_weights)
+        for name, weight in stored.items():
+            assert torch.equal(masters[name], weight.float()), name
+            assert all(torch.equal(weights[name], weight.float().bfloat16()) for weights in own), name
 
 
 @pytest.mark.slow

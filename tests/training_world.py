@@ -4,6 +4,7 @@ The plain loops take one example at a time, unpadded, through torch and AdamW. T
 workers, and neither batching, losses nor engine.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
             zero_stage: the model's training begins on it; None: `checkpoint` is loaded frozen.
         """
         resident = []
+        gc.freeze()  # collections, of which DeepSpeed asks for many, do not go through what was there before
         for number in range(num_builds):
             runtime = Runtime(precision=("fp32", "bf16")[number % 2], device="cpu")
             if zero_stage is None:
