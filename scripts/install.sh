@@ -8,7 +8,10 @@ cd "$(dirname "$0")/.."
 
 hash=$(cat requirements/*.txt pyproject.toml scripts/install.sh | sha256sum | cut -c1-12)
 stamp=.venv/.installed-$hash  # holds the device
-if [[ -f $stamp && ${DEVICE:-$(<"$stamp")} == "$(<"$stamp")" ]]; then exit 0; fi
+version_of() { "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null; }
+# A .venv of another Python than the one asked for is no .venv of ours.
+has_python() { [[ -z ${PYTHON:-} || $(version_of "$PYTHON") == "$(version_of .venv/bin/python)" ]]; }
+if [[ -f $stamp && ${DEVICE:-$(<"$stamp")} == "$(<"$stamp")" ]] && has_python; then exit 0; fi
 
 say() { echo "install: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -47,9 +50,9 @@ if ! has_toolchain; then
     has_toolchain || die "g++, Python.h and ensurepip are needed for $python: apt-get install g++ python3-venv python3-dev"
 fi
 
-# A virtual environment that an earlier run left half-filled, or filled for the other device, is made anew.
+# A virtual environment that an earlier run left half-filled, or filled for another device or Python, is made anew.
 # One without this script's marks is somebody's own work and is completed as it is.
-if [[ -f .venv/.incomplete ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 \
+if [[ -f .venv/.incomplete ]] || ! has_python || ! .venv/bin/python -m pip --version >/dev/null 2>&1 \
     || ! { cat .venv/.installed-* 2>/dev/null || echo "$DEVICE"; } | grep -qx "$DEVICE"; then
     say "creating .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
