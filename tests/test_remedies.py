@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from cluster import session
 from cluster.worker_group import WorkerError
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import RunFailure
@@ -15,6 +16,12 @@ from rlhf_ray.remedies import what_helps
 from rlhf_ray.run_state import RunDir
 
 GOES_ON = "the same command goes on from the last checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def session_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session's logs, whatever sessions this process has had."""
+    monkeypatch.setattr(session, "_logs", "/logs")
 
 
 def failure(cause: BaseException | None, *, said: str = "boom", step: str = "ppo step 3") -> WorkerError:
@@ -47,7 +54,7 @@ def failure(cause: BaseException | None, *, said: str = "boom", step: str = "ppo
     ],
 )
 def test_a_remedy_is_named_where_it_helps(error: WorkerError, remedy: str) -> None:
-    assert what_helps(error) == f"the workers' logs are in {remedy}"
+    assert what_helps(error) == f"the workers' logs are in /logs{remedy}"
 
 
 def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +80,7 @@ def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monke
 
         monkeypatch.setitem(recipe.RUNNERS, "ppo", attempt)
         with pytest.raises(
-            RunFailure, match=r"second time at the same place with no checkpoint between.*logs are in $"
+            RunFailure, match=r"second time at the same place with no checkpoint between.*logs are in /logs$"
         ):
             recipe.run_stage(context, "ppo")
 
