@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from cluster.hardware import memory_limit_bytes, oom_kills, resident_bytes
 from cluster.session import log_directory
 
+MEMORY_FULL = "because the memory"  # in a death's words: of the container, or of the machine
 _LAST_WORDS = 3  # lines
 _LONGEST = 400  # characters of them
 _REAPED_S = 2.0  # until its parent has taken note of a process that ended
@@ -66,7 +67,7 @@ class Process:
             crash = re.search(r"\*\*\* (SIG[A-Z]+) received", words or "")
             how = f"killed by {crash[1]}" if crash else "it says nothing of why, as a process that SIGKILL ends"
         if "SIGKILL" in how and oom_kills() > self._oom_kills:
-            how = f"killed by SIGKILL, because the memory limit of {memory_limit_bytes() / 2**30:.1f} GiB was full"
+            how = f"killed by SIGKILL, {MEMORY_FULL} limit of {memory_limit_bytes() / 2**30:.1f} GiB was full"
         if self._resident:
             how += f"; it held {self._resident / 2**30:.1f} GiB when last seen"
         return how + last_words(words or "")
@@ -113,7 +114,7 @@ def why_dead(error: RayError, process: Process | None) -> str:
     """What is known of the end that Ray reports: how the process ended, or what Ray says, less its guesses."""
     text = re.sub(r"\x1b\[\d+m", "", str(error))
     if "running low on memory" in text:
-        return "Ray ended it, because the memory of its machine was nearly full"
+        return f"Ray ended it, {MEMORY_FULL} of its machine was nearly full"
     if '\n  File "' in text:  # an exception in the constructor or of Ray's own: what stands behind its last frame
         behind = text.rpartition('\n  File "')[2].splitlines()[1:]
         return next((line for line in behind if line[:1].strip()), text.splitlines()[0])

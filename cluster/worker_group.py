@@ -87,8 +87,8 @@ class Worker:
     def rendezvous_address(self) -> tuple[str, int]:
         """This node's address and a port for rank 0 to listen on, which is nobody else's from now on.
 
-        A socket that is bound but does not listen keeps it from being given away. With SO_REUSEADDR on both, as
-        torch.distributed's store has it, the store may listen there all the same.
+        A socket that is bound but does not listen keeps it from being given away. With SO_REUSEADDR on both, the store
+        that DeepSpeed's backend makes of it may listen there all the same.
         """
         self._port_holder = socket.socket()
         self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

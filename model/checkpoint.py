@@ -114,21 +114,26 @@ def load_checkpoint(
         write(model.score.weight, model.fresh_score(seed=seed))
 
 
-def iterate_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(directory: str | Path, *, but: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor (on CPU, in the stored dtype) of a checked checkpoint, one at a time.
+
+    Args:
+        but: a dtype in safetensors' words ("BF16") whose tensors are left out, and not read.
 
     Raises:
         CheckpointError, UnsupportedModelError: As `check_checkpoint`, before the first tensor; or a tensor holds NaN
             or infinity.
     """
-    return _iterate(check_checkpoint(directory))
+    return _iterate(check_checkpoint(directory), but)
 
 
-def _iterate(info: CheckpointInfo) -> Iterator[tuple[str, Tensor]]:
+def _iterate(info: CheckpointInfo, but: str | None = None) -> Iterator[tuple[str, Tensor]]:
     for path, names in info.files.items():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
+                    if but is not None and file.get_slice(name).get_dtype() == but:
+                        continue
                     tensor = file.get_tensor(name)
                     if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
                         raise not_finite(path, name)

@@ -9,30 +9,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.checkpoint_files import read_config
-from rlhf_ray.config import Config
+from rlhf_ray.config import RunSection
 from rlhf_ray.data.chat import encode_prompt, load_tokenizer
 from rlhf_ray.errors import UserError
-from rlhf_ray.machine import settled
 from rlhf_ray.workers.rollout import RolloutWorker
 
 Dialogue = list[dict[str, str]]
 
 
-def talk(checkpoint: Path, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
-    """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it."""
-    model, config = read_config(checkpoint), settled(Config())
+def talk(checkpoint: Path, run: RunSection, *, system: str | None, temperature: float, max_new_tokens: int) -> None:
+    """Reads messages from stdin and answers each on stdout; an empty line or end of input ends it.
+
+    Args:
+        run: of a settled config: the engine's precision and device.
+    """
+    model = read_config(checkpoint)
     worker = RolloutWorker("rollout", 0, 1)  # a plain class: no cluster is needed for one engine
-    _say(
-        f"starting the engine on {checkpoint}, in {config.run.precision} on {config.run.device}; "
-        "an empty line ends the dialogue"
-    )
+    _say(f"starting the engine on {checkpoint}, in {run.precision} on {run.device}; an empty line ends the dialogue")
     with _quiet():
         worker.start(
             str(checkpoint),
             tokenizer=str(checkpoint),
-            precision=config.run.precision,
+            precision=run.precision,
             max_num_seqs=1,  # hence a cache of one whole dialogue
-            on_gpu=config.run.device == "cuda",
+            on_gpu=run.device == "cuda",
         )
         worker.set_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(checkpoint)

@@ -139,7 +139,7 @@ def chat(
 
     from rlhf_ray.chat import talk
 
-    talk(checkpoint, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
+    talk(checkpoint, run, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
 
 
 @app.command()

@@ -148,6 +148,11 @@ class RolloutRole(Section):
     """KV cache of an engine on CPU, GiB; none for as much as its longest batch can fill: `max_num_seqs` whole contexts,
     at most 1 GiB, though never less than one context."""
 
+    @property
+    def num_ranks(self) -> int:
+        """Ray actors of the role, as of the others: one an engine."""
+        return self.num_engines
+
 
 class RolesSection(Section):
     """Who runs on how many ranks. Every role is its own Ray actors."""

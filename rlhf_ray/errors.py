@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SHOWN_PROBLEMS = 10
+"""Broken rows that are told one by one, before a count of the others."""
+
 
 class UserError(ValueError):
     """Bad input, told in one line that names the field or row, the value, the rule and the remedy.
@@ -30,8 +33,6 @@ def located(place: str) -> Iterator[None]:
 class RowErrors:
     """The UserErrors of the rows of one file, told together rather than one a run."""
 
-    SHOWN = 10
-
     def __init__(self, path: str):
         self._path = path
         self._found: list[tuple[str, UserError]] = []
@@ -52,7 +53,7 @@ class RowErrors:
         """
         if not self._found:
             return
-        shown = self._found[: self.SHOWN if len({str(error) for _, error in self._found}) > 1 else 1]
+        shown = self._found[: SHOWN_PROBLEMS if len({str(error) for _, error in self._found}) > 1 else 1]
         more = len(self._found) - len(shown)
         told = "; ".join(f"{row}: {error}" for row, error in shown) + f" (and {more} more rows)" * (more > 0)
         raise UserError(f"{self._path} {told}") from shown[0][1]

@@ -74,7 +74,7 @@ def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
 
 def _num_gpus(role: Any) -> int:
     """Whole GPUs that a role takes at a share of 1."""
-    return int(role.num_engines * role.tensor_parallel_size if hasattr(role, "num_engines") else role.num_ranks)
+    return int(role.num_ranks * getattr(role, "tensor_parallel_size", 1))
 
 
 def machine_facts(config: Config) -> dict[str, Any]:

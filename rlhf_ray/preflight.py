@@ -7,7 +7,6 @@ other; `preflight_inputs` looks into the files that the config names.
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
 from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
-from rlhf_ray.preflight_machine import check_machine
-from rlhf_ray.preflight_memory import check_memory, model_shape
+from rlhf_ray.preflight_machine import check_machine, try_writing
+from rlhf_ray.preflight_memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 
@@ -85,10 +84,8 @@ def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, M
     """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
     if not any("rollout" in ROLES.get(stage, ()) for stage in running):
         return
-    if (shape := model_shape(config, models)) is None:
-        return
-    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
-    check_shapes(config, {field: shape})
+    if (shape := model_shape(config, models)) is not None:
+        check_shapes(config, {model_field(config, models): shape})
 
 
 def check_shapes(config: Config, shapes: Mapping[str, ModelConfig]) -> None:
@@ -241,7 +238,7 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
         size = config.roles.rollout.tensor_parallel_size if role == "rollout" else 1
         if size > 1:
             field += " x tensor_parallel_size"
-        if (ranks := _num_ranks(config, role) * size) > cores:
+        if (ranks := getattr(config.roles, role).num_ranks * size) > cores:
             raise UserError(
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
                 "compute at the same time; lower it, or give cluster.address of a larger cluster"
@@ -250,10 +247,8 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
 
 def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
     rollout = config.roles.rollout
-    needed = {
-        role: _num_ranks(config, role) * (getattr(config.roles, role).gpus_per_rank or 1.0)
-        for role in on_device(config, roles)
-    }
+    settings: dict[str, Any] = {role: getattr(config.roles, role) for role in on_device(config, roles)}
+    needed = {role: each.num_ranks * (each.gpus_per_rank or 1.0) for role, each in settings.items()}
     if "rollout" in roles and rollout.tensor_parallel_size > 1:
         needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
     if sum(needed.values()) > gpus + 1e-6:
@@ -262,11 +257,6 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
             f"roles ask for {sum(needed.values()):g} GPUs ({parts}), this machine has {gpus}; lower "
             "num_ranks or gpus_per_rank (a fraction shares a GPU), run fewer stages at once, or give cluster.address"
         )
-
-
-def _num_ranks(config: Config, role: str) -> int:
-    settings = getattr(config.roles, role)
-    return int(settings.num_engines if role == "rollout" else settings.num_ranks)
 
 
 def check_batches(config: Config, running: Sequence[str]) -> None:
@@ -418,8 +408,7 @@ def check_output(out: Path) -> None:
     if not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file; choose a directory")
     try:
-        # Permission bits tell a superuser nothing, nor do they tell of read-only mounts.
-        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=existing))
+        try_writing(existing)
     except OSError as error:
         raise UserError(
             f"--out {out}: {existing} cannot be written ({error.strerror}); choose a directory you may write to"

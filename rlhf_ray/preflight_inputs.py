@@ -277,9 +277,9 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
         ]
         apart = tables.get("comparisons_held_out")
         held_out = config.collect.held_out if apart is None else apart.to_pylist()
-        for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
-            with located(f"data.{name}"):
-                train, rest = split_comparisons(rows, held_out)
+        with located(f"data.{name}"):
+            train, rest = split_comparisons(rows, held_out)
+            for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
                 check_mix(model, mix(model, config.reward), train, rest, str(getattr(config.data, name)))
 
 

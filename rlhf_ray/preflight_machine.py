@@ -46,12 +46,21 @@ def check_machine(config: Config) -> None:
         )
 
 
+def try_writing(directory: str | Path) -> None:
+    """Makes a directory in another and removes it: permission bits tell a superuser nothing, nor of read-only mounts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=directory))
+
+
 def _check_directory(variable: str, directory: str, *, unset: bool = False) -> None:
     said = f"{variable}: is not set, and {directory}" if unset else f"{variable}={directory!r}:"
     if not os.path.isabs(directory):
         raise UserError(f"{said} must be an absolute path; for example {Path(directory).absolute()}")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=directory))
+        try_writing(directory)
     except OSError as error:
         raise UserError(
             f"{said} cannot be written ({error.strerror}); set {variable} to a directory you may write to"

@@ -71,7 +71,7 @@ def needed(
     config: Config, stage: str, up: Collection[str], shape: ModelConfig, models: Mapping[str, Model]
 ) -> dict[str, float]:
     """Bytes that are certain: of all processes, and of the models that each role of the stage holds."""
-    ranks = [_ranks(config, role) * PROCESS[type(getattr(config.roles, role))] for role in up]
+    ranks = [getattr(config.roles, role).num_ranks * PROCESS[type(getattr(config.roles, role))] for role in up]
     return {"processes": DRIVER_AND_RAY + sum(ranks), **held(config, stage, shape, models)}
 
 
@@ -92,7 +92,7 @@ def _remedy(
         less = math.floor(100 * (cache - excess / GIB / engines)) / 100
         if less * GIB >= kv_cache_bytes(shape, sequences=1, precision=config.run.precision):
             return f"lower roles.rollout.kv_cache_gib={cache:g} to {less:g}"
-    several = [role for role in roles if role != "rollout" and _ranks(config, role) > 1]
+    several = [role for role in roles if role != "rollout" and getattr(config.roles, role).num_ranks > 1]
     ones = {role: getattr(config.roles, role).model_copy(update={"num_ranks": 1}) for role in several}
     single = config.model_copy(update={"roles": config.roles.model_copy(update=ones)})
     if several and sum(needed(single, stage, roles, shape, models).values()) <= limit:
@@ -104,9 +104,14 @@ def _remedy(
     if alone["processes"] > 0.9 * limit:
         return f"its processes alone need {alone['processes'] / GIB:.1f}; {larger}"
     share = (limit - alone["processes"]) / (sum(alone.values()) - alone["processes"])
-    field = next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
+    field = model_field(config, models)
     most, own = share * num_parameters(shape) / 1e6, num_parameters(shape) / 1e6
     return f"{field} has {own:,.0f} million parameters: take a model of {most:,.0f} million or less, or {larger}"
+
+
+def model_field(config: Config, models: Mapping[str, Model]) -> str:
+    """What in the config says the language model's shape, for a message."""
+    return next((f for f in ("inputs.chat", "inputs.base") if f in models), f"model.preset={config.model.preset!r}")
 
 
 def model_shape(config: Config, models: Mapping[str, Model]) -> ModelConfig | None:
@@ -125,13 +130,15 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
     size = _element_bytes(config)
     sizes: dict[str, float] = {}
     for role in TRAINED_IN.get(stage, ()):
-        sizes[role] = _ranks(config, role) * trained_bytes(config, role, _of_role(role, stage, shape, models), size)
+        sizes[role] = getattr(config.roles, role).num_ranks * trained_bytes(
+            config, role, _of_role(role, stage, shape, models), size
+        )
     if stage in ("ppo", "evaluate"):
         for role in ("reference", *REWARD_MODELS, *(["policy"] if stage == "evaluate" else [])):
             if role not in REWARD_MODELS or not is_function(getattr(config.inputs, role) or ""):
                 frozen, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
                 copy = weight_bytes(frozen, scalar_head=scalar, bytes_per_parameter=size)
-                sizes[role] = _ranks(config, role) * copy
+                sizes[role] = getattr(config.roles, role).num_ranks * copy
     if stage in ("collect", "ppo", "evaluate"):
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib
@@ -139,7 +146,7 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
             options = {"sequences": rollout.max_num_seqs, "tensor_parallel_size": rollout.tensor_parallel_size}
             cache = kv_cache_bytes(shape, precision=config.run.precision, **options) / GIB
         engine = weight_bytes(shape, bytes_per_parameter=size) + cache * GIB
-        sizes["rollout"] = _ranks(config, "rollout") * engine
+        sizes["rollout"] = config.roles.rollout.num_ranks * engine
     return sizes
 
 
@@ -180,8 +187,3 @@ def _of_role(role: str, stage: str, shape: ModelConfig, models: Mapping[str, Mod
 
 def _element_bytes(config: Config) -> int:
     return 2 if config.run.precision == "bf16" else 4
-
-
-def _ranks(config: Config, role: str) -> int:
-    settings = getattr(config.roles, role)
-    return int(settings.num_engines if isinstance(settings, RolloutRole) else settings.num_ranks)

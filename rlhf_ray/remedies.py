@@ -2,11 +2,11 @@
 
 import errno
 
+from cluster.deaths import MEMORY_FULL
 from cluster.session import log_directory
 from cluster.worker_group import WorkerError
 
 GOES_ON = "the same command goes on from the last checkpoint"
-MEMORY_FULL = "because the memory"  # in cluster/deaths.py's words
 
 
 def what_helps(error: WorkerError, *, goes_on: str = GOES_ON, again: bool = False) -> str:

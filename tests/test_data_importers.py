@@ -16,10 +16,9 @@ from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.import_columns import BrokenRow, Columns
 from rlhf_ray.data.import_formats import Guideline, read_dialogue
 from rlhf_ray.data.importers import import_table
-from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import GUIDELINES, SCHEMAS, check_rows, read_table
 from rlhf_ray.data.shares import hash_share
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import SHOWN_PROBLEMS, UserError
 
 
 def user(text):

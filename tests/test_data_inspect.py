@@ -7,8 +7,7 @@ from tiny_inputs import comparison, prompt, write_rows, write_tokenizer
 
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.inspect import check_table, show_table
-from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import SHOWN_PROBLEMS, UserError
 
 
 def test_a_sound_table_is_one_line(tmp_path, capsys):

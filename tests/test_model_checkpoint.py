@@ -237,6 +237,14 @@ def test_a_whole_file_beside_an_index_of_others_is_refused(tmp_path):
         check_checkpoint(directory)
 
 
+def test_tensors_of_a_dtype_are_left_out(tmp_path):
+    model = random_model(TINY).bfloat16()
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.float()
+    directory = save(tmp_path / "model", model)
+    assert {tensor.dtype for _, tensor in iterate_tensors(directory)} == {torch.bfloat16, torch.float32}
+    assert [name for name, _ in iterate_tensors(directory, but="BF16")] == [EMBEDDING]
+
+
 @pytest.mark.parametrize("shard_bytes", [200_000, 10**9])
 def test_files_of_other_weights_are_not_read(tmp_path, shard_bytes):
     directory = save(tmp_path / "model", random_model(TINY), max_shard_bytes=shard_bytes)

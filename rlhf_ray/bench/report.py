@@ -77,8 +77,7 @@ def device_facts(work: Workload, kind: str) -> dict[str, Any]:
     for role in ROLES[work.what]:
         settings: Any = getattr(work.config.roles, role)
         size = settings.tensor_parallel_size if role == "rollout" else 1
-        ranks = settings.num_engines if role == "rollout" else settings.num_ranks
-        gpus += ranks * (size if size > 1 else settings.gpus_per_rank or 1.0)
+        gpus += settings.num_ranks * (size if size > 1 else settings.gpus_per_rank or 1.0)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
     return {"kind": "cuda", "name": name, "count": math.ceil(gpus - 1e-6)}
 

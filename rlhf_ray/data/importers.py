@@ -17,10 +17,9 @@ from rlhf_ray.data.import_columns import BrokenRow, Columns, short
 from rlhf_ray.data.import_formats import Dialogue, Format, Guideline, ImportKind, TooLong, read_dialogue
 from rlhf_ray.data.import_lengths import fit, length_limits
 from rlhf_ray.data.import_sources import read_rows, source_files, split_name
-from rlhf_ray.data.row_checks import SHOWN_PROBLEMS
 from rlhf_ray.data.schemas import COMPARISONS, SCHEMAS, row_problems, write_table
 from rlhf_ray.data.shares import hash_share
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import SHOWN_PROBLEMS, UserError
 
 DUPLICATE, LONG = "duplicate", "too long"
 """Reasons to leave out a row that is not broken."""

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.data.chat import check_template, encode_answer, encode_dialogue, encode_prompt
 from rlhf_ray.data.schemas import Kind, row_problems
 from rlhf_ray.data.template import control_tokens
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import SHOWN_PROBLEMS, UserError
 from rlhf_ray.light_tokenizer import LightTokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-SHOWN_PROBLEMS = 10
 
 
 def refuse_broken(place: str, problems: Sequence[str], num_rows: int) -> None:

@@ -66,14 +66,9 @@ class Roles:
                 number of threads is a part of what makes bits equal, so it must not depend on what is done already.
         """
         groups = self.start(*roles)
-        threads = max(1, self.cores // sum(self.num_ranks(role) for role in among or roles))
+        threads = max(1, self.cores // sum(getattr(self._config.roles, role).num_ranks for role in among or roles))
         for group in groups:
             group.call(_set_threads(group.role), threads, step=self.step)
-
-    def num_ranks(self, role: str) -> int:
-        """Ranks of a role, started or not."""
-        settings: Any = getattr(self._config.roles, role)
-        return int(settings.num_engines if isinstance(settings, RolloutRole) else settings.num_ranks)
 
     @property
     def timeout_s(self) -> float:
@@ -129,7 +124,7 @@ class Roles:
 
     def _launch(self, role: str) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)
-        num_ranks = self.num_ranks(role)
+        num_ranks = settings.num_ranks
         # A reward that is a function holds no model.
         on_gpu = self.runtime.device == "cuda" and not is_function(getattr(self._config.inputs, role, ""))
         embedded = self._config.cluster.address in (None, EMBEDDED)

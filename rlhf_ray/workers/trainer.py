@@ -87,8 +87,8 @@ class TrainerWorker(ScorerWorker):
     def _exact_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights of the checkpoint that the built model has rounded."""
         if isinstance(self._source, str) and self._runtime.precision == "bf16":
-            for name, tensor in iterate_tensors(self._source):
-                if tensor.dtype != torch.bfloat16 and name not in self._fresh:
+            for name, tensor in iterate_tensors(self._source, but="BF16"):
+                if name not in self._fresh:
                     yield name, tensor
 
     def open_data(self, builder: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
