@@ -129,7 +129,7 @@ def main() -> None:
 
 def child(arguments: list[str]) -> None:
     """`rlhf-ray` with an engine that writes down when it has answers."""
-    from rlhf_ray.cli import main as rlhf_ray
+    from rlhf_ray.cli.main import main as rlhf_ray
 
     roles_module.WORKER_CLASSES["rollout"] = StampingRollout
     sys.argv = ["rlhf-ray", *arguments]

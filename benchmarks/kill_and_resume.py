@@ -54,7 +54,7 @@ def command(out: Path, config: dict[str, Any], *, stage: str = "run") -> list[st
     """The command line of a small run."""
     overrides = [text for key, value in config.items() for text in ("--set", f"{key}={value}")]
     return [
-        *(sys.executable, "-m", "rlhf_ray.cli", stage, str(ROOT / "configs" / "demo.toml")),
+        *(sys.executable, "-m", "rlhf_ray.cli.main", stage, str(ROOT / "configs" / "demo.toml")),
         *("--out", str(out), *overrides),
     ]
 

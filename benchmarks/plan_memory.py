@@ -11,7 +11,7 @@ through rlhf_ray/backends/deepspeed.py, in bf16 on CPU with one rank, and counts
 - resident growth: the process's highest resident memory less that before the model was built. It holds also
   what the allocator and libraries keep, and leaves out pages never touched, such as most of DeepSpeed's bucket.
 
-Predictions are those of rlhf_ray/memory.py with the CPU's kernels. DeepSpeed's reduce bucket (1 GB at ZeRO 2 and
+Predictions are those of planning/memory.py with the CPU's kernels. DeepSpeed's reduce bucket (1 GB at ZeRO 2 and
 3, whatever the model) is left out of both sides of the peak: beside these models everything else would vanish.
 Writes benchmarks/results/plan_memory.json and prints the table of docs/planning.md.
 """
@@ -75,7 +75,7 @@ CONFIGURATIONS: dict[str, tuple[str, str, int, bool, int, int]] = {
 
 def predict(name: str) -> dict[str, int]:
     """The planner's bytes of a configuration, the bucket left out of the peak."""
-    from rlhf_ray.memory import largest_matrix, training_memory, training_work
+    from rlhf_ray.planning.memory import largest_matrix, training_memory, training_work
 
     shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
     config, tokens = SHAPES[shape_name], rows * length

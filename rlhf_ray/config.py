@@ -27,6 +27,8 @@ def sampling_temperature(value: float) -> float:
 
 
 STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
+OWN_MODELS = ("SFT", "PPO")
+"""How the evaluation names the run's own models."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -168,7 +168,7 @@ def bench(what: str, directory: Path) -> dict:
     config.write_text(
         "".join(f"[{s}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in t.items()) for s, t in TINY.items())
     )
-    command = [sys.executable, "-m", "rlhf_ray.cli", "bench", what, str(config), "--out", str(out)]
+    command = [sys.executable, "-m", "rlhf_ray.cli.main", "bench", what, str(config), "--out", str(out)]
     command += ["--repeats", "2", "--warmup", "1", "--prompt-tokens", "6", "--response-tokens", "10"]
     environment = {**os.environ, "TMPDIR": str(temporary), "RAY_TMPDIR": "/tmp"}  # sockets need short paths
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

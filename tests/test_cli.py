@@ -14,7 +14,8 @@ import psutil
 import pytest
 from tiny_inputs import ANSWER, PRETRAINING_RUN, USER, prompt, write_checkpoint, write_rows, write_tokenizer
 
-from rlhf_ray import chat, cli
+from rlhf_ray.cli import chat
+from rlhf_ray.cli import main as cli
 from rlhf_ray.errors import RunFailure, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +93,7 @@ def test_bad_input_is_one_line_at_once(config, tmp_path, arguments, line):
 def test_help_and_refusals_load_nothing_heavy(config, tmp_path, arguments):
     places = {"config": config, "out": tmp_path / "new"}
     program = (
-        "import sys, rlhf_ray.cli\n"
+        "import sys, rlhf_ray.cli.main\n"
         f"sys.argv = ['rlhf-ray', *{[argument.format(**places) for argument in arguments]}]\n"
         "try:\n    rlhf_ray.cli.main()\n"
         f"finally:\n    print('loaded:', sorted({HEAVY} & set(sys.modules)))"
@@ -252,7 +253,7 @@ def test_texts_and_paths_whatever_the_locale(tmp_path):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": str(home)}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "rlhf_ray.cli", "data", *arguments]
+        command = [sys.executable, "-m", "rlhf_ray.cli.main", "data", *arguments]
         done = subprocess.run(command, env={**os.environ, **locale}, cwd=ROOT, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         return done.stdout.decode()

@@ -21,7 +21,8 @@ import pytest
 from tiny_inputs import PRETRAINING_RUN
 
 from cluster.jobs import Job
-from rlhf_ray import cli, cli_jobs
+from rlhf_ray.cli import jobs as cli_jobs
+from rlhf_ray.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -309,11 +310,11 @@ def test_a_job_with_shipped_source_that_fails_is_told_by_its_last_line(head, con
     last = "error: data.corpus: /nowhere/corpus.parquet: no such file; give the path of a Parquet file"
     assert (code, stdout.splitlines()[-1]) == (1, last)
     assert stderr == f"failed: job {job} ended with exit code 2: {last}\n"
-    assert f"job {job}: python -m rlhf_ray.cli run tiny.toml" in stdout
+    assert f"job {job}: python -m rlhf_ray.cli.main run tiny.toml" in stdout
     code, stdout, failed = rlhf_ray("status", job, "--address", address)
     assert (code, failed) == (1, stderr)
     assert "state: FAILED\n" in stdout and "exit_code: 2\n" in stdout
-    sent = "session_latest/runtime_resources/working_dir_files/*/rlhf_ray/cli_jobs.py"
+    sent = "session_latest/runtime_resources/working_dir_files/*/rlhf_ray/cli/jobs.py"
     assert [file.read_bytes() for file in option(process, "--temp-dir").glob(sent)] == [
         Path(cli_jobs.__file__).read_bytes()
     ]

@@ -72,7 +72,7 @@ def fetch(endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`rlhf-ray data fetch` against a hub: in its own process, which reads the endpoint once."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "rlhf_ray.cli", "data", "fetch", *arguments],
+        [sys.executable, "-m", "rlhf_ray.cli.main", "data", "fetch", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

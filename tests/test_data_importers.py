@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_inputs import write_tokenizer
 
-from rlhf_ray import cli
+from rlhf_ray.cli import main as cli
 from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
 from rlhf_ray.data.import_columns import BrokenRow, Columns
 from rlhf_ray.data.import_formats import Guideline, read_dialogue

@@ -9,13 +9,12 @@ import pytest
 from tiny_inputs import write_checkpoint, write_tokenizer
 
 from model.config import PRESETS
-from rlhf_ray import engine_limits
-from rlhf_ray.backends import vllm
+from rlhf_ray.backends import engine_limits, vllm
+from rlhf_ray.backends.engine_limits import CPU_HEAD_SIZES, GIB, check_engine, kv_cache_bytes
 from rlhf_ray.config import RolloutRole, parse_config
-from rlhf_ray.engine_limits import CPU_HEAD_SIZES, GIB, check_engine, kv_cache_bytes
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight import check_run
-from rlhf_ray.preflight_inputs import check_chat_checkpoint
+from rlhf_ray.preflight.inputs import check_chat_checkpoint
+from rlhf_ray.preflight.run import check_run
 
 TINY = PRESETS["tiny"]  # 2 layers, 2 key/value heads of 32, 256 tokens of context: 1 KiB a token in fp32
 LLAMA_1B = TINY.model_copy(
@@ -155,7 +154,7 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path, dtype, number):
 def test_large_checkpoints_are_left_to_the_workers(tmp_path, monkeypatch):
     import torch
 
-    monkeypatch.setattr("rlhf_ray.preflight_inputs.READ_THROUGH_BYTES", 1000)
+    monkeypatch.setattr("rlhf_ray.preflight.inputs.READ_THROUGH_BYTES", 1000)
     chat = broken(tmp_path / "chat", "model.norm.weight", np.nan, dtype=torch.float32)
     check_chat_checkpoint(chat, temperature=1.0, max_new_tokens=4, on_gpu=False, precision="bf16")
 

@@ -15,7 +15,7 @@ from model.config import PRESETS, to_hf_config
 
 SCRIPT = """
 import sys
-from rlhf_ray.preflight_machine import mend_environment
+from rlhf_ray.preflight.machine import mend_environment
 mend_environment()  # as the command line does
 from rlhf_ray.workers.rollout import RolloutWorker
 worker = RolloutWorker("rollout", 0, 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_inputs import write_checkpoint
 
+from rlhf_ray.cli.export import export_model
 from rlhf_ray.errors import UserError
-from rlhf_ray.export import export_model
 
 
 def finish(run: Path, step: str, *, age_s: float) -> Path:

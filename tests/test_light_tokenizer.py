@@ -8,9 +8,9 @@ import pytest
 from tiny_inputs import write_tokenizer
 
 from rlhf_ray.data.chat import encode_answer, encode_dialogue, encode_prompt, load_tokenizer
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import UserError
-from rlhf_ray.light_tokenizer import LightTokenizer
 
 DIALOGUE = [
     {"role": "system", "content": "Be kind <b>."},
@@ -147,7 +147,7 @@ def test_of_several_templates_the_default_is_taken(tmp_path):
 def test_it_loads_neither_torch_nor_transformers(directory):
     program = (
         "import sys\nfrom rlhf_ray.data.chat import encode_prompt\n"
-        "from rlhf_ray.light_tokenizer import LightTokenizer\n"
+        "from rlhf_ray.data.light_tokenizer import LightTokenizer\n"
         f"encode_prompt(LightTokenizer({str(directory)!r}), [{{'role': 'user', 'content': 'a'}}])\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -7,7 +7,7 @@ import pytest
 from cluster import hardware
 from cluster.hardware import Cpu
 from rlhf_ray import machine
-from rlhf_ray.cli import main
+from rlhf_ray.cli.main import main
 from rlhf_ray.config import parse_config
 from rlhf_ray.machine import gpu_shares, machine_facts, opening_lines, settled
 

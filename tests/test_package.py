@@ -80,8 +80,8 @@ def test_files_are_text_in_utf_8_whatever_the_locale():
         ("cluster.plan", HEAVY | {"model", "rlhf_ray"}),
         ("rlhf_ray", HEAVY),
         ("rlhf_ray.config", HEAVY),
-        ("rlhf_ray.cli", HEAVY),
-        ("rlhf_ray.plan_command", HEAVY),
+        ("rlhf_ray.cli.main", HEAVY),
+        ("rlhf_ray.cli.plan", HEAVY),
     ],
 )
 def test_importing_a_light_module_loads_nothing_heavy(module: str, must_not_load: set[str]) -> None:
@@ -92,7 +92,7 @@ def test_help_is_shown_without_loading_anything_heavy() -> None:
     # The console script's own path: what makes `rlhf-ray --help` quick is what it does not import.
     help_run = """
 import contextlib, io
-from rlhf_ray.cli import main
+from rlhf_ray.cli.main import main
 sys.argv = ["rlhf-ray", "--help"]
 with contextlib.redirect_stdout(io.StringIO()) as shown:
     try:
@@ -170,7 +170,7 @@ def test_the_packages_import_from_the_wheel(wheel: Path, tmp_path: Path) -> None
         archive.extractall(tmp_path)
     script = "; ".join(
         f"import {name}; assert {name}.__file__.startswith({str(tmp_path)!r}), {name}.__file__"
-        for name in (*PACKAGES, "rlhf_ray.cli")
+        for name in (*PACKAGES, "rlhf_ray.cli.main")
     )
     assert set(PACKAGES) <= modules_loaded_by(script, cwd=tmp_path)
 

@@ -13,13 +13,14 @@ from cluster.plan import GIB
 from model import logprobs
 from model.config import PRESETS
 from model.llama import Llama
-from rlhf_ray import cli, memory
+from rlhf_ray.cli import main as cli
+from rlhf_ray.cli.plan import plan_request
 from rlhf_ray.config import load_config
 from rlhf_ray.errors import UserError
-from rlhf_ray.memory import Work, lm_head_bytes, training_memory, training_work
-from rlhf_ray.plan_command import plan_request
-from rlhf_ray.planning import make_plan
-from rlhf_ray.preflight import check_batches
+from rlhf_ray.planning import memory
+from rlhf_ray.planning.memory import Work, lm_head_bytes, training_memory, training_work
+from rlhf_ray.planning.plan import make_plan
+from rlhf_ray.preflight.run import check_batches
 
 SEVEN_B = 6_738_415_616
 NOTHING = Work(kept=0, block=0, head=0)

@@ -10,13 +10,14 @@ import pytest
 from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, write_rows, write_tokenizer
 
 from cluster import hardware
-from rlhf_ray import machine, preflight
+from rlhf_ray import machine
 from rlhf_ray.config import STAGES, parse_config
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.schemas import GUIDELINES
 from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
+from rlhf_ray.preflight import run as preflight
+from rlhf_ray.preflight.run import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
 from rlhf_ray.recipe.context import WHO_MAKES, Context
 from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.run_state import RunDir, write_json
@@ -478,7 +479,7 @@ def test_broken_rows_are_listed_ten_and_a_count(tmp_path, files, capsys):
 
 def test_every_row_that_is_too_long_is_found(tmp_path, files, monkeypatch):
     # More of them than the rows that are counted where all fit.
-    monkeypatch.setattr("rlhf_ray.preflight_inputs.LONGEST_ROWS", 2)
+    monkeypatch.setattr("rlhf_ray.preflight.inputs.LONGEST_ROWS", 2)
     rows = [prompt(n, "carp " * (60 if n < 5 else 1)) for n in range(20)]
     given = config(inputs=inputs(files, "base"), data={"prompts_test": write_rows(tmp_path / "p", "prompts", rows)})
     assert complaint(given, tmp_path / "new").endswith("(the first of 5 problems in 20 rows)")

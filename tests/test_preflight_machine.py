@@ -10,7 +10,7 @@ import pytest
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
-from rlhf_ray.preflight_machine import check_machine, mend_environment
+from rlhf_ray.preflight.machine import check_machine, mend_environment
 
 VARIABLES = ("TMPDIR", "RAY_TMPDIR", "RAY_ADDRESS", "LOGNAME", "USER", "LNAME", "USERNAME")
 CACHES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME", "FLASHINFER_WORKSPACE_BASE", "MPLCONFIGDIR")

@@ -6,12 +6,12 @@ import pytest
 
 from model.config import PRESETS, ModelConfig
 from model.flops import num_parameters
-from rlhf_ray import preflight_memory
 from rlhf_ray.config import load_config
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight import ROLES
-from rlhf_ray.preflight_inputs import Model
-from rlhf_ray.preflight_memory import check_memory, trained_bytes
+from rlhf_ray.preflight import memory as preflight_memory
+from rlhf_ray.preflight.inputs import Model
+from rlhf_ray.preflight.memory import check_memory, trained_bytes
+from rlhf_ray.preflight.run import ROLES
 
 GIB = 2**30
 ALL = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate")

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from rlhf_ray.cli import app
+from rlhf_ray.cli.main import app
 from rlhf_ray.config import Config, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent

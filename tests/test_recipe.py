@@ -36,7 +36,7 @@ TINY = {
 def run(out: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """`rlhf-ray run` on the demo's config made tiny."""
     overrides = {**TINY, **changes}
-    command = [sys.executable, "-m", "rlhf_ray.cli", "run", "configs/demo.toml", "--out", str(out)]
+    command = [sys.executable, "-m", "rlhf_ray.cli.main", "run", "configs/demo.toml", "--out", str(out)]
     command += [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ})
 

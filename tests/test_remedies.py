@@ -12,7 +12,7 @@ from cluster.worker_group import WorkerError
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.recipe import run as recipe
-from rlhf_ray.remedies import what_helps
+from rlhf_ray.recipe.remedies import what_helps
 from rlhf_ray.run_state import RunDir
 
 GOES_ON = "the same command goes on from the last checkpoint"

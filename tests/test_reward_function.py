@@ -14,7 +14,7 @@ from rlhf_ray.config import parse_config
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.reward_function import find_function, is_function, score_with
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight_inputs import check_functions
+from rlhf_ray.preflight.inputs import check_functions
 from rlhf_ray.records import Rollouts
 from rlhf_ray.stopping import Stopped
 from rlhf_ray.workers.scorer import ScorerWorker

@@ -15,12 +15,12 @@ from tiny_inputs import VOCABULARY, write_checkpoint, write_rows, write_tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.checkpoint_files import read_config
+from rlhf_ray.cli.export import export_model
 from rlhf_ray.config import parse_config
 from rlhf_ray.data.chat import load_tokenizer
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.lm_rows import corpus_rows
 from rlhf_ray.data.special_ids import SpecialIds, special_ids, write_ids
-from rlhf_ray.export import export_model
-from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.recipe.pretraining import model_config
 
 CHATML = (

@@ -26,10 +26,10 @@ from model.checkpoint_files import read_config
 from model.config import ModelConfig
 from model.llama import Head, Llama
 from rlhf_ray.backends import vllm
+from rlhf_ray.backends.engine_limits import CPU_BLOCK, kv_cache_bytes
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.config import Config, parse_config
 from rlhf_ray.data.schemas import PROMPTS, write_table
-from rlhf_ray.engine_limits import CPU_BLOCK, kv_cache_bytes
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import (

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.checkpoint_files import expected_shapes
 from model.checkpoint_redundant import EMBEDDING, LM_HEAD
 from model.config import ModelConfig
-from rlhf_ray.engine_limits import GIB, kv_cache_bytes
+from rlhf_ray.backends.engine_limits import GIB, kv_cache_bytes
 from rlhf_ray.records import WeightBucket
 
 _MANY_SEQUENCES = 4096

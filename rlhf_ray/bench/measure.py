@@ -26,7 +26,7 @@ from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.machine import opening_lines
 from rlhf_ray.metrics import console, progress_bar
-from rlhf_ray.preflight import SMALLEST_VOCABULARY
+from rlhf_ray.preflight.run import SMALLEST_VOCABULARY
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, start_engines, sync_weights

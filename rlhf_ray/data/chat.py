@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_ray.data.light_tokenizer import LLAMA_MARKS, read_settings
 from rlhf_ray.data.template import Messages, check_contents, control_tokens, dialogue_of, render, settle_eos
 from rlhf_ray.errors import UserError
-from rlhf_ray.light_tokenizer import LLAMA_MARKS, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.config_errors import similar
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.row_checks import refuse_broken, token_problems
 from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 from rlhf_ray.errors import UserError, located
-from rlhf_ray.light_tokenizer import LightTokenizer
 
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "green"}
 

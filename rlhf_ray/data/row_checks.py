@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.chat import check_template, encode_answer, encode_dialogue, encode_prompt
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.schemas import Kind, row_problems
 from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import SHOWN_PROBLEMS, UserError
-from rlhf_ray.light_tokenizer import LightTokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from model.checkpoint_files import CONFIG_FILE, GENERATION_FILE, is_reward_model, read_config
 from model.config import ModelConfig
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.template import control_tokens
 from rlhf_ray.errors import UserError
-from rlhf_ray.light_tokenizer import LightTokenizer
 
 
 class SpecialIds(NamedTuple):

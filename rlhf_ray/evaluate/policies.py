@@ -15,10 +15,10 @@ from rich.table import Table
 
 from cluster.worker_group import collect
 from rlhf_ray.algo.reward import combine_rewards
+from rlhf_ray.config import OWN_MODELS
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
 from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
 from rlhf_ray.metrics import console
-from rlhf_ray.preflight_inputs import OWN_MODELS
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import SCORED_BY, check_swappable, decode, generate, open_prompts, start_engines
 from rlhf_ray.recipe.ppo import LOOKING_ROLES, experience_rule, load_frozen, score, summarize

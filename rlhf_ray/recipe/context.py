@@ -21,7 +21,6 @@ SHARED_CODE = (
     "rlhf_ray.backends",
     "rlhf_ray.data",
     "rlhf_ray.workers",
-    "rlhf_ray.light_tokenizer",
     "rlhf_ray.records",
     "rlhf_ray.recipe.engines",
 )

@@ -5,9 +5,9 @@ from typing import Any
 
 from model.config import PRESETS, ModelConfig
 from rlhf_ray.data.batching import prompt_rows
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.lm_rows import corpus_rows
 from rlhf_ray.data.special_ids import special_ids
-from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.language_modeling import train_language_model
 

@@ -14,12 +14,12 @@ from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
 from rlhf_ray.recipe.ppo import ppo
 from rlhf_ray.recipe.preference_collection import collect
 from rlhf_ray.recipe.pretraining import pretrain
+from rlhf_ray.recipe.remedies import what_helps
 from rlhf_ray.recipe.reward_modeling import train_reward_models
 from rlhf_ray.recipe.sft import sft
+from rlhf_ray.recipe.testbed import make_testbed
 from rlhf_ray.recipe.tokenizer import make_tokenizer
-from rlhf_ray.remedies import what_helps
 from rlhf_ray.run_state import RunDir, fingerprint, package_versions, sweep, write_json
-from rlhf_ray.testbed.stage import make_testbed
 
 Outputs = Mapping[str, Path]
 

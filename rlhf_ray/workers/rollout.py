@@ -13,9 +13,9 @@ from model.checkpoint_files import read_config
 from rlhf_ray.backends.vllm import Completion, Engine
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
 from rlhf_ray.data.special_ids import special_ids
-from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.records import Rollouts, WeightBucket
 
 _PROBED_PROMPTS = 8

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlhf_ray.cli_data import data_app
-from rlhf_ray.cli_jobs import ConfigPath, Overrides, jobs_app
+from rlhf_ray.cli.data import data_app
+from rlhf_ray.cli.jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.stopping import saying, stopping_on_signals
 
@@ -35,7 +35,7 @@ Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one re
 
 def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None) -> None:
     from rlhf_ray.config import load_config
-    from rlhf_ray.preflight import check_run
+    from rlhf_ray.preflight.run import check_run
 
     with saying("stopped; the same command goes on from the last checkpoint"):
         config = load_config(config_path, overrides)
@@ -50,7 +50,7 @@ def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tupl
 
 def _mend_environment() -> None:
     """Before libraries are imported, which read where their caches are."""
-    from rlhf_ray.preflight_machine import mend_environment
+    from rlhf_ray.preflight.machine import mend_environment
 
     if line := mend_environment():
         print(line, file=sys.stderr)
@@ -58,8 +58,8 @@ def _mend_environment() -> None:
 
 def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
     """`run_recipe`, with its failures as those that `main` prints."""
+    from rlhf_ray.recipe.remedies import GOES_ON, disk_remedy
     from rlhf_ray.recipe.run import run_recipe
-    from rlhf_ray.remedies import GOES_ON, disk_remedy
 
     with _cluster_failures(GOES_ON):
         try:
@@ -77,7 +77,7 @@ def _cluster_failures(goes_on: str) -> Iterator[None]:
     from cluster.deaths import why_dead
     from cluster.placement import PlacementError
     from cluster.worker_group import WorkerError
-    from rlhf_ray.remedies import what_helps
+    from rlhf_ray.recipe.remedies import what_helps
 
     try:
         yield
@@ -125,7 +125,7 @@ def chat(
     """Talk to a checkpoint; an empty line ends the dialogue."""
     from rlhf_ray.config import Config
     from rlhf_ray.machine import settled
-    from rlhf_ray.preflight_inputs import check_chat_checkpoint
+    from rlhf_ray.preflight.inputs import check_chat_checkpoint
 
     run = settled(Config()).run
     check_chat_checkpoint(
@@ -137,7 +137,7 @@ def chat(
     )
     _mend_environment()
 
-    from rlhf_ray.chat import talk
+    from rlhf_ray.cli.chat import talk
 
     talk(checkpoint, run, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
 
@@ -210,7 +210,7 @@ def export(
     ] = "policy",
 ) -> None:
     """Copy a model out of a run, for transformers and vLLM."""
-    from rlhf_ray.export import export_model
+    from rlhf_ray.cli.export import export_model
 
     source = export_model(run, to, what=model)
     print(f"{source} -> {to}")
@@ -235,8 +235,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For machines, sizes in bytes.")] = False,
 ) -> int:
     """Say which role needs how much memory, where it fits, and the settings that put it there."""
-    from rlhf_ray.plan_command import plan_json, plan_request, print_plan
-    from rlhf_ray.planning import make_plan
+    from rlhf_ray.cli.plan import plan_json, plan_request, print_plan
+    from rlhf_ray.planning.plan import make_plan
 
     made = make_plan(
         plan_request(

@@ -1,6 +1,6 @@
 """Where a stage's roles fit on GPUs, and the settings that put them there.
 
-Turns shapes and settings into byte counts (`rlhf_ray.memory`) for `cluster.plan`. Plans bfloat16. Imports no torch;
+Turns shapes and settings into byte counts (`planning.memory`) for `cluster.plan`. Plans bfloat16. Imports no torch;
 docs/planning.md explains the search.
 """
 
@@ -13,8 +13,8 @@ from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.config import Config, TrainRole, config_with
 from rlhf_ray.errors import UserError
-from rlhf_ray.memory import largest_matrix, scoring_memory, training_memory, training_work
-from rlhf_ray.preflight import ROLES, check_batches, on_device, stage_roles
+from rlhf_ray.planning.memory import largest_matrix, scoring_memory, training_memory, training_work
+from rlhf_ray.preflight.run import ROLES, check_batches, on_device, stage_roles
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 FROZEN = ("reference", "helpfulness", "safety")

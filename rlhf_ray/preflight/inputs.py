@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from model.checkpoint_files import check_checkpoint, stray_files
 from model.checkpoint_values import check_finite
 from model.config import ModelConfig
-from rlhf_ray.config import Config, RolloutRole, sampling_temperature
-from rlhf_ray.engine_limits import check_engine
+from rlhf_ray.backends.engine_limits import check_engine
+from rlhf_ray.config import OWN_MODELS, Config, RolloutRole, sampling_temperature
+from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
-from rlhf_ray.light_tokenizer import LightTokenizer
 from rlhf_ray.metrics import console
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ WIDE_GAP = 1024
 
 READ_THROUGH_BYTES = 8 * 2**30
 """Size of a checkpoint up to which its numbers are looked at before the run; workers look at those of any."""
-
-OWN_MODELS = ("SFT", "PPO")
-"""How the evaluation names the run's own models."""
 
 LONGEST_ROWS = 256
 """Rows of most characters whose tokens are counted before the run, if all of them fit; the stages count all."""

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from cluster.hardware import memory_limit_bytes
 from model.config import PRESETS, ModelConfig
 from model.flops import num_parameters, weight_bytes
+from rlhf_ray.backends.engine_limits import kv_cache_bytes
 from rlhf_ray.config import STAGES, Config, FrozenRole, RolloutRole, TrainRole
 from rlhf_ray.data.reward_function import is_function
-from rlhf_ray.engine_limits import kv_cache_bytes
 from rlhf_ray.errors import UserError
-from rlhf_ray.memory import Work, training_memory, training_work
 from rlhf_ray.metrics import console
-from rlhf_ray.preflight_inputs import REWARD_MODELS, Model
+from rlhf_ray.planning.memory import Work, training_memory, training_work
+from rlhf_ray.preflight.inputs import REWARD_MODELS, Model
 
 GIB = 2**30
 # Shares of memory (PSS) of the demo's processes once they are up, without their small models; rounded down.

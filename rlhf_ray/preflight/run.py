@@ -1,7 +1,7 @@
 """What can be wrong with a run and be seen without running it: checked in seconds, nothing launched.
 
 Each complaint is one line: field, value, rule, remedy. Here are the settings and what the stages need of each
-other; `preflight_inputs` looks into the files that the config names.
+other; `preflight.inputs` looks into the files that the config names.
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any
 from cluster import hardware
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
+from rlhf_ray.backends.engine_limits import check_engine
 from rlhf_ray.config import STAGES, Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
-from rlhf_ray.engine_limits import check_engine
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, settled
-from rlhf_ray.preflight_inputs import Model, check_inputs, shortest_context
-from rlhf_ray.preflight_machine import check_machine, try_writing
-from rlhf_ray.preflight_memory import check_memory, model_field, model_shape
+from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context
+from rlhf_ray.preflight.machine import check_machine, try_writing
+from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
 from rlhf_ray.run_state import finished_files
 

@@ -8,7 +8,7 @@ from model.checkpoint_files import check_checkpoint
 from model.checkpoint_values import check_finite
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
-from rlhf_ray.preflight_inputs import READ_THROUGH_BYTES
+from rlhf_ray.preflight.inputs import READ_THROUGH_BYTES
 from rlhf_ray.run_state import copy_file, copy_files, finished_files
 
 STEPS = {

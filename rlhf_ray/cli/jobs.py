@@ -51,7 +51,7 @@ def submit(
 ) -> None:
     """Run a recipe as a job of a Ray cluster; prints the job's id. Submit again to resume."""
     from rlhf_ray.config import load_config
-    from rlhf_ray.preflight import check_submission
+    from rlhf_ray.preflight.run import check_submission
 
     check_submission(load_config(config, set_), out)
     with _cluster(address) as client, scratch_directory("rlhf-ray-") as files:
@@ -166,7 +166,7 @@ def _check_unused(client: "Client", out: Path) -> None:
 
 
 def _copy_packages(directory: Path) -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     for package in PACKAGES:
         shutil.copytree(
             root / package,
@@ -178,7 +178,7 @@ def _copy_packages(directory: Path) -> None:
 
 def _entrypoint(config: str, out: Path, overrides: Sequence[str], *, ship: bool) -> str:
     """The job's command. Shipped source comes without the installed program, so Python starts it."""
-    program = ["python", "-m", "rlhf_ray.cli"] if ship else ["rlhf-ray"]
+    program = ["python", "-m", "rlhf_ray.cli.main"] if ship else ["rlhf-ray"]
     joined = [*overrides, "cluster.address=auto"]  # the cluster that the job is on
     return shlex.join(
         [*program, "run", config, "--out", str(out), *(part for each in joined for part in ("--set", each))]

@@ -17,7 +17,7 @@ from model.config import PRESETS, ModelConfig
 from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
-from rlhf_ray.planning import STAGES, Plan, Request
+from rlhf_ray.planning.plan import STAGES, Plan, Request
 
 PARTS = tuple(field.name for field in fields(Memory))
 SHORT = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "kv_cache": "KV", "overhead": "other"}

@@ -1,0 +1,1 @@
+"""The command line: `rlhf-ray` and its commands."""

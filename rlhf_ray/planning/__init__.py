@@ -1,0 +1,1 @@
+"""Where roles fit on GPUs, and the settings that put them there."""

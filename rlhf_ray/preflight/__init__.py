@@ -1,0 +1,1 @@
+"""What can be wrong with a run and be seen without running it."""
