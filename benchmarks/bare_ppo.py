@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from model.checkpoint import load_model
 from model.heads import last_token_scores, state_values
 from rlhf_ray.config import OptimSection
-from rlhf_ray.recipe.ppo import experience_rule
+from rlhf_ray.recipe.ppo import scoring_settings
 
 set_threads = torch.set_num_threads  # vLLM puts one in its place that does nothing
 PHASES = ("rollout", "score", "update", "sync")
@@ -276,8 +276,7 @@ class BareLoop:
             values[rows] = values_of(self.value.model, part)
             for name, model in self.rewards.items():
                 scores[name][rows] = last_token_scores(model(part.tokens), part.lengths).float()
-        rule = asdict(experience_rule(self.section))
-        names = ("safety_threshold_raw", "kl_coef", "gamma", "gae_lambda", "whiten_advantages")
+        names = ("kl_coef", "gamma", "gae_lambda", "whiten_advantages")
         advantages, returns = advantages_and_returns(
             logprobs,
             ref_logprobs,
@@ -285,7 +284,8 @@ class BareLoop:
             scores["helpfulness"],
             scores["safety"],
             is_safety,
-            **{name: rule[name] for name in names},
+            safety_threshold_raw=scoring_settings(self.section).gate,
+            **{name: getattr(self.section, name) for name in names},
         )
         return logprobs, values, advantages, returns
 

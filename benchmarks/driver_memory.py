@@ -21,6 +21,7 @@ import cluster.worker_group as worker_group
 from rlhf_ray.config import load_config
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.run import run_recipe
+from rlhf_ray.recipe.stages import STAGES
 
 RESULT = RESULTS / "driver_memory.json"
 PICTURE = ROOT / "docs" / "driver_memory.png"
@@ -76,7 +77,7 @@ def measure(work: Path, **changes: int) -> list[dict[str, float]]:
     overrides = [f"{key}={value}" for key, value in {**CONFIG, **_dotted(changes)}.items()]
     config = load_config(ROOT / "configs" / "demo.toml", overrides)
     with Watch() as watch:
-        run_recipe(config, work, stages=[s for s in config.run.stages if s != "evaluate"])
+        run_recipe(config, work, stages=[stage for stage in STAGES if stage != "evaluate"])
     return watch.samples
 
 

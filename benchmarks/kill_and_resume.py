@@ -70,16 +70,16 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def rows_written(out: Path) -> int:
     """Metric rows of all stages so far: how far a run has come."""
-    return sum(file.read_bytes().count(b"\n") for file in out.glob("steps/*/metrics.jsonl"))
+    return sum(file.read_bytes().count(b"\n") for file in out.glob("steps/**/metrics.jsonl"))
 
 
 def stage_under_way(out: Path) -> str:
     """What a run was at, by its directory: unfinished steps with their newest checkpoint."""
     names = []
     for partial in sorted(out.glob("steps/*.partial")):
-        states = sorted((partial / "state").glob("step-*[0-9]"))
-        rows = (partial / "metrics.jsonl").read_bytes().count(b"\n") if (partial / "metrics.jsonl").exists() else 0
-        newest = int(states[-1].name.removeprefix("step-")) if states else 0
+        states = sorted(path.name for path in partial.glob("**/state/step-*[0-9]"))
+        rows = sum(file.read_bytes().count(b"\n") for file in partial.glob("**/metrics.jsonl"))
+        newest = int(states[-1].removeprefix("step-")) if states else 0
         names.append(f"{partial.name.rpartition('-')[0]} after {rows} steps, checkpoint {newest}")
     finished = [path.name.rpartition("-")[0] for path in sorted(out.glob("steps/*"), key=os.path.getmtime)]
     return "; ".join(names) or f"between stages, after {finished[-1] if finished else 'none'}"

@@ -31,7 +31,7 @@ DELAY_S = 0.02  # from the call to the kill: the method is then under way
 KILLS = [
     ("pretrain", "policy", "train_lm", 14),
     ("sft", "policy", "train_lm", 7),
-    ("collect", "rollout", "generate", 3),
+    ("pairs", "rollout", "generate", 3),
     ("reward", "helpfulness", "train_reward", 3),
     ("reward", "safety", "train_reward", 6),
     ("ppo", "rollout", "generate", 3),
@@ -54,7 +54,7 @@ class Killer:
     def __init__(self) -> None:
         self.done: list[tuple[str, str, str, int]] = []
         self._stage, self._calls = "", Counter[tuple[str, str]]()
-        self._submit_one, self._run_stage = WorkerGroup.submit_one, recipe.run_stage
+        self._submit_one, self._run_node = WorkerGroup.submit_one, recipe.run_node
 
     def __enter__(self) -> "Killer":
         killer = self
@@ -69,18 +69,18 @@ class Killer:
                 threading.Timer(DELAY_S, os.kill, (group.pids[rank], signal.SIGKILL)).start()
             return call
 
-        def run_stage(context: Any, stage: str) -> Any:
-            killer._stage = stage
+        def run_node(context: Any, entry: Any) -> None:
+            killer._stage = entry.node.name
             killer._calls.clear()
-            return killer._run_stage(context, stage)
+            killer._run_node(context, entry)
 
         WorkerGroup.submit_one = submit_one  # type: ignore[method-assign]
-        recipe.run_stage = run_stage
+        recipe.run_node = run_node
         return self
 
     def __exit__(self, *_: object) -> None:
         WorkerGroup.submit_one = self._submit_one  # type: ignore[method-assign]
-        recipe.run_stage = self._run_stage
+        recipe.run_node = self._run_node
 
 
 def main() -> None:

@@ -87,14 +87,14 @@ def predict(name: str) -> dict[str, int]:
         cpu_kernels=True,
     )
     parameters = num_parameters(config, scalar_head=head == "scalar")
-    moments = training_memory(parameters, largest_matrix(config), work, zero_stage=zero_stage, num_ranks=1)
-    step = moments["head"]
+    phases = training_memory(parameters, largest_matrix(config), work, zero_stage=zero_stage, num_ranks=1)
+    step = phases["head"]
     bucket = BUCKET_BYTES if zero_stage >= 2 else 0
     return {
         "weights": step.weights,
         "optimizer": step.optimizer,
         "activations": work.kept,
-        "peak": max(memory.total for memory in moments.values()) - bucket,
+        "peak": max(memory.total for memory in phases.values()) - bucket,
     }
 
 

@@ -119,9 +119,10 @@ def _testbed(directory: Path, precision: str) -> Work:
     config = load_config(ROOT / "configs" / "demo.toml", [f"{key}={value}" for key, value in TESTBED.items()])
     made = run_recipe(config, directory / "run", stages=("testbed", "tokenizer"))
     shape = PRESETS[config.model.preset].model_copy(update={"vocab_size": config.tokenizer.vocab_size})
-    chat = _random_chat(shape, directory / "chat", tokenizer=made["tokenizer"])
-    prompts = load_prompts(str(made["prompts_train"]), load_tokenizer(chat), max_prompt_tokens=shape.max_seq_len)
-    return _with_rewards("testbed", directory, chat, prompts.tokens, prompts.is_safety, config.ppo, precision)
+    chat = _random_chat(shape, directory / "chat", tokenizer=made["tokenizer"].path)
+    prompts = load_prompts(str(made["prompts_train"].path), load_tokenizer(chat), max_prompt_tokens=shape.max_seq_len)
+    tokens, is_safety = list(prompts.tokens), list(prompts.is_safety)
+    return _with_rewards("testbed", directory, chat, tokens, is_safety, config.ppo, precision)
 
 
 def _with_rewards(

@@ -11,26 +11,21 @@ from ppo_work import Work
 
 import rlhf_ray.workers.roles as roles_module
 from rlhf_ray.config import Config, parse_config
-from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import start_engines, sync_weights
-from rlhf_ray.records import WeightBucket
+from rlhf_ray.recipe.scoring import SCORING_ROLES
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import PromptBatch, WeightBucket, WeightVersion
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.rollout import RolloutWorker
 
-PROMPTS_NAME = "prompts_train"
-
 
 class MeasuredRollout(RolloutWorker):
-    """Prompts are given as token ids, answers go on to the length limit, and the parts of a sync are timed."""
+    """The parts of a sync are timed."""
 
-    def give_prompts(self, name: str, tokens: list[list[int]], is_safety: list[bool]) -> None:
-        """Opens token ids as the prompts of that name."""
-        self._prompts[name] = PromptSet(tokens=tokens, path="", is_safety=is_safety, ends_at_eos=False)
-
-    def load_weights(self, buckets: list[Any]) -> int:
+    def load_weights(self, buckets: list[Any]) -> WeightVersion:
         self._fetch_s = 0.0
         start = time.perf_counter()
         version = super().load_weights(buckets)
@@ -72,11 +67,18 @@ class RecipeSide:
     def __init__(self, work: Work, context: Context):
         self.work, self.context, self.roles = work, context, context.roles
         self._index = 0
+        self._prompts = PromptBatch(  # as token ids; answers go on to the length limit
+            ids=tuple(f"p{number}" for number in range(len(work.prompts))),
+            tokens=tuple(work.prompts),
+            messages=([],) * len(work.prompts),
+            is_safety=tuple(work.is_safety),
+            ends_at_eos=False,
+        )
 
     def iteration(self) -> dict[str, float]:
         """One PPO iteration; returns seconds per phase, and of the whole call."""
         start = time.perf_counter()
-        row = ppo.iteration(self.roles, self.work.section, self._index, num_prompts=len(self.work.prompts), seed=0)
+        row = ppo.iteration(self.roles, self.work.section, self._index, self._prompts, seed=0)
         call = time.perf_counter() - start
         answers = row["response/tokens"]
         assert answers == self.work.response_tokens, f"answers have {answers} tokens, not {self.work.response_tokens}"
@@ -105,11 +107,11 @@ def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iter
     roles_module.WORKER_CLASSES.update(rollout=MeasuredRollout, policy=MeasuredPolicy)
     context = Context(_config(work), RunDir(directory / "run"))
     try:
-        roles, roles_used = context.roles, ("policy",) if only_sync else ppo.SCORING_ROLES
+        roles, roles_used = context.roles, ("policy",) if only_sync else SCORING_ROLES
         roles.start("rollout", *roles_used)
-        ppo.load_models(context, None, roles_used=roles_used)
-        start_engines(context, work.chat)
-        roles["rollout"].call(MeasuredRollout.give_prompts, PROMPTS_NAME, work.prompts, work.is_safety)
+        inputs = {name: Artefact(name, path, "", "") for name, path in _models(work).items()}
+        ppo.load_models(context, inputs, None, version=WeightVersion("benchmark", 0), roles_used=roles_used)
+        start_engines(context, work.chat, work.chat)
         sync_weights(roles)
         yield RecipeSide(work, context)
     finally:
@@ -117,13 +119,15 @@ def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iter
         roles_module.WORKER_CLASSES.update(classes)
 
 
+def _models(work: Work) -> dict[str, Path]:
+    return {"tokenizer": work.chat, "chat": work.chat, "helpfulness": work.helpfulness, "safety": work.safety}
+
+
 def _config(work: Work) -> Config:
-    chat = str(work.chat)
-    rewards = {"helpfulness": str(work.helpfulness), "safety": str(work.safety)}
     return parse_config(
         {
             "run": {"precision": work.precision, "device": "cuda" if torch.cuda.is_available() else "cpu"},
-            "inputs": {"tokenizer": chat, "chat": chat, **rewards},
+            "inputs": {name: str(path) for name, path in _models(work).items()},
             "ppo": work.section.model_dump(),
         }
     )

@@ -28,20 +28,22 @@ from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.evaluate.seeds import GREEDY, MEASURES, compare, print_comparison
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.recipe.run import run_recipe
+from rlhf_ray.recipe.stages import Artefact
 
 RESULT = RESULTS / "sft_control.json"
 LABEL = "SFT long"
 PPO_PASSES, SFT_PASSES = 12, 3
 
 
-def control_epochs(config: Config, made: dict[str, Path]) -> tuple[int, dict[str, float]]:
+def control_epochs(config: Config, made: dict[str, Artefact]) -> tuple[int, dict[str, float]]:
     """Epochs of SFT that cost what the run's SFT and PPO cost together, and the counts behind it."""
-    prompts = load_prompts(str(made["prompts_train"]), load_tokenizer(made["chat"]), max_prompt_tokens=2**20)
+    prompts = load_prompts(str(made["prompts_train"].path), load_tokenizer(made["chat"].path), max_prompt_tokens=2**20)
     prompt_tokens = statistics.fmean(len(tokens) for tokens in prompts.tokens)
     ppo_tokens = sum(
-        config.ppo.batch_size * (prompt_tokens + row["response/tokens"]) for row in read_metrics(made["policy"].parent)
+        config.ppo.batch_size * (prompt_tokens + row["response/tokens"])
+        for row in read_metrics(made["policy"].path.parent)
     )
-    epoch_tokens = sum(row["tokens"] for row in read_metrics(made["chat"].parent)) / config.sft.epochs
+    epoch_tokens = sum(row["tokens"] for row in read_metrics(made["chat"].path.parent)) / config.sft.epochs
     more = math.ceil(PPO_PASSES * ppo_tokens / (SFT_PASSES * epoch_tokens))
     return config.sft.epochs + more, {"ppo_tokens": ppo_tokens, "sft_tokens_per_epoch": epoch_tokens}
 
@@ -53,12 +55,13 @@ def run_control(run: Path) -> dict[str, Any]:
     made = run_recipe(config, run, stages=("evaluate",))
     epochs, counts = control_epochs(config, made)
     longer = parse_config({**raw, "sft": {**raw["sft"], "epochs": epochs}})
-    control = run_recipe(longer, run, stages=("sft",))["chat"]
+    control = run_recipe(longer, run, stages=("sft",))["chat"].path
     compared = parse_config({**raw, "evaluate": {**raw["evaluate"], "controls": {LABEL: str(control)}}})
-    evaluation = json.loads(run_recipe(compared, run, stages=("evaluate",))["evaluation"].read_text(encoding="utf-8"))
+    found = run_recipe(compared, run, stages=("evaluate",))["evaluation"].path
+    evaluation = json.loads(found.read_text(encoding="utf-8"))
     losses = {
         name: [row["held_out_loss"] for row in read_metrics(path.parent) if "held_out_loss" in row]
-        for name, path in (("SFT", made["chat"]), (LABEL, control))
+        for name, path in (("SFT", made["chat"].path), (LABEL, control))
     }
     return {"seed": config.run.seed, "epochs": epochs, **counts, "held_out_loss": losses, **evaluation}
 
@@ -72,7 +75,8 @@ def main() -> None:
     seeds = [run_control(run) for run in runs]
     gains = {
         f"PPO against {against}{suffix}": {
-            name: asdict(gain) | {"verdict": gain.verdict(MEASURES[name][1])}
+            name: asdict(gain)
+            | {"mean": gain.mean, "interval": gain.interval, "verdict": gain.verdict(MEASURES[name][1])}
             for name, gain in compare(runs, against=against, suffix=suffix).items()
         }
         for against in ("SFT", LABEL)

@@ -1,7 +1,7 @@
 """Who sits on which GPU: arithmetic on byte counts, without models, torch or Ray.
 
 The caller lists for each role the ways to run it, best first, each with the bytes that one of its processes
-holds on its GPU at a few moments. `place` seats the roles on a number of like GPUs.
+holds on its GPU at a few phases. `place` puts the roles on a number of like GPUs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ ENGINE_SHARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that one process holds on one GPU at one moment."""
+    """Bytes that one process holds on one GPU at one phase."""
 
     weights: int = 0
     gradients: int = 0
@@ -44,13 +44,13 @@ class Option:
     """Processes; engines of a rollout role."""
     gpus_per_rank: int = 1
     """Whole GPUs under each of them, when it does not share."""
-    moments: Mapping[str, Memory]
-    """Moment, such as "backward", -> what a process holds on each of its GPUs then."""
+    phases: Mapping[str, Memory]
+    """Phase, such as "backward", -> what a process holds on each of its GPUs then."""
 
     @property
     def peak(self) -> tuple[str, Memory]:
-        """The moment that needs most, and what it needs."""
-        return max(self.moments.items(), key=lambda item: item[1].total)
+        """The phase that needs most, and what it needs."""
+        return max(self.phases.items(), key=lambda item: item[1].total)
 
     @property
     def gpus(self) -> int:
@@ -72,24 +72,24 @@ class Role:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class PlacedRole:
     """A role in its place."""
 
     role: str
     option: Option
     gpu_share: float
     """GPUs of one process; below 1 where it shares one."""
-    moment: str
+    phase: str
     """When it needs most memory."""
     memory: Memory
-    """What a process holds on each of its GPUs at that moment."""
+    """What a process holds on each of its GPUs at that phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Seats for all roles, and whether the GPUs hold them."""
+    """A place for all roles, and whether the GPUs hold them."""
 
-    seats: Sequence[Seat]
+    roles: Sequence[PlacedRole]
     gpus: Sequence[tuple[str, ...]]
     """For each GPU in use the roles that have a process on it."""
     num_gpus: int
@@ -100,7 +100,7 @@ class Placement:
     @property
     def fullest(self) -> tuple[tuple[str, ...], int]:
         """The roles on the fullest GPU and the bytes they hold there."""
-        held = {seat.role: seat.memory.total for seat in self.seats}
+        held = {each.role: each.memory.total for each in self.roles}
         return max(((names, sum(held[name] for name in names)) for names in set(self.gpus)), key=lambda item: item[1])
 
     @property
@@ -109,7 +109,7 @@ class Placement:
         return len(self.gpus) <= self.num_gpus and self.fullest[1] <= self.gpu_bytes
 
 
-def seat_given(
+def place_given(
     roles: Sequence[tuple[Role, Option, float]], *, gpus: int, gpu_bytes: int, engine_share: float
 ) -> Placement:
     """The placement that a config asks for, whether it fits or not.
@@ -123,7 +123,7 @@ def seat_given(
     """
     whole: list[tuple[str, ...]] = []
     shared: list[tuple[tuple[str, ...], float]] = []
-    seats = []
+    placed = []
     for role, option, share in roles:
         if share >= 1:
             whole += [(role.name,)] * int(option.num_ranks * -(-share // 1))
@@ -135,19 +135,19 @@ def seat_given(
                     place_of = len(shared) - 1
                 names, taken = shared[place_of]
                 shared[place_of] = ((*names, role.name), taken + share)
-        moment, memory = option.peak
+        phase, memory = option.peak
         if role.is_engine:
             memory = _grow(memory, role, option, int(engine_share * gpu_bytes))
-        seats.append(Seat(role=role.name, option=option, gpu_share=share, moment=moment, memory=memory))
+        placed.append(PlacedRole(role=role.name, option=option, gpu_share=share, phase=phase, memory=memory))
     devices = whole + [names for names, _ in shared]
-    return Placement(seats=seats, gpus=devices, num_gpus=gpus, gpu_bytes=gpu_bytes)
+    return Placement(roles=placed, gpus=devices, num_gpus=gpus, gpu_bytes=gpu_bytes)
 
 
 def place(roles: Sequence[Role], sharing: Sequence[Sequence[str]], *, gpus: int, gpu_bytes: int) -> Placement | None:
     """The first placement that fits, or None.
 
     Tries each set of roles that may share one GPU in the order given. The others have GPUs of their own, each role
-    by its first option that fits and leaves enough for those after it; the engine, seated last, takes the rest.
+    by its first option that fits and leaves enough for those after it; the engine, placed last, takes the rest.
 
     Args:
         sharing: sets of role names that sit on one GPU together, preferred first; empty for none.
@@ -181,20 +181,20 @@ def _place(roles: Sequence[Role], together: set[str], num_gpus: int, gpu_bytes: 
     if room < 0:
         return None
     left = gpu_bytes - sum(chosen[role.name].peak[1].total for role in members)
-    seats = []
+    placed = []
     for role in roles:
         option = chosen[role.name]
-        moment, memory = option.peak
+        phase, memory = option.peak
         # Rounded down to what Ray counts in, so that the shares add up to one GPU at most.
         share = int(100 / len(members)) / 100 if role in members else float(option.gpus_per_rank)
         if role.is_engine:
             limit = memory.total + left if role in members else int(ENGINE_SHARE * gpu_bytes)
             memory = _grow(memory, role, option, limit)
-        seats.append(Seat(role=role.name, option=option, gpu_share=share, moment=moment, memory=memory))
+        placed.append(PlacedRole(role=role.name, option=option, gpu_share=share, phase=phase, memory=memory))
     gpus: list[tuple[str, ...]] = [(role.name,) for role in alone for _ in range(chosen[role.name].gpus)]
     if members:
         gpus.append(tuple(role.name for role in members))
-    return Placement(seats=seats, gpus=gpus, num_gpus=num_gpus, gpu_bytes=gpu_bytes)
+    return Placement(roles=placed, gpus=gpus, num_gpus=num_gpus, gpu_bytes=gpu_bytes)
 
 
 def _share(members: Sequence[Role], gpu_bytes: int) -> dict[str, Option] | None:

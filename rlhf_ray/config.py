@@ -7,10 +7,10 @@ the field says so and docs/decisions.md says why. Imports no torch: `--help` and
 import json
 import os.path
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -26,7 +26,14 @@ def sampling_temperature(value: float) -> float:
     return value
 
 
-STAGES = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward", "ppo", "evaluate")
+T = TypeVar("T")
+EXECUTION, LENGTH, CONTENT = "execution", "length", "content"
+Execution = Annotated[T, EXECUTION]
+"""A field that says how a result is computed, not which: it stands in no key."""
+Length = Annotated[T, LENGTH]
+"""A field that says how far training goes: a run goes on from where a shorter one ended."""
+ByContent = Annotated[T, CONTENT]
+"""A field that names files, which stand in keys by what they hold."""
 OWN_MODELS = ("SFT", "PPO")
 """How the evaluation names the run's own models."""
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -40,6 +47,8 @@ Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
 NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
+Keepable = Literal["base", "previous", "chat", "helpfulness", "safety", "last", "states"]
+Kept = Annotated[tuple[Keepable, ...], Strict(False)]
 Temperature = Annotated[float, AfterValidator(sampling_temperature)]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
@@ -78,8 +87,8 @@ class Section(BaseModel):
 class RunSection(Section):
     """The run as a whole."""
 
-    stages: Names = STAGES
-    """Stages that `rlhf-ray run` goes through, in the recipe's order."""
+    stages: Names | None = None
+    """Stages that `rlhf-ray run` goes through, in the recipe's order; none for all."""
     seed: Seed = 0
     """Seed of every draw: data, initial weights, prompt order, sampling."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -87,8 +96,11 @@ class RunSection(Section):
     with units for it (AMX, AVX512-BF16), else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models live; "auto" takes CUDA where the driver's machine has it."""
-    save_every_s: Positive | None = 600.0
+    save_every_s: Execution[Positive | None] = 600.0
     """Seconds after which a checkpoint is written, whatever a section's `save_every`; none goes by steps alone."""
+    keep: Kept = get_args(Keepable)
+    """What stays on disk once no later stage needs it: models by name, and "states", from which finished training goes
+    on. What a recipe ends in, and all tables, stay in any case."""
 
 
 class ClusterSection(Section):
@@ -112,23 +124,23 @@ class ClusterSection(Section):
 class TrainRole(Section):
     """A role that DeepSpeed trains."""
 
-    num_ranks: PositiveInt = 1
+    num_ranks: Execution[PositiveInt] = 1
     """Data-parallel ranks."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Execution[Literal[0, 1, 2, 3]] = 1
     """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
-    gpus_per_rank: Positive | None = None
+    gpus_per_rank: Execution[Positive | None] = None
     """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
     GPUs than roles."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Execution[bool] = False
     """Recompute each block in the backward pass rather than keep its activations."""
 
 
 class FrozenRole(Section):
     """A role that only scores."""
 
-    num_ranks: PositiveInt = 1
+    num_ranks: Execution[PositiveInt] = 1
     """Independent replicas; chunks of a batch go to them in turn."""
-    gpus_per_rank: Positive | None = None
+    gpus_per_rank: Execution[Positive | None] = None
     """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
     GPUs than roles."""
 
@@ -136,17 +148,17 @@ class FrozenRole(Section):
 class RolloutRole(Section):
     """vLLM engines."""
 
-    num_engines: PositiveInt = 1
+    num_engines: Execution[PositiveInt] = 1
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpus_per_rank: Positive | None = None
+    gpus_per_rank: Execution[Positive | None] = None
     """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA; none as for ranks."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    gpu_memory_utilization: Execution[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together. Samples depend on it: a run with another value draws others."""
-    kv_cache_gib: Positive | None = None
+    kv_cache_gib: Execution[Positive | None] = None
     """KV cache of an engine on CPU, GiB; none for as much as its longest batch can fill: `max_num_seqs` whole contexts,
     at most 1 GiB, though never less than one context."""
 
@@ -176,16 +188,18 @@ class DataSection(Section):
     """Dialogues from elsewhere to fine-tune on first, before `demonstrations` (§3.1)."""
     demonstrations: FilePath | None = None
     """Dialogues for SFT (column messages)."""
+    pairs: FilePath | None = None
+    """Pairs of answers to be labelled, in place of what `pairs` would make."""
     comparisons: FilePath | None = None
-    """Human comparisons for the reward models, in place of what `collect` would make."""
+    """Human comparisons for the reward models, in place of what `label` would make."""
     comparisons_held_out: FilePath | None = None
-    """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`collect.held_out`)."""
+    """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`reward.held_out`)."""
     prompts_train: FilePath | None = None
     """Prompts PPO samples from."""
     prompts_early_stop: FilePath | None = None
     """Held-out prompts on which PPO's early stopping looks at the reward models."""
     prompts_annotation: FilePath | None = None
-    """Prompts for preference collection."""
+    """Prompts for pairs of answers."""
     prompts_test: FilePath | None = None
     """Prompts of the final evaluation, seen by nothing else."""
 
@@ -221,7 +235,7 @@ class TestbedSection(Section):
     num_prompts_early_stop: PositiveInt = 200
     """Held-out prompts for PPO's early stopping."""
     num_prompts_annotation: PositiveInt = 4_000
-    """Prompts for preference collection."""
+    """Prompts for pairs of answers."""
     num_prompts_test: PositiveInt = 600
     """Prompts for evaluation against the judge."""
 
@@ -273,13 +287,13 @@ class PretrainSection(Section):
     """Tokens of a packed row."""
     batch_size: PositiveInt = 1024
     """Rows of an optimizer step (4M tokens at the default row)."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Execution[PositiveInt] = 1
     """Rows a rank passes through the model at once."""
-    num_steps: PositiveInt = 500_000
+    num_steps: Length[PositiveInt] = 500_000
     """Optimizer steps; the corpus is repeated as needed."""
     held_out: HeldOut = 0.01
     """Share of documents kept for the held-out loss."""
-    save_every: PositiveInt = 1000
+    save_every: Execution[PositiveInt] = 1000
     """Steps between resumable checkpoints."""
 
 
@@ -291,34 +305,37 @@ class SFTSection(Section):
     """Tokens of a packed row."""
     batch_size: PositiveInt = 64
     """Rows of an optimizer step; the last of each pass takes what is left."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Execution[PositiveInt] = 1
     """Rows a rank passes through the model at once."""
     epochs: PositiveInt = 2
     """Passes over the demonstrations; the model after each is kept as a version."""
     held_out: HeldOut = 0.02
     """Share of demonstrations kept for the held-out loss."""
-    save_every: PositiveInt = 500
+    save_every: Execution[PositiveInt] = 500
     """Steps between resumable checkpoints."""
 
 
-class CollectSection(Section):
-    """Preference collection (§3.2.1): two answers by two model versions at varied temperatures.
+class PairsSection(Section):
+    """Pairs of answers to be compared (§3.2.1): two models, at varied temperatures.
 
-    Which versions and which temperatures, the paper does not say.
+    Which models and which temperatures, the paper does not say.
     """
 
-    versions: NamesOrPaths = ("previous", "newest")
+    models: ByContent[NamesOrPaths] = ("previous", "newest")
     """Who answers: "newest" (the chat model), "previous" (an SFT epoch earlier) or directories."""
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
     pairs_per_prompt: PositiveInt = 1
-    """Comparisons per annotation prompt."""
+    """Pairs per annotation prompt."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
-    annotator_noise: NotNegative = 0.1
+
+
+class LabelSection(Section):
+    """Who compares (§3.2.1); helpfulness and safety have guidelines of their own."""
+
+    noise: NotNegative = 0.1
     """Bradley-Terry temperature of the simulated annotator; 0 never errs."""
-    held_out: HeldOut = 0.15
-    """Share of prompts whose comparisons are kept to measure reward-model accuracy."""
 
 
 class RewardSection(Section):
@@ -327,7 +344,7 @@ class RewardSection(Section):
     optim: OptimSection = OptimSection(lr=1e-5, warmup_steps=5, warmup_ratio=0.03)
     batch_size: PositiveInt = 512
     """Pairs of an optimizer step; the last of each pass takes what is left."""
-    micro_batch_tokens: PositiveInt = 16_384
+    micro_batch_tokens: Execution[PositiveInt] = 16_384
     """Padded tokens a rank passes through the model at once."""
     epochs: PositiveInt = 1
     """Passes over the mix; the paper found that more than one overfits."""
@@ -339,9 +356,11 @@ class RewardSection(Section):
     """Share of helpfulness comparisons in the helpfulness model's mix, the rest from safety (§3.2.2)."""
     safety_share: Fraction = 0.9
     """Share of safety comparisons in the safety model's mix, the rest from helpfulness (§3.2.2)."""
+    held_out: HeldOut = 0.15
+    """Share of prompts whose comparisons are kept to measure accuracy."""
     max_length: PositiveInt = 4096
     """Tokens of dialogue and answer; longer pairs are an error, never cut in silence."""
-    save_every: PositiveInt = 500
+    save_every: Execution[PositiveInt] = 500
     """Steps between resumable checkpoints."""
 
 
@@ -350,7 +369,7 @@ class PPOSection(Section):
 
     optim: OptimSection = OptimSection(lr=1e-6, schedule="constant", warmup_steps=0)
     value_optim: OptimSection = OptimSection(lr=9e-6, schedule="constant", warmup_steps=0)
-    num_steps: PositiveInt = 400
+    num_steps: Length[PositiveInt] = 400
     """Iterations (200 to 400 in the paper, ended by early stopping)."""
     batch_size: PositiveInt = 512
     """Prompts, hence answers, of an iteration."""
@@ -358,9 +377,9 @@ class PPOSection(Section):
     """Answers of an optimizer step."""
     inner_epochs: PositiveInt = 1
     """Passes over an iteration's answers."""
-    num_chunks: PositiveInt = 1
+    num_chunks: Execution[PositiveInt] = 1
     """Parts a batch is generated and scored in; on GPUs scoring of one overlaps generation of the next."""
-    micro_batch_tokens: PositiveInt = 16_384
+    micro_batch_tokens: Execution[PositiveInt] = 16_384
     """Padded tokens a rank passes through the model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
@@ -394,13 +413,13 @@ class PPOSection(Section):
     """Its head: started at zero, on the scale of whitened rewards, or the reward model's."""
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First iterations in which only the value model learns."""
-    max_logprob_gap: Positive = 0.2
+    max_logprob_gap: Execution[Positive] = 0.2
     """Mean |engine - trainer| log-prob above which the run fails, nats."""
     eval_every: PositiveInt = 10
-    """Iterations between looks at the held-out prompts."""
-    patience: PositiveInt = 5
-    """Looks without a better held-out reward before PPO stops; the best policy is the result."""
-    save_every: PositiveInt = 10
+    """Iterations between evaluations on the held-out prompts."""
+    patience: Length[PositiveInt] = 5
+    """Evaluations without a better held-out reward before PPO stops; the best policy is the result."""
+    save_every: Execution[PositiveInt] = 10
     """Iterations between resumable checkpoints."""
 
 
@@ -410,8 +429,10 @@ class EvaluateSection(Section):
     temperatures: Temperatures = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
-    controls: dict[str, FilePath] = {}
+    controls: ByContent[dict[str, FilePath]] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
+    micro_batch_tokens: Execution[PositiveInt] = 16_384
+    """Padded tokens a rank passes through a model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
 
@@ -429,7 +450,8 @@ class Config(Section):
     model: ModelSection = ModelSection()
     pretrain: PretrainSection = PretrainSection()
     sft: SFTSection = SFTSection()
-    collect: CollectSection = CollectSection()
+    pairs: PairsSection = PairsSection()
+    label: LabelSection = LabelSection()
     reward: RewardSection = RewardSection()
     ppo: PPOSection = PPOSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -489,6 +511,32 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
+
+
+def settings_of(config: Config, fields: Sequence[str], *, marks: Collection[str]) -> dict[str, Any]:
+    """Values of sections and single fields, as JSON, by dotted name.
+
+    Args:
+        fields: dotted names.
+        marks: of the fields that are taken (EXECUTION, LENGTH, CONTENT, or "" for those without one).
+    """
+    found: dict[str, Any] = {}
+
+    def take(name: str, section: Section, key: str) -> None:
+        value, field = getattr(section, key), type(section).model_fields[key]
+        if isinstance(value, Section):
+            for below in type(value).model_fields:
+                take(f"{name}.{below}", value, below)
+        elif next((mark for mark in field.metadata if isinstance(mark, str)), "") in marks:
+            found[name] = value
+
+    for name in fields:
+        *above, key = name.split(".")
+        section: Any = config
+        for part in above:
+            section = getattr(section, part)
+        take(name, section, key)
+    return found
 
 
 def config_with(config: Config, settings: Mapping[str, object]) -> Config:

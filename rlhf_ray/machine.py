@@ -5,6 +5,7 @@ No torch: preflight asks before anything heavy is loaded.
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from cluster import hardware
@@ -57,7 +58,7 @@ def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
         gpus: GPUs of the machine; None where they are not known, or there are none.
     """
     settings: dict[str, Any] = {role: getattr(config.roles, role) for role in _ROLES}
-    held = [role for role in _ROLES if not is_function(getattr(config.inputs, role, ""))]
+    held = on_device(config, _ROLES)
     given = {role: each.gpus_per_rank for role, each in settings.items() if each.gpus_per_rank is not None}
     shares = dict.fromkeys(_ROLES, 1.0) | given
     single = [role for role in held if role not in given and _num_gpus(settings[role]) == 1]
@@ -70,6 +71,11 @@ def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
         # Rounded down, so that the shares add up to one GPU at most.
         shares |= dict.fromkeys(together, int(100 / len(together)) / 100)
     return shares
+
+
+def on_device(config: Config, roles: Sequence[str]) -> list[str]:
+    """Those of the roles that hold a model, and with it GPUs where there are some; a function does not."""
+    return [role for role in roles if not is_function(getattr(config.inputs, role, ""))]
 
 
 def _num_gpus(role: Any) -> int:

@@ -6,12 +6,55 @@ token's own index: `logprobs[:, t]` is the log-prob of token t given those befor
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+class WeightVersion(NamedTuple):
+    """Which weights."""
+
+    artefact: str
+    """What is trained, or the checkpoint they are from."""
+    step: int
+    """Iterations that it has been trained for."""
+
+
+class StaleRolloutsError(RuntimeError):
+    """Rollouts are of other weights than experience may be built from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts to be answered: all that an engine needs to know of them."""
+
+    ids: tuple[str, ...]
+    """Of each prompt."""
+    tokens: tuple[list[int], ...]
+    """Token ids, up to where the answer begins."""
+    messages: tuple[list[dict[str, str]], ...]
+    """The dialogues, for rewards that are functions; empty lists where there is no text."""
+    is_safety: tuple[bool, ...]
+    """Tagged in advance as likely to draw unsafe answers."""
+    ends_at_eos: bool = True
+    """Whether EOS ends an answer; not so in a benchmark, whose answers all have one length."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> "PromptBatch":
+        """Some of the prompts, in this order."""
+        return replace(
+            self,
+            ids=tuple(self.ids[row] for row in rows),
+            tokens=tuple(self.tokens[row] for row in rows),
+            messages=tuple(self.messages[row] for row in rows),
+            is_safety=tuple(self.is_safety[row] for row in rows),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +71,12 @@ class Rollouts:
     """(B,) bool, False where the answer was cut off without EOS."""
     is_safety: Tensor
     """(B,) bool, prompts tagged in advance as likely to draw unsafe answers."""
-    prompts: str
-    """Path of the table that the prompts are from."""
-    prompt_rows: Tensor
-    """(B,) int64, the prompts' rows in that table."""
-    policy_version: int
-    """Version of the weights that sampled."""
+    prompt_ids: tuple[str, ...]
+    """Of the prompts."""
+    messages: tuple[list[dict[str, str]], ...]
+    """The dialogues that were answered."""
+    policy_version: WeightVersion
+    """Of the weights that sampled."""
     num_ids: int | None = None
     """Rows of the vocabulary, the first, that could be sampled, over which log-probs are taken; None for all."""
 
@@ -64,8 +107,8 @@ class Experience:
     """(B, T) float32, truncated importance weights; ones when that is off."""
     lengths: Tensor
     """(B,) int64."""
-    policy_version: int
-    """Version of the weights that sampled."""
+    policy_version: WeightVersion
+    """Of the weights that sampled."""
     num_ids: int | None = None
     """As in `Rollouts`."""
 
@@ -74,8 +117,8 @@ class Experience:
 class WeightBucket:
     """Some parameters of one version of the weights."""
 
-    version: int
-    """Counts the policy's exports."""
+    version: WeightVersion
+    """Which weights these are."""
     names: tuple[str, ...]
     """Hugging Face parameter names."""
     shapes: tuple[tuple[int, ...], ...]

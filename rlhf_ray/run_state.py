@@ -5,7 +5,9 @@
     OUT/steps/NAME-KEY/           what a finished step made; appears by rename, whole or not at all
     OUT/steps/NAME-KEY.partial/   a step under way, with the checkpoints it resumes from
 
-One mechanism serves resume and re-run: the same command finds what is there and does the rest.
+One mechanism serves resume and re-run: the same command finds what is there and does the rest. Training that can be
+made longer is under way under a key without its length, the trajectory's; what it has made is filed under trajectory
+and steps, and keeps the last checkpoint, from which a longer run goes on.
 """
 
 import fcntl
@@ -19,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +34,29 @@ _HASHED_WHOLE_BYTES = 64 * 2**20
 
 
 class RunDir:
-    """One run's directory."""
+    """One run's directory, which need not be there before it is locked."""
 
     def __init__(self, path: str | Path):
-        """Creates the directory.
-
-        Raises:
-            UserError: it cannot be written.
-        """
         self.path = Path(path).resolve()
+        self.steps = self.path / "steps"
         self.machine: Mapping[str, Any] = {}
         """What the run's steps are computed on; recorded with each."""
-        try:
-            (self.path / "steps").mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("", encoding="utf-8")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"--out {path}: cannot be written ({error.strerror}); choose a directory you may write to"
-            ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes out of the directory for the length of a `with` block, or until this process dies.
 
         Raises:
-            UserError: another process is in such a block.
+            UserError: another process is in such a block, or the directory cannot be written.
         """
-        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            self.steps.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--out {self.path}: cannot be written ({error.strerror}); choose a directory you may write to"
+            ) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -75,42 +72,71 @@ class RunDir:
             file.flush()
             yield
 
-    def step(self, name: str, inputs: Mapping[str, Any]) -> "Step":
-        """The place of a step's output; `inputs` (JSON values) are all that its result depends on."""
-        return Step(self, name, dict(inputs))
+    def step(self, name: str, inputs: Mapping[str, Any], *, length: Mapping[str, int] | None = None) -> "Step":
+        """The place of a step's output.
+
+        Args:
+            inputs: JSON values, all that its trajectory depends on.
+            length: what says how far it goes; empty for a step that is not training.
+        """
+        return Step(self, name, dict(inputs), dict(length or {}))
+
+    def manifest(self) -> dict[str, Any]:
+        """What is recorded; empty without a file."""
+        path = self.path / "manifest.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
 
     def record(self, **entries: Any) -> None:
         """Merges entries into the manifest."""
-        path = self.path / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        manifest = self.manifest()
         for key, value in entries.items():
             if isinstance(value, dict) and isinstance(manifest.get(key), dict):
                 manifest[key].update(value)
             else:
                 manifest[key] = value
-        write_json(path, manifest)
+        write_json(self.path / "manifest.json", manifest)
 
 
 class Step:
     """One step's output directory, finished or under way."""
 
-    def __init__(self, run: RunDir, name: str, inputs: dict[str, Any]):
-        self.name, self.inputs = name, inputs
+    def __init__(self, run: RunDir, name: str, inputs: dict[str, Any], length: dict[str, int]):
+        self.name, self.inputs, self.length = name, inputs, length
         self.key = digest(inputs)
-        self.path = run.path / "steps" / f"{name}-{self.key}"
-        self.partial = run.path / "steps" / f"{name}-{self.key}.partial"
+        """Of its inputs, or of its trajectory where there is a length."""
+        self.partial = run.steps / f"{name}-{self.key}.partial"
         self._run = run
         self._start = time.time()
 
     @property
     def done(self) -> bool:
         """Whether the output is there."""
-        return self.path.is_dir()
+        return self._finished() is not None
+
+    @property
+    def path(self) -> Path:
+        """Of the finished output."""
+        found = self._finished()
+        assert found is not None, f"{self.name}: is not done"
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What was recorded when it was finished, or begun; empty before that."""
+        return read_facts(self._finished() or self.partial)
 
     def begin(self) -> Path:
-        """The directory to work in; holds the last checkpoint of an interrupted attempt, if there was one."""
-        self.partial.mkdir(exist_ok=True)
+        """The directory to work in; holds the last checkpoint of an interrupted attempt, or goes on from that of a
+        shorter one that was finished.
+        """
+        self.partial.mkdir(parents=True, exist_ok=True)
         sweep(self.partial)
+        if read_facts(self.partial).get("length", self.length) != self.length:
+            drop_results(self.partial)  # of training that was to end elsewhere
+        write_json(self.partial / "step.json", self._identity())
+        shorter = self._shorter()
+        if shorter is not None and not (self.partial / "metrics.jsonl").exists():
+            copy_files(shorter, self.partial, link=True, only="metrics.jsonl")
         return self.partial
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
@@ -122,27 +148,121 @@ class Step:
         write_json(path, make())
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def finish(self, **facts: Any) -> Path:
-        """Files the output for good; `facts` go to the manifest."""
-        facts = {"machine": dict(self._run.machine), **facts}
-        write_json(self.partial / "step.json", {"name": self.name, "key": self.key, "inputs": self.inputs, **facts})
-        sync_files(self.partial)
-        os.rename(self.partial, self.path)
-        # Only now: an attempt killed before the rename resumes from it.
-        for name in ("state", "parts"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+    def finish(self, *, keep_state: bool = False, **facts: Any) -> Path:
+        """Files the output for good; `facts` go to the manifest.
+
+        Args:
+            keep_state: keeps the last checkpoint, for a longer run; older ones of its trajectory go.
+            facts: with "steps", those done, where the step has a length.
+        """
+        if keep_state and (shorter := self.continued()) is not None:  # it had no step left to do
+            for part in ("state", "best"):
+                if (shorter / part).exists() and not (self.partial / part).exists():
+                    os.rename(shorter / part, self.partial / part)
         seconds = round(time.time() - self._start, 1)
-        self._run.record(steps={self.path.name: {"inputs": self.inputs, "seconds": seconds, **facts}})
-        return self.path
+        facts = {"machine": dict(self._run.machine), "seconds": seconds, **facts}
+        write_json(self.partial / "step.json", {**self._identity(), **facts})
+        sync_files(self.partial)
+        final = self._final(facts.get("steps"))
+        if final.exists():  # as many steps under another limit, or a model that was dropped is made again
+            os.rename(final, final.with_name(f"{final.name}.replaced.partial"))
+        os.rename(self.partial, final)
+        for old in self._run.steps.glob(f"{self.name}-*.replaced.partial"):
+            shutil.rmtree(old, ignore_errors=True)
+        # Only now: an attempt killed before the rename resumes from it.
+        shutil.rmtree(final / "parts", ignore_errors=True)
+        if not keep_state:
+            drop_state(final)
+        for other in self._of_trajectory():
+            if other != final:
+                drop_state(other)
+        self._run.record(steps={final.name: {"inputs": self.inputs, "length": self.length, **facts}})
+        return final
 
     def latest_state(self) -> tuple[int, Path | None]:
-        """(steps done, directory) of the newest whole checkpoint; (0, None) without one."""
-        found = sorted((self.partial / "state").glob("step-*[0-9]"))
-        return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else (0, None)
+        """(steps done, directory) of the newest whole checkpoint that this step can go on from; (0, None) without."""
+        own = newest_state(self.partial)
+        if own[1] is None and (shorter := self._shorter()) is not None:
+            return newest_state(shorter)
+        return own
 
     def new_state(self, steps_done: int) -> "StateWriter":
         """A checkpoint to be filled in a `with` block; it appears whole at the block's end, and older ones go."""
         return StateWriter(self.partial / "state", steps_done)
+
+    def continued(self) -> Path | None:
+        """The finished step whose training this one goes on with, as long as it has no checkpoint of its own."""
+        return self._shorter() if newest_state(self.partial)[1] is None else None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "key": self.key,
+            "inputs": self.inputs,
+            "length": self.length,
+            "source": source_hash(),
+        }
+
+    def _final(self, steps: int | None) -> Path:
+        key = digest([self.key, steps]) if self.length else self.key
+        return self._run.steps / f"{self.name}-{key}"
+
+    def _finished(self) -> Path | None:
+        if not self.length:
+            return path if (path := self._final(None)).is_dir() else None
+        found = [path for path in self._of_trajectory() if read_facts(path)["length"] == self.length]
+        return found[-1] if found else None
+
+    def _of_trajectory(self) -> list[Path]:
+        """Finished steps of this one's trajectory, oldest first."""
+        if not self.length:
+            return []
+        found = finished_files(self._run.path, self.name, "step.json")
+        return [path.parent for path in found if read_facts(path.parent).get("key") == self.key]
+
+    def _shorter(self) -> Path | None:
+        """A finished step that has a checkpoint from which this one, which goes further, would have come."""
+        for path in reversed(self._of_trajectory()):
+            steps, state = newest_state(path)
+            if state is not None and within(read_facts(path)["length"], self.length, steps=steps):
+                return path
+        return None
+
+
+def within(earlier: Mapping[str, int], length: Mapping[str, int], *, steps: int) -> bool:
+    """Whether training to `length` passes through what training to `earlier` had reached after `steps`."""
+    return all(
+        limit >= (steps if name.endswith("num_steps") else earlier.get(name, limit)) for name, limit in length.items()
+    )
+
+
+def newest_state(directory: Path) -> tuple[int, Path | None]:
+    """(steps done, directory) of the newest whole checkpoint in a step's directory; (0, None) without one."""
+    found = sorted((directory / "state").glob("step-*[0-9]"))
+    return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else (0, None)
+
+
+def drop_state(directory: Path) -> None:
+    """Removes what training would go on from, and only that."""
+    for pattern in ("state", "*/state", "best"):
+        for found in directory.glob(pattern):
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def drop_results(directory: Path) -> None:
+    """Removes all but what training goes on from, and its metrics."""
+    for found in directory.iterdir():
+        if found.name not in ("state", "best", "metrics.jsonl", "tensorboard"):
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
+def read_facts(step: Path) -> dict[str, Any]:
+    """What a step has recorded of itself; empty without a record."""
+    try:
+        found: dict[str, Any] = json.loads((step / "step.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 class Due:
@@ -196,7 +316,7 @@ class StateWriter:
 
 def sweep(directory: Path) -> None:
     """Removes what processes that were ended have half written: models, checkpoints, files."""
-    for pattern in (".*.partial-*", "best/.*.partial-*", "state/*.writing", "*.writing", ".*.tmp"):
+    for pattern in (".*.partial-*", "*/.*.partial-*", "state/*.writing", "*/state/*.writing", "*.writing", ".*.tmp"):
         for half_written in directory.glob(pattern):
             if half_written.is_dir():
                 shutil.rmtree(half_written, ignore_errors=True)
@@ -204,14 +324,15 @@ def sweep(directory: Path) -> None:
                 half_written.unlink(missing_ok=True)
 
 
-def copy_files(source: Path, to: Path, *, link: bool = False) -> None:
+def copy_files(source: Path, to: Path, *, link: bool = False, only: str = "*") -> None:
     """Puts the files of one directory into another: what they hold, not who may write them.
 
     Args:
+        only: names that are taken, as a pattern.
         link: as second names of the same files, where the file system has that.
     """
     to.mkdir(parents=True, exist_ok=True)
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
+    for file in sorted(path for path in source.glob(only) if path.is_file()):
         copy_file(file, to / file.name, link=link)
 
 
@@ -263,6 +384,12 @@ def code_version(*packages: str) -> str:
         for file in files:
             total.update(file.read_bytes())
     return total.hexdigest()[:12]
+
+
+@cache
+def source_hash() -> str:
+    """A hash of all the source that results come from."""
+    return code_version("model", "cluster", "rlhf_ray")
 
 
 def package_versions() -> dict[str, str]:

@@ -169,13 +169,13 @@ def test_failures_of_workers_are_told_by_their_cause(monkeypatch):
     told = {"role": "policy", "rank": 1, "step": "sft step 3"}
     fail_with(WorkerError("policy rank 1 failed in train at sft step 3: boom", **told))
     with pytest.raises(RunFailure, match=r"^policy rank 1 .* boom; the workers' logs are in [^;]*$"):
-        cli._run_recipe(None, Path("x"), None)  # it may well fail again
+        cli._run_recipe(None, Path("x"), None, [])  # it may well fail again
     fail_with(WorkerError("policy rank 1 failed in open_data", **told, cause=UserError("d row 3: too long")))
     with pytest.raises(UserError, match=r"^d row 3: too long$"):
-        cli._run_recipe(None, Path("x"), None)
+        cli._run_recipe(None, Path("x"), None, [])
     fail_with(PlacementError("policy: 3 ranks need 3 GPU, the cluster has 2"))
     with pytest.raises(RunFailure, match="3 ranks need 3 GPU"):
-        cli._run_recipe(None, Path("x"), None)
+        cli._run_recipe(None, Path("x"), None, [])
 
 
 def test_checkpoints_one_cannot_talk_to(call, tmp_path):

@@ -72,8 +72,8 @@ def test_a_home_directory_in_every_path(empty, monkeypatch):
     keys = [f"{name}.{key}" for name in ("data", "inputs") for key in getattr(sections, name).model_dump()]
     config = load_config(empty, [f"{key}=~/x" for key in keys])
     assert {*config.data.model_dump().values(), *config.inputs.model_dump().values()} == {"/home/ann/x"}
-    config = load_config(empty, ['collect.versions=["newest", "~/v"]', 'evaluate.controls={long = "~/m"}'])
-    assert (config.collect.versions, config.evaluate.controls) == (("newest", "/home/ann/v"), {"long": "/home/ann/m"})
+    config = load_config(empty, ['pairs.models=["newest", "~/v"]', 'evaluate.controls={long = "~/m"}'])
+    assert (config.pairs.models, config.evaluate.controls) == (("newest", "/home/ann/v"), {"long": "/home/ann/m"})
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -137,8 +137,8 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
             "--set: sft.held_out=0 must be greater than 0; correct it, or leave it out for the default, 0.02",
         ),
         (
-            "collect.held_out=1",
-            "--set: collect.held_out=1 must be less than 1; correct it, or leave it out for the default, 0.15",
+            "reward.held_out=1",
+            "--set: reward.held_out=1 must be less than 1; correct it, or leave it out for the default, 0.15",
         ),
         (
             "ppo.optim.betas=[0.9]",

@@ -43,8 +43,25 @@ COMPARISON = {
     "batch": 3,
     "time": "2023-07-18T00:00:00+00:00",
 }
+PAIR = {
+    "pair_id": "q0",
+    "prompt_id": "p0",
+    "messages": [SYSTEM, USER],
+    "is_safety": False,
+    "guideline": "helpfulness",
+    "first": "",  # a model may stop at once
+    "second": "Good day.",
+    "first_finished": True,
+    "second_finished": False,
+    "first_model": "v1",
+    "second_model": "v0",
+    "first_temperature": 0.5,
+    "second_temperature": 1.25,
+    "batch": 3,
+}
 ROWS = {
     "prompts": PROMPT,
+    "pairs": PAIR,
     "demonstrations": {"messages": [USER, ANSWER], "kind": "greeting"},
     "corpus": {"text": "Once."},
     "comparisons": COMPARISON,
@@ -220,9 +237,26 @@ def test_broken_comparisons_are_named(change, message):
     assert found.startswith(f"comparisons row 1: {message}")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": [USER, ANSWER]}, "messages[-1].role='assistant' must be 'user'"),
+        ({"first": "Good day.", "first_finished": False}, "second='Good day.' must differ from first; drop the row"),
+        ({"guideline": "honesty"}, "guideline='honesty' must be one of helpfulness, safety; correct it"),
+        ({"first_temperature": float("inf")}, "first_temperature=inf must be finite and not negative"),
+        ({"second_temperature": -1.0}, "second_temperature=-1.0 must be finite and not negative"),
+        ({"pair_id": "first"}, "pair_id='first' is that of row 0 too; make it unique"),
+    ],
+)
+def test_broken_pairs_are_named(change, message):
+    [found] = problems("pairs", PAIR | {"pair_id": "first"}, PAIR | change)
+    assert found.startswith(f"pairs row 1: {message}")
+
+
 def test_an_answer_cut_off_differs_from_the_same_text_finished_and_may_be_empty_if_rejected():
     assert problems("comparisons", COMPARISON | {"rejected": "Good day."}) == []
     assert problems("comparisons", COMPARISON | {"rejected": ""}) == []
+    assert problems("pairs", PAIR | {"first": "Good day."}) == []
 
 
 def test_temperatures_may_be_unknown(tmp_path):

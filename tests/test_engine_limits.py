@@ -93,7 +93,7 @@ def test_ranks_of_an_engine_divide_the_model(changes, size, line):
 
 @pytest.mark.parametrize("value", [1e-06, 0.0099, 2.01, 50.5])
 def test_temperatures_that_vllm_does_not_sample_at(value):
-    for section in ("collect", "evaluate"):
+    for section in ("pairs", "evaluate"):
         with pytest.raises(
             UserError, match=rf"{section}.temperatures={value:g} must be 0 \(greedy\) or from 0.01 to 2"
         ):
@@ -103,7 +103,7 @@ def test_temperatures_that_vllm_does_not_sample_at(value):
 
 
 def test_temperatures_that_it_does_sample_at():
-    parse_config({"ppo": {"temperature": 0.01}, "collect": {"temperatures": [0.0, 2.0]}})
+    parse_config({"ppo": {"temperature": 0.01}, "pairs": {"temperatures": [0.0, 2.0]}})
     rules = source("sampling_params.py")
     assert "_MAX_TEMP = 1e-2" in rules and "self.temperature = max(self.temperature, _MAX_TEMP)" in rules
     assert "if self.temperature > 2.0:" in rules

@@ -8,19 +8,16 @@ from tiny_inputs import write_checkpoint
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.policies import compared_models, print_evaluation
-from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.run import run_recipe
-from rlhf_ray.run_state import RunDir, write_json
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.run_state import write_json
 
 
 def models(tmp_path: Path, **controls: Path) -> dict[str, Path]:
     """What is compared in a run whose chat model and policy are alike."""
-    config = parse_config({"evaluate": {"controls": {label: str(path) for label, path in controls.items()}}})
-    context = Context(config, RunDir(tmp_path / "run"))
-    chat = tmp_path / "chat" if (tmp_path / "chat").exists() else write_checkpoint(tmp_path / "chat")
-    for name in ("chat", "policy"):
-        context.outputs.add(name, chat, key=name)
-    return compared_models(context)
+    chat = write_checkpoint(tmp_path / "chat")
+    places = {"chat": chat, "policy": chat, **{f"control.{label}": path for label, path in controls.items()}}
+    return compared_models({name: Artefact(name, path, name, "") for name, path in places.items()})
 
 
 def test_controls_stand_after_the_runs_own_models(tmp_path: Path) -> None:

@@ -16,24 +16,40 @@ from rlhf_ray.errors import UserError
 def finish(run: Path, step: str, *, age_s: float) -> Path:
     """A finished step of a run with its model, as old as that."""
     directory = run / "steps" / step
-    write_checkpoint(directory / "model", reward_model=step.startswith("reward"))
+    places = ["helpfulness/model", "safety/model"] if step.startswith("reward") else ["model"]
+    for place in places:
+        write_checkpoint(directory / place, reward_model=len(places) > 1)
     (directory / "step.json").write_text(json.dumps({"name": step}))
     made = 1_700_000_000 - age_s
     os.utime(directory / "step.json", (made, made))
-    return directory / "model"
+    return directory / places[-1]
 
 
 def test_the_newest_finished_model_is_copied_with_its_lineage(tmp_path: Path) -> None:
     run = tmp_path / "run"
     finish(run, "sft-aaa", age_s=20)
     newest = finish(run, "sft-bbb", age_s=10)
-    finish(run, "sft-public-ccc", age_s=0)
+    finish(run, "sft@public-ccc", age_s=0)
     finish(run, "sft-ddd.partial", age_s=0)
     assert export_model(run, tmp_path / "deep" / "out", what="chat") == newest
     out = tmp_path / "deep" / "out"
     assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     assert json.loads((out / "lineage.json").read_text()) == {"name": "sft-bbb"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_one_reward_model_of_a_step_is_exported_with_the_steps_lineage(tmp_path: Path) -> None:
+    safety = finish(tmp_path / "run", "reward-aaa", age_s=0)
+    assert export_model(tmp_path / "run", tmp_path / "out", what="safety") == safety
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text()) == {"name": "reward-aaa"}
+
+
+def test_of_models_that_were_not_all_kept_the_newest_is_exported(tmp_path: Path) -> None:
+    older, newer = (finish(tmp_path / "run", step, age_s=age) for step, age in (("sft-aaa", 9), ("sft-bbb", 0)))
+    shutil.rmtree(newer)
+    assert export_model(tmp_path / "run", tmp_path / "out", what="chat") == older
+    with pytest.raises(UserError, match="holds no base of a finished pretrain step"):
+        export_model(tmp_path / "run", tmp_path / "base", what="base")
 
 
 def test_files_that_nobody_may_write_are_exported_as_others(tmp_path: Path) -> None:
@@ -59,7 +75,7 @@ def test_a_copy_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="holds no finished ppo step"):
+    with pytest.raises(UserError, match="holds no policy of a finished ppo step; run it first"):
         export_model(run, tmp_path / "out", what="policy")
     model = finish(run, "ppo-aaa", age_s=0)
     (tmp_path / "there").mkdir()

@@ -34,6 +34,15 @@ def source_files(package: str) -> list[Path]:
     return files
 
 
+def imported_modules(file: Path) -> Iterator[str]:
+    """Modules of rlhf_ray that a file imports, at any depth of it; of `from package import name` package.name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("rlhf_ray."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rlhf_ray":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def imported_packages(file: Path) -> Iterator[str]:
     """Top-level packages that a file imports, at any depth of it, `import_module("...")` included."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -80,8 +89,13 @@ def test_files_are_text_in_utf_8_whatever_the_locale():
         ("cluster.plan", HEAVY | {"model", "rlhf_ray"}),
         ("rlhf_ray", HEAVY),
         ("rlhf_ray.config", HEAVY),
+        ("rlhf_ray.run_state", HEAVY),
+        ("rlhf_ray.recipe.stages", HEAVY),
+        ("rlhf_ray.recipe.ledger", HEAVY),
+        ("rlhf_ray.preflight.run", HEAVY),
         ("rlhf_ray.cli.main", HEAVY),
         ("rlhf_ray.cli.plan", HEAVY),
+        ("rlhf_ray.cli.show", HEAVY),
     ],
 )
 def test_importing_a_light_module_loads_nothing_heavy(module: str, must_not_load: set[str]) -> None:
@@ -118,6 +132,42 @@ def test_imports_go_one_way(package: str, forbidden: set[str]) -> None:
         for name in imported_packages(file)
         if name in forbidden
     ]
+    assert wrong == []
+
+
+ROOMS = (
+    *("errors", "config_errors", "config", "records", "stopping", "run_state", "metrics"),
+    "algo",
+    "data",
+    "machine",
+    "testbed",
+    "backends",
+    "workers",
+    "recipe",
+    "planning",
+    "preflight",
+    "evaluate",
+    "bench",
+    "cli",
+)
+"""What lies in rlhf_ray, so that each imports only those before it."""
+
+
+def room(module: str) -> int:
+    """The place of a module, or of a name in it, in ROOMS: that of the longest of those that lead to it."""
+    name = module.removeprefix("rlhf_ray.") + "."
+    found = [place for place, each in enumerate(ROOMS) if name.startswith(f"{each}.")]
+    assert found, f"{module} lies in none of the rooms"
+    return max(found, key=lambda place: len(ROOMS[place]))
+
+
+def test_no_room_imports_from_one_above_it() -> None:
+    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in source_files("rlhf_ray")}
+    files.pop("rlhf_ray.__init__")
+    assert {room(module) for module in files} == set(range(len(ROOMS)))
+    imports = {module: list(imported_modules(file)) for module, file in files.items()}
+    assert "rlhf_ray.recipe.ledger.Ledger" in imports["rlhf_ray.preflight.run"]
+    wrong = [(module, name) for module, names in imports.items() for name in names if room(name) > room(module)]
     assert wrong == []
 
 

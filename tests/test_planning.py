@@ -18,9 +18,9 @@ from rlhf_ray.cli.plan import plan_request
 from rlhf_ray.config import load_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.planning import memory
+from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.planning.memory import Work, lm_head_bytes, training_memory, training_work
 from rlhf_ray.planning.plan import make_plan
-from rlhf_ray.preflight.run import check_batches
 
 SEVEN_B = 6_738_415_616
 NOTHING = Work(kept=0, block=0, head=0)
@@ -63,7 +63,7 @@ def call(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "moment", "total", "fits"),
+    ("zero_stage", "phase", "total", "fits"),
     [
         # bf16 weights 2, fp32 master and moments 12, bf16 gradients 2, all of them in fp32 for the step 4
         (0, "step", 20 * SEVEN_B, False),
@@ -75,18 +75,18 @@ def call(monkeypatch, capsys):
         (3, "step", 18 * SEVEN_B // 8 + 10**9 + 4 * SEVEN_B // 8, True),
     ],
 )
-def test_seven_billion_parameters_on_eight_ranks(zero_stage, moment, total, fits):
-    moments = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=8)
-    assert moments[moment].total == pytest.approx(total, abs=64)
-    assert max(held.total for held in moments.values()) == moments[moment].total
-    assert (moments[moment].total <= 80 * GIB) == fits
+def test_seven_billion_parameters_on_eight_ranks(zero_stage, phase, total, fits):
+    phases = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=8)
+    assert phases[phase].total == pytest.approx(total, abs=64)
+    assert max(held.total for held in phases.values()) == phases[phase].total
+    assert (phases[phase].total <= 80 * GIB) == fits
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_more_ranks_never_need_more_memory(zero_stage):
     def most(num_ranks):
-        moments = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=num_ranks)
-        return max(held.total for held in moments.values())
+        phases = training_memory(SEVEN_B, TABLE, NOTHING, zero_stage=zero_stage, num_ranks=num_ranks)
+        return max(held.total for held in phases.values())
 
     totals = [most(num_ranks) for num_ranks in (1, 2, 3, 4, 8, 16, 64, 512)]
     assert totals == sorted(totals, reverse=True)
@@ -163,34 +163,34 @@ def test_the_settings_of_a_plan_load_keep_the_batch_rules_and_plan_the_same(tmp_
 
 def test_seven_billion_on_eight_gpus():
     found = plan()
-    seats = {seat.role: seat for seat in found.placement.seats}
+    placed = {each.role: each for each in found.placement.roles}
     # 16 bytes a parameter do not fit one GPU; ZeRO 1 holds 14 whole ones, so it is ZeRO 2 on two.
     for name in ("policy", "value"):
-        assert seats[name].option.num_ranks == 2
+        assert placed[name].option.num_ranks == 2
         assert found.settings[f"roles.{name}.zero_stage"] == 2
-    assert seats["policy"].memory.weights == 2 * SEVEN_B
-    assert seats["policy"].memory.optimizer == 6 * SEVEN_B
-    assert seats["policy"].memory.gradients == 2 * SEVEN_B
+    assert placed["policy"].memory.weights == 2 * SEVEN_B
+    assert placed["policy"].memory.optimizer == 6 * SEVEN_B
+    assert placed["policy"].memory.gradients == 2 * SEVEN_B
     # Three frozen models of 12.6 GiB on one GPU, engines on the rest as far as 512 prompts divide.
-    assert [seats[name].gpu_share for name in ("reference", "helpfulness", "safety")] == [0.33] * 3
+    assert [placed[name].gpu_share for name in ("reference", "helpfulness", "safety")] == [0.33] * 3
     assert found.settings["roles.rollout.num_engines"] == 2
     assert found.verdict.startswith("fits: ") and "of 80.0 GiB on the fullest GPU" in found.verdict
     assert any("1 of 8 GPUs stay idle" in note for note in found.notes)
     # 512 KiB a token: what 0.9 x 80 GiB leaves, in sequences of 4,096 tokens
-    cache = seats["rollout"].memory.kv_cache
+    cache = placed["rollout"].memory.kv_cache
     assert any(f"holds {cache // (4096 * 524_288)} of 256 sequences" in note for note in found.notes)
 
 
 def test_rewards_that_are_given_or_functions_are_planned_for_as_they_run():
     functions = ["inputs.helpfulness=m:f", "ppo.value_init=policy"]
-    assert {seat.role for seat in plan(overrides=functions).placement.seats} == {
+    assert {each.role for each in plan(overrides=functions).placement.roles} == {
         "policy",
         "value",
         "reference",
         "safety",
         "rollout",
     }
-    assert [seat.role for seat in plan(stage="reward", overrides=functions[:1]).placement.seats] == ["safety"]
+    assert [each.role for each in plan(stage="reward", overrides=functions[:1]).placement.roles] == ["safety"]
     with pytest.raises(UserError, match="--stage reward: the config names both reward models; plan another stage"):
         plan(stage="reward", overrides=[functions[0], "inputs.safety=models/safety"])
 
@@ -249,11 +249,11 @@ def test_sizes_left_out_are_cut_to_the_models_context_and_given_ones_are_not():
 
 def test_larger_reward_models_need_more():
     small, large = plan("llama2-7b", 32), plan("llama2-7b", 32, reward_model="llama2-13b")
-    seats = [{seat.role: seat for seat in found.placement.seats} for found in (small, large)]
-    weights = [{role: seat.memory.weights for role, seat in found.items()} for found in seats]
+    placed = [{each.role: each for each in found.placement.roles} for found in (small, large)]
+    weights = [{role: each.memory.weights for role, each in found.items()} for found in placed]
     assert weights[0]["reference"] == weights[1]["reference"]
     assert all(weights[0][role] < weights[1][role] for role in ("helpfulness", "safety"))
-    assert seats[0]["value"].option.num_ranks < seats[1]["value"].option.num_ranks
+    assert placed[0]["value"].option.num_ranks < placed[1]["value"].option.num_ranks
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_json_says_the_same(call):
     policy = content["roles"]["policy"]
     assert policy["bytes"]["weights"] == 2 * SEVEN_B
     assert policy["bytes"]["total"] == sum(size for part, size in policy["bytes"].items() if part != "total")
-    assert set(policy["moments"]) == {"head", "backward", "reduction", "step"}
+    assert set(policy["phases"]) == {"head", "backward", "reduction", "step"}
 
 
 def test_a_checkpoint_is_planned_for_by_its_shape(call, tmp_path):

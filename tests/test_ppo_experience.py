@@ -15,8 +15,8 @@ from model.checkpoint import save_checkpoint
 from model.llama import Llama
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.config import PPOSection
-from rlhf_ray.recipe.ppo import experience_rule, update_rule
-from rlhf_ray.records import Rollouts
+from rlhf_ray.recipe.ppo import experience_settings, scoring_settings, update_settings
+from rlhf_ray.records import Rollouts, StaleRolloutsError, WeightVersion
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
 from rlhf_ray.workers.value import ValueWorker
@@ -26,6 +26,9 @@ SECTION = PPOSection(
     batch_size=2 * ROWS, minibatch_size=2 * ROWS, num_chunks=2, micro_batch_tokens=10_000, kl_coef=0.05
 )
 TIMEOUT_S = 120
+VERSION = WeightVersion("", 0)
+"""Of the weights that have sampled, and of those that a worker has before it is told."""
+GATE = math.log(0.15 / 0.85)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,9 @@ def rollouts(seed: int, *, equal_lengths: bool = False) -> Rollouts:
         rollout_logprobs=torch.full(mask.shape, -math.log(UNTIED.vocab_size)) * mask,
         finished=torch.arange(ROWS) % 3 > 0,
         is_safety=torch.arange(ROWS) % 2 > 0,
-        prompts="prompts.parquet",
-        prompt_rows=torch.arange(ROWS),
-        policy_version=1,
+        prompt_ids=tuple(map(str, range(ROWS))),
+        messages=([],) * ROWS,
+        policy_version=VERSION,
     )
 
 
@@ -79,6 +82,7 @@ def scores(chunk: Rollouts, seed: int) -> list[Tensor]:
 
 def build(group, chunks, chunk_scores, section: PPOSection = SECTION):
     """Calls of build_experience, chunk c on rank c % ranks, as the driver makes them."""
+    group.call(PolicyWorker.set_version, VERSION)  # updates of earlier tests have changed it
     budget = {"temperature": section.temperature, "micro_batch_tokens": section.micro_batch_tokens}
     logprobs = [
         group.submit_one(c % group.num_ranks, ScorerWorker.logprobs, chunk, **budget, num_data=1)
@@ -94,7 +98,8 @@ def build(group, chunks, chunk_scores, section: PPOSection = SECTION):
                 rank,
                 PolicyWorker.build_experience,
                 len(own),
-                experience_rule(section),
+                experience_settings(section),
+                scoring_settings(section).gate,
                 *inputs,
                 num_data=len(own),
             )
@@ -124,10 +129,10 @@ def test_before_any_update_policy_and_reference_are_one_to_the_last_bit(groups, 
     [metrics] = collect([built], timeout_s=TIMEOUT_S)
     assert metrics["kl_per_sequence"] == metrics["kl_k1_per_token"] == metrics["kl_k3_per_token"] == 0.0
     assert metrics["logprob_gap_per_token"] > 0.01  # the chunk's own log-probs are made up
-    [update] = group.call(PolicyWorker.train_policy, 0, update_rule(section, 3), *built.data)
+    [update] = group.call(PolicyWorker.train_policy, 0, update_settings(section, 3), *built.data)
     assert (update["ratio"], update["approx_kl"], update["clipfrac"]) == (1.0, 0.0, 0.0)
     # The update did change the policy: the same batch has another ratio now.
-    [update] = group.call(PolicyWorker.train_policy, 1, update_rule(section, 3), *built.data)
+    [update] = group.call(PolicyWorker.train_policy, 1, update_settings(section, 3), *built.data)
     assert update["approx_kl"] > 0
 
 
@@ -137,7 +142,7 @@ def test_experience_and_updates_are_the_same_on_two_ranks(groups, zero_stage):
     chunks = [rollouts(1), rollouts(2)]
     chunk_scores = [scores(chunk, seed) for seed, chunk in enumerate(chunks)]
     section = SECTION.model_copy(update={"minibatch_size": ROWS, "inner_epochs": 10, "micro_batch_tokens": 60})
-    rule = update_rule(section, 3)
+    settings = update_settings(section, 3)
     metrics, experience, trained = [], [], []
     for ranks in (1, 2):
         group = groups[ranks]
@@ -146,7 +151,7 @@ def test_experience_and_updates_are_the_same_on_two_ranks(groups, zero_stage):
         metrics += collect(calls, timeout_s=TIMEOUT_S)
         references = in_order(calls, len(chunks))
         experience.append(ray.get(references))
-        updates = group.call(PolicyWorker.train_policy, 0, rule, *references)  # 20 optimizer steps
+        updates = group.call(PolicyWorker.train_policy, 0, settings, *references)  # 20 optimizer steps
         trained.append(Trained(group.call(TrainingWorker.copy_weights)[0], updates[:1]))
     for other in metrics[1:]:
         assert other == pytest.approx(metrics[0], rel=1e-5, abs=1e-7)
@@ -177,7 +182,7 @@ def test_rewards_are_whitened_over_all_ranks_and_both_models(groups, ranks):
     # The safety model rules on tagged prompts, and where its sigmoid is below 0.15 (raw: -1.7346).
     raw, gated = [], 0
     for chunk, (_, _, helpfulness, safety) in zip(chunks, chunk_scores, strict=True):
-        by_safety = chunk.is_safety | (safety < math.log(0.15 / 0.85))
+        by_safety = chunk.is_safety | (safety < GATE)
         raw.append(torch.where(by_safety, safety, helpfulness))
         gated += int(by_safety.sum())
     everything = torch.cat(raw)
@@ -225,8 +230,8 @@ def test_a_cut_off_answer_goes_on_at_the_value_after_its_own_last_token(tmp_path
         update={"truncated": "bootstrap", "gamma": 0.9, "gae_lambda": 0.8, "whiten_advantages": False}
     )
     inputs = (chunk, logprobs, values, reference, helpfulness, safety)
-    _, experience = policy.build_experience(1, experience_rule(section), *inputs)
-    raw = torch.where(chunk.is_safety | (safety < math.log(0.15 / 0.85)), safety, helpfulness).double()
+    _, experience = policy.build_experience(1, experience_settings(section), GATE, *inputs)
+    raw = torch.where(chunk.is_safety | (safety < GATE), safety, helpfulness).double()
     for row in range(ROWS):
         length = int(chunk.lengths[row])
         with torch.no_grad():
@@ -253,17 +258,29 @@ def test_what_a_cut_off_answer_is_worth_by_hand():
         rollout_logprobs=torch.zeros(2, 4),
         finished=torch.tensor([False, True]),
         is_safety=torch.zeros(2, dtype=torch.bool),
-        prompts="prompts.parquet",
-        prompt_rows=torch.arange(2),
-        policy_version=1,
+        prompt_ids=("0", "1"),
+        messages=([], []),
+        policy_version=VERSION,
     )
     values, nothing = torch.tensor([[9.0, 1.0, 2.0, 5.0, 9.0]] * 2), torch.zeros(2, 4)
     changes = {"truncated": "bootstrap", "gamma": 0.5, "gae_lambda": 1.0, "whiten_advantages": False}
-    rule = experience_rule(SECTION.model_copy(update=changes))
+    settings = experience_settings(SECTION.model_copy(update=changes))
     inputs = (chunk, nothing, values, nothing, torch.zeros(2), torch.zeros(2))  # equal scores whiten to 0
-    _, experience = PolicyWorker("policy", 0, 1).build_experience(1, rule, *inputs)
+    _, experience = PolicyWorker("policy", 0, 1).build_experience(1, settings, GATE, *inputs)
     assert experience.returns.tolist() == [[0.0, 1.25, 2.5, 0.0], [0.0] * 4]  # 5 / 4 and 5 / 2; an end is worth 0
     assert experience.advantages[0].tolist() == [0.0, 0.25, 0.5, 0.0]
+
+
+def test_answers_of_other_weights_are_no_experience_of_these():
+    chunk, nothing = rollouts(1), torch.zeros(ROWS)
+    values, reference, *_ = scores(chunk, 2)
+    policy = PolicyWorker("policy", 0, 1)
+    inputs = (experience_settings(SECTION), GATE, chunk, chunk.rollout_logprobs, values, reference, nothing, nothing)
+    policy.build_experience(1, *inputs)
+    for other in (WeightVersion("ppo-abc", 0), WeightVersion("", 1)):
+        policy.set_version(other)
+        with pytest.raises(StaleRolloutsError, match=r"rollouts are of .*, and experience for .* is to be built"):
+            policy.build_experience(1, *inputs)
 
 
 def test_a_score_that_is_not_finite_is_an_error(tmp_path):

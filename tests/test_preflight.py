@@ -3,32 +3,34 @@
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+from fake_steps import begin, entry_of, finish, finish_all
 from tiny_inputs import ANSWER, USER, comparison, prompt, write_checkpoint, write_rows, write_tokenizer
 
 from cluster import hardware
 from rlhf_ray import machine
-from rlhf_ray.config import STAGES, parse_config
+from rlhf_ray.config import parse_config
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.schemas import GUIDELINES
 from rlhf_ray.data.shares import hash_share
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import run as preflight
-from rlhf_ray.preflight.run import NEEDS, SMALLEST_VOCABULARY, check_run, check_submission, makes
-from rlhf_ray.recipe.context import WHO_MAKES, Context
+from rlhf_ray.preflight.run import SMALLEST_VOCABULARY, check_run, check_submission
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.ledger import Ledger
+from rlhf_ray.recipe.stages import recipe
 from rlhf_ray.recipe.tokenizer import train_tokenizer
-from rlhf_ray.run_state import RunDir, write_json
+from rlhf_ray.run_state import RunDir
 
 TINY = {
     "run": {"device": "cpu"},
     "model": {"preset": "tiny"},
     "pretrain": {"seq_len": 64, "batch_size": 4, "held_out": 0.3},
     "sft": {"seq_len": 48, "batch_size": 4, "held_out": 0.3},
-    "collect": {"max_new_tokens": 16, "held_out": 0.3},
-    "reward": {"max_length": 48},
+    "pairs": {"max_new_tokens": 16},
+    "reward": {"max_length": 48, "held_out": 0.3},
     "ppo": {"max_new_tokens": 16, "batch_size": 8, "minibatch_size": 4},
     "evaluate": {"max_new_tokens": 16},
 }
@@ -166,7 +168,7 @@ def test_gpus_are_counted(tmp_path, gpus):
     gpus(2)
     roles = {"policy": {"num_ranks": 2}, "helpfulness": {"gpus_per_rank": 1.0}}
     on_gpu = config(run={"device": "auto"}, roles=roles)
-    stages = ("testbed", "tokenizer", "pretrain", "sft", "collect", "reward")
+    stages = ("testbed", "tokenizer", "pretrain", "sft", "pairs", "label", "reward")
     line = complaint(on_gpu, tmp_path / "new", *stages)
     assert line.startswith("roles ask for 5 GPUs (helpfulness 1, policy 2, rollout 1, safety 1), this machine has 2")
     check_run(on_gpu, tmp_path / "new", stages[:3])
@@ -263,9 +265,9 @@ def test_the_wrong_kind_of_model(tmp_path, files):
     assert line.startswith(f"inputs.helpfulness='{files}/chat' is a language model (LlamaForCausalLM) where a")
 
 
-def test_a_version_to_collect_from_is_checked_too(tmp_path, files):
-    given = config(inputs=inputs(files, "chat"), collect={"versions": ["newest", str(files / "safety")]})
-    assert complaint(given, tmp_path / "new").startswith(f"collect.versions[1]='{files}/safety' is a reward model")
+def test_a_model_that_answers_is_checked_too(tmp_path, files):
+    given = config(inputs=inputs(files, "chat"), pairs={"models": ["newest", str(files / "safety")]})
+    assert complaint(given, tmp_path / "new").startswith(f"pairs.models[1]='{files}/safety' is a reward model")
 
 
 def test_a_control_to_evaluate_is_checked_too(tmp_path, files):
@@ -504,7 +506,7 @@ HELP, SAFE = (comparisons()[place::2] for place in (0, 1))
             {},
             r"all its safety comparisons are held out, .*",
         ),
-        (HELP[:2] + SAFE[:2], {"collect": {"held_out": 1e-9}}, r"none of its 4 comparisons is held out; give more, .*"),
+        (HELP[:2] + SAFE[:2], {"reward": {"held_out": 1e-9}}, r"none of its 4 comparisons is held out; give more, .*"),
     ],
 )
 def test_comparisons_that_a_reward_model_cannot_be_made_of(tmp_path, files, rows, sections, line):
@@ -519,8 +521,8 @@ def test_prompts_whose_comparisons_a_reward_model_could_not_be_made_of(tmp_path,
         data = {"prompts_annotation": write_rows(tmp_path / "p", "prompts", rows)}
         given = config(inputs=inputs(files, "chat"), data=data)
         if tagged:
-            check_run(given, tmp_path / "new", ("collect", "reward"))
-    line = complaint(given, tmp_path / "new", "collect", "reward")
+            check_run(given, tmp_path / "new", ("pairs", "label", "reward"))
+    line = complaint(given, tmp_path / "new", "pairs", "label", "reward")
     assert line.startswith(f"data.prompts_annotation: {tmp_path}/p: has 0 safety comparisons to train on")
 
 
@@ -627,87 +629,72 @@ def test_a_stage_whose_inputs_nothing_provides(tmp_path):
 def test_ones_own_language_is_not_mixed_with_the_testbeds(tmp_path, files):
     given = config(data=inputs(files, "corpus", "demonstrations", "prompts_train"))
     assert complaint(given, tmp_path / "new").startswith(
-        "data.prompts_early_stop, data.prompts_annotation, data.prompts_test: must be given beside data.corpus"
+        "data.prompts_annotation, data.prompts_early_stop, data.prompts_test: must be given beside data.corpus"
     )
 
 
 def test_what_the_run_directory_holds_counts_while_its_settings_are_the_same(tmp_path):
-    run = Path(tmp_path / "run")
+    run = tmp_path / "run"
+    held = ledger(config(), run)
     for stage in ("testbed", "tokenizer"):
-        recorded = config().model_dump(mode="json")[stage]
-        recorded = recorded if stage == "testbed" else {stage: recorded}
-        step = Path(run / "steps" / f"{stage}-abc")
-        step.mkdir(parents=True)
-        write_json(
-            step / "step.json",
-            {"inputs": {"config": recorded, "seed": 0, "precision": "fp32"}},
-        )
-    check_run(config(run={"precision": "fp32"}), run, ("pretrain",))
+        finish(held, stage)
+    for same in ({"precision": "fp32"}, {"precision": "bf16"}, {"seed": 1}):  # the tables of seeds are one
+        check_run(config(run=same), run, ("pretrain",))
     with pytest.raises(UserError, match=r"pretrain needs tokenizer, .* \(what tokenizer left in .* other settings\)"):
         check_run(config(tokenizer={"vocab_size": 400}), run, ("pretrain",))
-    with pytest.raises(UserError, match="pretrain needs tokenizer, "):
-        check_run(config(run={"seed": 1}), run, ("pretrain",))
-    with pytest.raises(UserError, match="pretrain needs corpus, "):
+    with pytest.raises(UserError, match=r"pretrain needs corpus, .* \(what testbed and tokenizer left in "):
         check_run(config(testbed={"seed": 1}), run, ("pretrain",))
+    finish(held, "pretrain")
+    with pytest.raises(UserError, match="sft needs base, "):
+        check_run(config(run={"seed": 1}), run, ("sft",))
 
 
-def test_every_stage_has_its_needs_and_they_come_before_it():
-    assert tuple(NEEDS) == STAGES
-    for place, stage in enumerate(STAGES):
-        earlier = {name for before in STAGES[:place] for name in makes(before)}
-        assert earlier.issuperset(NEEDS[stage]), stage
-        assert set(NEEDS[stage]) <= set(WHO_MAKES)
+def ledger(given, run):
+    """What a run directory holds of a config's recipe."""
+    given = machine.settled(given)
+    return Ledger(given, recipe(given), RunDir(run))
 
 
-def test_the_needs_are_the_parents_that_the_stages_name():
-    from rlhf_ray.recipe.run import RUNNERS
-
-    class Asked(Exception):
-        pass
-
-    given = config()
-    for stage, runner in RUNNERS.items():
-        if not NEEDS[stage]:
-            continue
-        parents: list[str] = []
-
-        class Recorder:
-            """As much of a run's context as a stage uses before its step."""
-
-            config = given
-            run = SimpleNamespace(path=Path("elsewhere"))
-            outputs = dict.fromkeys(set(WHO_MAKES) - set(makes(stage)), Path("somewhere/model"))
-            sampling_settings = Context.sampling_settings
-
-            def step(self, name, *, parents, found=parents, **more):
-                found.extend(parents)
-                raise Asked
-
-        with pytest.raises(Asked):
-            runner(Recorder())
-        assert set(parents) == set(NEEDS[stage]), stage
+def test_a_stage_of_the_run_directory_that_is_asked_for_runs_before_those_that_need_it(tmp_path):
+    with pytest.raises(UserError, match=r"sft needs base, .* run pretrain first"):
+        finish(held := ledger(config(), tmp_path), "testbed"), finish(held, "tokenizer")
+        check_run(config(), tmp_path, ("sft",))
+    check_run(config(), tmp_path, ("pretrain", "sft"))
 
 
-def test_a_reward_that_is_given_is_not_trained(tmp_path):
-    from rlhf_ray.recipe.run import RUNNERS
+def test_fewer_steps_than_are_done_are_refused_before_anything_starts(tmp_path):
+    held = finish_all(ledger(config(ppo={"num_steps": 6}), tmp_path), but=("ppo", "evaluate"))
+    begin(held, "ppo", steps=5)
+    check_run(config(ppo={"num_steps": 5}), tmp_path, ("ppo",))
+    with pytest.raises(
+        UserError, match=r"^ppo\.num_steps=4 is too low for \S+, of which 5 steps are done; set it to 5"
+    ):
+        check_run(config(ppo={"num_steps": 4}), tmp_path, ("ppo",))
 
-    names = []
 
-    def step(name, **inputs):
-        names.append(name)
-        return SimpleNamespace(path=tmp_path)
+def test_what_is_asked_for_anew_is_a_part_of_the_recipe(tmp_path, files):
+    check_run(config(), tmp_path / "new", redo=["sft", "evaluate"])
+    public = config(data={"public_demonstrations": str(files / "demonstrations")})
+    check_run(public, tmp_path / "new", redo=["sft@public"])
+    for given, name, remedy in (
+        (config(), "stf", "did you mean sft?"),
+        (config(), "sft@public", "choose from testbed, tokenizer, pretrain, sft, pairs, "),
+        (config(inputs=inputs(files, "chat", "helpfulness", "safety")), "reward", "choose from testbed, pretrain, "),
+    ):
+        with pytest.raises(UserError, match=rf"^--redo {name}: the recipe makes no such thing; .*{re.escape(remedy)}"):
+            check_run(given, tmp_path / "new", redo=[name])
 
-    context = SimpleNamespace(config=config(), outputs={"helpfulness"}, step=step, skip=lambda step: True)
-    assert RUNNERS["reward"](context) == {"safety": tmp_path / "model"}
-    assert names == ["reward-safety"]
-    # Nor is it missed by stages that come later.
-    given = config(inputs={"chat": "models/chat", "helpfulness": "my_rewards:short"}, run={"precision": "bf16"})
-    step = tmp_path / "steps" / "reward-safety-abc"
-    step.mkdir(parents=True)
-    recorded = {"config": {"reward": given.model_dump(mode="json")["reward"]}, "seed": 0, "precision": "bf16"}
-    write_json(step / "step.json", {"inputs": recorded})
-    assert preflight.is_done(given, tmp_path, "reward")
-    assert not preflight.is_done(config(), tmp_path, "reward")
+
+def test_a_reward_that_is_given_is_not_missed_by_stages_that_come_later(tmp_path, files):
+    given = config(inputs=inputs(files, "chat", "helpfulness"), data=inputs(files, "comparisons"))
+    held = ledger(given, tmp_path)
+    assert finish(held, "reward").outputs.keys() == {"safety"}
+    tables = inputs(files, "comparisons", "prompts_train", "prompts_early_stop")
+    check_run(config(inputs=given.inputs.model_dump(), data=tables), tmp_path, ("ppo",))
+    both = config(inputs=inputs(files, "chat"), data=tables)
+    assert not entry_of(ledger(both, tmp_path), "reward").done
+    with pytest.raises(UserError, match=r"ppo needs helpfulness, safety, "):
+        check_run(both, tmp_path, ("ppo",))
 
 
 def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
@@ -752,7 +739,7 @@ def test_what_a_cluster_will_run_is_checked_without_its_files(tmp_path):
         (config(), "runs/a", "--out='runs/a' must be an absolute path"),
         (config(data={"corpus": "c.parquet"}), "/r", "data.corpus='c.parquet' must be an absolute path"),
         (config(inputs={"chat": "chat"}), "/r", f"inputs.chat='chat' .* for example {Path.cwd()}/chat"),
-        (config(collect={"versions": ["newest", "v1"]}), "/r", r"collect.versions\[1\]='v1' must be"),
+        (config(pairs={"models": ["newest", "v1"]}), "/r", r"pairs.models\[1\]='v1' must be"),
         (config(evaluate={"controls": {"long": "m"}}), "/r", "evaluate.controls.long='m' must be"),
     ):
         with pytest.raises(UserError, match=complaint):

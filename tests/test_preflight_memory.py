@@ -11,10 +11,9 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import memory as preflight_memory
 from rlhf_ray.preflight.inputs import Model
 from rlhf_ray.preflight.memory import check_memory, trained_bytes
-from rlhf_ray.preflight.run import ROLES
 
 GIB = 2**30
-ALL = ("pretrain", "sft", "collect", "reward", "ppo", "evaluate")
+ALL = ("pretrain", "sft", "pairs", "label", "reward", "ppo", "evaluate")
 SMOLLM2 = ModelConfig(
     vocab_size=49_152,
     hidden_size=576,
@@ -36,7 +35,7 @@ def check(monkeypatch, capsys):
         models = {} if chat is None else {"inputs.chat": Model("models/chat", chat)}
         config = load_config(f"configs/{file}.toml", ["roles.rollout.kv_cache_gib=0.1", *overrides])
         try:
-            check_memory(config, stages, ROLES, models)
+            check_memory(config, stages, models)
         except UserError as error:
             assert "\n" not in str(error)
             return str(error)
@@ -84,9 +83,20 @@ def test_the_remedy_helps(check, gib, given, stages, remedy, then):
     assert "needs" not in check(gib, full(then), stages=stages)
 
 
+def test_processes_count_as_long_as_a_later_stage_needs_them(check):
+    # 1.3 GiB for the reward models alone; 2.3 with the processes of policy and engine, which end before.
+    assert "needs" not in check(1.9, stages=["sft", "pairs", "label", "reward"])
+    assert "needs" in check(1.2, stages=["sft", "pairs", "label", "reward"])
+
+
 def test_stages_in_commands_of_their_own_need_less(check):
-    assert "run `rlhf-ray reward` in a command of its own" in check(1.9, stages=["sft", "collect", "reward"])
-    assert "needs" not in check(1.9, stages=["reward"])
+    # 6.3 GiB for the reward models; 6.6 with the process of the policy, which stays for the evaluation.
+    def refusal(*stages):
+        return check(6.5, ["run.precision=fp32"], stages=stages, chat=SMOLLM2)
+
+    assert "run `rlhf-ray reward` in a command of its own" in refusal("sft", "reward", "evaluate")
+    for stages in (["sft"], ["reward"], ["evaluate"], ["sft", "reward"]):
+        assert "needs" not in refusal(*stages)
     assert "its processes alone need 2.8; give it more memory" in check(1.9, stages=["ppo"])
 
 

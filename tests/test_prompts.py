@@ -16,8 +16,9 @@ def tokenizer(tmp_path_factory):
 def test_prompts_keep_their_order_and_tags(tmp_path, tokenizer):
     rows = [prompt(0), prompt(1, "the cat?", is_safety=True)]
     loaded = load_prompts(write_rows(tmp_path / "p", "prompts", rows), tokenizer, max_prompt_tokens=64)
-    assert loaded.tokens == [encode_prompt(tokenizer, row["messages"]) for row in rows]
-    assert loaded.is_safety == [False, True]
+    assert loaded.tokens == tuple(encode_prompt(tokenizer, row["messages"]) for row in rows)
+    assert (loaded.ids, loaded.is_safety) == (("p0", "p1"), (False, True))
+    assert loaded.messages == tuple(row["messages"] for row in rows) and loaded.ends_at_eos
 
 
 def test_the_limit_is_the_longest_prompt_that_fits(tmp_path, tokenizer):
@@ -49,6 +50,6 @@ def test_random_prompts_have_one_length_and_are_the_same_again():
     prompts = random_prompts(50, length=7, vocab_size=300, seed=3)
     assert {len(tokens) for tokens in prompts.tokens} == {7}
     assert min(map(min, prompts.tokens)) >= 0 and 280 < max(map(max, prompts.tokens)) < 300
-    assert len(set(map(tuple, prompts.tokens))) == len(prompts.is_safety) == 50
+    assert len(set(map(tuple, prompts.tokens))) == len(set(prompts.ids)) == len(prompts.is_safety) == len(prompts) == 50
     assert prompts == random_prompts(50, length=7, vocab_size=300, seed=3)
     assert not prompts.ends_at_eos and not any(prompts.is_safety)

@@ -68,8 +68,9 @@ def test_a_printed_command_parses(line: str) -> None:
         command = command.commands[arguments.pop(0)]
     if arguments:  # else it is named, not shown
         context = command.make_context(command.name, arguments)
-        if "out" in context.params and (ROOT / context.params["config"]).exists():
-            load_config(ROOT / context.params["config"], context.params["set_"])
+        config = context.params.get("config") or context.params.get("what")  # `show` takes a run's directory as well
+        if "out" in context.params and (ROOT / config).exists():
+            load_config(ROOT / config, context.params["set_"])
 
 
 @pytest.mark.parametrize("key", settings())

@@ -85,7 +85,7 @@ def test_checkpoints_open_in_transformers(finished: Path) -> None:
     tokens = tokenizer.apply_chat_template(question, return_tensors="pt")["input_ids"]
     policy = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.isfinite(policy(tokens).logits).all()
-    reward = AutoModelForSequenceClassification.from_pretrained(step(finished, "reward-safety") / "model")
+    reward = AutoModelForSequenceClassification.from_pretrained(step(finished, "reward") / "safety" / "model")
     assert reward(tokens).logits.shape == (1, 1)
 
 
@@ -107,7 +107,7 @@ def test_fine_tuning_on_public_dialogues_comes_first_and_its_model_is_the_start(
     assert two_stages.returncode == 0, two_stages.stderr
     new = [path for path in (finished / "steps").iterdir() if path.name not in before]
     made = {path.name.rpartition("-")[0]: json.loads((path / "step.json").read_text()) for path in new}
-    assert set(made) == {"sft-public", "sft"}
-    [public] = [path for path in new if path.name.startswith("sft-public")]
-    assert made["sft"]["inputs"]["parents"]["public_chat"] == f"{public.name}/model"
-    assert made["sft-public"]["inputs"]["parents"]["base"].startswith("pretrain-")
+    assert set(made) == {"sft@public", "sft"}
+    [public] = [path for path in new if path.name.startswith("sft@public")]
+    assert made["sft"]["inputs"]["parents"]["base"] == f"{public.name}/model"
+    assert made["sft@public"]["inputs"]["parents"]["base"].startswith("pretrain-")

@@ -12,7 +12,9 @@ from cluster.worker_group import WorkerError
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.recipe import run as recipe
+from rlhf_ray.recipe.ledger import Entry
 from rlhf_ray.recipe.remedies import what_helps
+from rlhf_ray.recipe.stages import STAGES, Node
 from rlhf_ray.run_state import RunDir
 
 GOES_ON = "the same command goes on from the last checkpoint"
@@ -59,30 +61,32 @@ def test_a_remedy_is_named_where_it_helps(error: WorkerError, remedy: str) -> No
 
 def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(
-        config=parse_config({"cluster": {"max_repairs": 9}}),
         run=RunDir(tmp_path),
         roles=SimpleNamespace(drop_dead=lambda: ["policy"]),
+        work_at=lambda name, config: None,
     )
     step = context.run.step("ppo", {})
     step.begin()
+    config = parse_config({"cluster": {"max_repairs": 9}})
+    entry = Entry(Node(STAGES["ppo"], {}, STAGES["ppo"].makes), config, {}, (), step, {})
     attempts = []
 
     def die(where: list[str], saves: list[int]) -> None:
         """Dies at the places one after another; a checkpoint is there before the attempts of `saves`."""
         attempts.clear()
 
-        def attempt(_: object) -> None:
+        def attempt(*_: object) -> None:
             attempts.append(where[len(attempts)])
             if len(attempts) in saves:
                 with step.new_state(len(attempts)):
                     pass
             raise failure(ActorDiedError(), step=attempts[-1])
 
-        monkeypatch.setitem(recipe.RUNNERS, "ppo", attempt)
+        monkeypatch.setattr(recipe, "runner", lambda stage: attempt)
         with pytest.raises(
             RunFailure, match=r"second time at the same place with no checkpoint between.*logs are in /logs$"
         ):
-            recipe.run_stage(context, "ppo")
+            recipe.run_node(context, entry)
 
     die(["ppo step 3"] * 9, [])
     assert len(attempts) == 2

@@ -1,5 +1,6 @@
 """A run whose driver or worker is killed goes on by the same command and ends with the same bits."""
 
+import json
 import os
 import random
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kill_and_resume import SMALL, command, differences, finish, rows_written, run_and_kill, start
+from kill_and_resume import SMALL, command, contents, differences, finish, rows_written, run_and_kill, start
+
+from rlhf_ray.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +29,7 @@ TINY = SMALL | {
     "ppo.batch_size": 16,
     "ppo.minibatch_size": 8,
     "ppo.max_new_tokens": 12,
-    "run.stages": '["testbed","tokenizer","pretrain","sft","collect","reward","ppo"]',
+    "run.stages": '["testbed","tokenizer","pretrain","sft","pairs","label","reward","ppo"]',
 }
 
 
@@ -100,6 +103,42 @@ def test_ppo_whose_workers_and_then_driver_are_killed_ends_with_the_same_bits(wh
     finish(start(arguments, log), log)
     assert "ppo: going on from step" in log.read_text()
     assert differences(whole, out) == []
+
+
+LONGER = TINY | {"run.stages": '["ppo","evaluate"]', "ppo.eval_every": 3, "ppo.micro_batch_tokens": 400}
+
+
+def test_ppo_that_is_made_longer_ends_with_the_bits_of_one_that_was_that_long_from_the_start(
+    whole: Path, tmp_path: Path
+) -> None:
+    def run(out: Path, num_steps: int, micro_batch_tokens: int = 400) -> None:
+        settings = {"ppo.num_steps": num_steps, "ppo.micro_batch_tokens": micro_batch_tokens}
+        finish(start(command(out, LONGER | settings), out / "driver.log"), out / "driver.log")
+
+    out, straight = without(whole, tmp_path / "out", "ppo"), without(whole, tmp_path / "straight", "ppo")
+    run(out, 4)
+    [short], [first] = out.glob("steps/ppo-*"), out.glob("steps/evaluate-*")
+    assert [row["step"] for row in read_metrics(short)] == [0, 1, 2, 3] and list(short.glob("state/step-*4"))
+    halved = Path(shutil.copytree(out, tmp_path / "halved"))
+    run(out, 6)
+    run(straight, 6)
+    assert "ppo: going on from step 4" in (out / "driver.log").read_text()
+    for name in ("ppo", "evaluate"):  # metrics and models, what training would go on from, answers
+        [alone] = straight.glob(f"steps/{name}-*")
+        assert contents(out / "steps" / alone.name) == contents(alone)
+        assert len(list(out.glob(f"steps/{name}-*"))) == 2
+    [evaluation] = [path for path in out.glob("steps/evaluate-*") if path != first]
+    [long] = [path for path in out.glob("steps/ppo-*") if path != short]
+    assert json.loads((evaluation / "step.json").read_text())["inputs"]["parents"]["policy"] == f"{long.name}/model"
+    assert not list(short.glob("state/*")) and (short / "model").is_dir()
+
+    run(halved, 6, micro_batch_tokens=200)
+    assert "ppo: going on from step 4" in (halved / "driver.log").read_text()
+    rows = read_metrics(halved / "steps" / long.name)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[:4] == read_metrics(short)
+    # The same answers of the same policy, scored in other micro-batches.
+    assert rows[4]["reward/combined"] == pytest.approx(read_metrics(long)[4]["reward/combined"], rel=1e-4, abs=1e-5)
 
 
 def test_a_kill_while_an_extension_is_built_does_not_hang_the_next_start(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from model.llama import Llama
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.recipe.tokenizer import save_tokenizer
-from rlhf_ray.records import Rollouts
+from rlhf_ray.records import Rollouts, WeightVersion
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
 
 ANSWERS = (("which is a fish?", "carp.", True), ("is it a hen? which is a cat?", "sure: the mat", False))
@@ -56,9 +56,9 @@ def scores_of_worker(directory: Path) -> torch.Tensor:
         rollout_logprobs=torch.zeros(2, longest),
         finished=torch.tensor([finished for _, _, finished in ANSWERS]),
         is_safety=torch.zeros(2, dtype=torch.bool),
-        prompts="",
-        prompt_rows=torch.arange(2),
-        policy_version=0,
+        prompt_ids=("0", "1"),
+        messages=([], []),
+        policy_version=WeightVersion("", 0),
     )
     worker = ScorerWorker("helpfulness", 0, 1)
     worker.load_frozen(str(directory), head="scalar", runtime=Runtime(precision="fp32", device="cpu"))

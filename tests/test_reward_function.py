@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_inputs import prompt, write_rows, write_tokenizer
+from tiny_inputs import write_tokenizer
 
 from rlhf_ray.config import parse_config
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.reward_function import find_function, is_function, score_with
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight.inputs import check_functions
-from rlhf_ray.records import Rollouts
+from rlhf_ray.records import Rollouts, WeightVersion
 from rlhf_ray.stopping import Stopped
 from rlhf_ray.workers.scorer import ScorerWorker
 
@@ -84,11 +84,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rollouts, Any, str]:
     """Two answers, given in another order than their prompts'; the tokenizer, and its directory."""
     directory = write_tokenizer(tmp_path_factory.mktemp("asked") / "tokenizer")
-    path = write_rows(directory.parent / "prompts.parquet", "prompts", [prompt(i, q) for i, q in enumerate(QUESTIONS)])
+    dialogues = [[{"role": "user", "content": question}] for question in QUESTIONS]
     tokenizer = load_tokenizer(directory)
     rows = []
     for number in (1, 0):
-        given = encode_prompt(tokenizer, [{"role": "user", "content": QUESTIONS[number]}])
+        given = encode_prompt(tokenizer, dialogues[number])
         rows.append((given, encode_answer(tokenizer, ANSWERS[number], finished=True)))
     longest = max(len(given) + len(answer) for given, answer in rows)
     tokens = torch.zeros(2, longest, dtype=torch.int64)
@@ -102,9 +102,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rollouts, Any, str]
         rollout_logprobs=torch.zeros(2, longest),
         finished=torch.ones(2, dtype=torch.bool),
         is_safety=torch.zeros(2, dtype=torch.bool),
-        prompts=path,
-        prompt_rows=torch.tensor([1, 0]),
-        policy_version=1,
+        prompt_ids=("1", "0"),
+        messages=(dialogues[1], dialogues[0]),
+        policy_version=WeightVersion("ppo", 1),
     )
     return rollouts, tokenizer, str(directory)
 

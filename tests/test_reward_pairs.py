@@ -12,7 +12,7 @@ from rlhf_ray.config import RewardSection
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.reward_pairs import Pairs, reward_pairs
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe.reward_modeling import num_steps, told
+from rlhf_ray.recipe.reward_modeling import accuracy_line, num_steps
 from rlhf_ray.workers.reward import RewardWorker
 
 OPTIONS = {"model": "safety", "margin": "small", "epochs": 1, "held_out": 0.25, "max_length": 64, "seed": 0}
@@ -168,6 +168,7 @@ def test_accuracies_are_told_by_guideline_the_models_own_first():
     accuracy = {f"accuracy/{group}": share for group, (share, _) in shares.items()}
     accuracy |= {f"count/{group}": float(count) for group, (_, count) in shares.items()}
     # 1.96 sqrt(0.25 / 100) and 1.96 sqrt(0.1875 / 12)
-    assert told(accuracy, "safety") == "0.500 ± 0.098 (100 pairs) on safety, 0.250 ± 0.245 (12 pairs) on helpfulness"
+    safety, helpfulness = "0.500 ± 0.098 (100 pairs) on safety", "0.250 ± 0.245 (12 pairs) on helpfulness"
+    assert accuracy_line(accuracy, "safety") == f"{safety}, {helpfulness}"
     del accuracy["accuracy/safety"]
-    assert told(accuracy, "safety") == "0.250 ± 0.245 (12 pairs) on helpfulness"
+    assert accuracy_line(accuracy, "safety") == helpfulness

@@ -7,7 +7,20 @@ import pytest
 
 from rlhf_ray import run_state
 from rlhf_ray.errors import UserError
-from rlhf_ray.run_state import Due, RunDir, code_version, copy_files, digest, fingerprint, sweep, write_json
+from rlhf_ray.run_state import (
+    Due,
+    RunDir,
+    code_version,
+    copy_files,
+    digest,
+    drop_state,
+    fingerprint,
+    newest_state,
+    source_hash,
+    sweep,
+    within,
+    write_json,
+)
 
 INPUTS = {"config": {"sft": {"lr": 1e-5}}, "seed": 0, "parents": {"base": "pretrain-1/model"}}
 
@@ -23,10 +36,13 @@ def test_a_step_is_done_once_it_is_finished_and_not_before(tmp_path):
     assert again.done and (again.path / "model").read_text() == "weights"
     assert not again.partial.exists()
     recorded = json.loads((again.path / "step.json").read_text())
+    assert recorded.pop("seconds") >= 0
     assert recorded == {
         "name": "sft",
         "key": again.key,
         "inputs": INPUTS,
+        "length": {},
+        "source": source_hash(),
         "machine": {"precision": "fp32"},
         "loss": 0.5,
     }
@@ -156,13 +172,92 @@ def test_the_newest_of_two_whole_checkpoints_counts(tmp_path):
         {**INPUTS, "seed": 1},
         {**INPUTS, "config": {"sft": {"lr": 2e-5}}},
         {**INPUTS, "parents": {"base": "pretrain-2/model"}},
-        {**INPUTS, "code": "abc"},
+        {**INPUTS, "version": 2},
     ],
-    ids=["seed", "config", "parent", "code"],
+    ids=["seed", "config", "parent", "version"],
 )
 def test_every_input_changes_the_key(tmp_path, changed):
     run = RunDir(tmp_path)
     assert run.step("sft", changed).key != run.step("sft", INPUTS).key
+
+
+def to_length(run, num_steps):
+    """A step of training that can be made longer."""
+    return run.step("ppo", INPUTS, length={"ppo.num_steps": num_steps, "ppo.patience": 5})
+
+
+def trained(run, num_steps, *, steps=None, keep=True, model="weights"):
+    """Such a step, finished."""
+    step = to_length(run, num_steps)
+    steps = num_steps if steps is None else steps
+    (step.begin() / "model").write_text(model)
+    if step.latest_state()[0] < steps:
+        with step.new_state(steps) as directory:
+            (directory / "policy").write_text(str(steps))
+    return step.finish(keep_state=keep, steps=steps)
+
+
+def test_training_is_filed_under_its_steps_and_goes_on_from_a_shorter_one(tmp_path):
+    run = RunDir(tmp_path)
+    short = trained(run, 4)
+    (short / "metrics.jsonl").write_text("rows\n")
+    step = to_length(run, 6)
+    assert not step.done and step.latest_state() == (4, short / "state" / "step-00000004")
+    assert step.continued() == short
+    assert (step.begin() / "metrics.jsonl").read_text() == "rows\n"
+    long = trained(run, 6)
+    assert long != short and to_length(run, 6).path == long and to_length(run, 4).path == short
+    assert (short / "model").exists() and newest_state(short) == (0, None) and newest_state(long)[0] == 6
+
+
+def test_what_an_interrupted_attempt_has_done_comes_before_what_was_finished(tmp_path):
+    run = RunDir(tmp_path)
+    trained(run, 4)
+    step = to_length(run, 9)
+    step.begin()
+    with step.new_state(5):
+        pass
+    assert step.latest_state()[0] == 5 and step.continued() is None
+    assert to_length(run, 12).partial == step.partial  # it is under way to whatever length
+
+
+def test_training_that_has_ended_early_is_the_result_of_a_longer_one_too(tmp_path):
+    run = RunDir(tmp_path)
+    first = trained(run, 400, steps=40)
+    again = trained(run, 500, steps=40, model="the same")
+    assert again == first and (again / "model").read_text() == "the same"
+    assert to_length(run, 500).done and newest_state(again)[0] == 40  # the state has moved along
+    assert sorted(path.name for path in run.steps.iterdir()) == [first.name]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
+    run = RunDir(tmp_path)
+    trained(run, 4, keep=False)
+    assert to_length(run, 6).latest_state() == (0, None) and to_length(run, 4).done
+
+
+@pytest.mark.parametrize(
+    ("earlier", "length", "steps", "passes"),
+    [
+        ((400, 5), (500, 5), 400, True),
+        ((400, 5), (300, 5), 400, False),
+        ((400, 5), (300, 5), 40, True),  # ended early
+        ((400, 5), (500, 6), 400, True),
+        ((400, 5), (500, 4), 400, False),  # it would have ended before
+    ],
+)
+def test_what_training_passes_through(earlier, length, steps, passes):
+    names = ("ppo.num_steps", "ppo.patience")
+    before, now = (dict(zip(names, limits, strict=True)) for limits in (earlier, length))
+    assert within(before, now, steps=steps) == passes
+
+
+def test_states_go_and_results_stay(tmp_path):
+    for name in ("model", "last", "state/step-00000002", "safety/model", "safety/state/step-00000001", "best/after-1"):
+        (tmp_path / name).mkdir(parents=True)
+    drop_state(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "model", "safety"]
+    assert [path.name for path in (tmp_path / "safety").iterdir()] == ["model"]
 
 
 def test_the_order_of_inputs_does_not_change_the_key():
@@ -242,5 +337,14 @@ def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):
-        RunDir(tmp_path / "file" / "run")
+    run = RunDir(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"), run.locked():
+        raise AssertionError("something is there")
+
+
+def test_a_directory_is_made_where_work_begins_and_not_where_it_is_read(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert run.manifest() == {} and not run.step("sft", INPUTS).done and run.step("sft", INPUTS).facts() == {}
+    assert list(tmp_path.iterdir()) == []
+    with run.locked():
+        assert run.steps.is_dir()

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.checkpoint_files import read_config
 from rlhf_ray.cli.export import export_model
-from rlhf_ray.config import parse_config
+from rlhf_ray.config import ModelSection
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.lm_rows import corpus_rows
@@ -143,9 +142,8 @@ def test_an_export_of_an_older_run_is_put_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bos", ["<s>", "<|im_end|>", None])
 def test_a_fresh_model_and_its_documents_have_the_tokenizers_own_tokens(tmp_path: Path, bos: str | None) -> None:
     directory = write_chatml(tmp_path / "t", bos_token=bos)
-    context: Any = SimpleNamespace(config=parse_config({"model": {"preset": "tiny"}}), outputs={"tokenizer": directory})
     ids = load_tokenizer(directory).convert_tokens_to_ids
-    config = model_config(context)
+    config = model_config(ModelSection(preset="tiny"), directory)
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (SIZE, END, 3)
     assert config.bos_token_id == (None if bos is None else ids(bos))
     texts = [f"the cat {number}." for number in range(20)]

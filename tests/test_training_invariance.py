@@ -12,7 +12,7 @@ from training_world import (
     BATCH,
     NUM_ANSWERS,
     OPTIM,
-    PPO_RULE,
+    PPO_SETTINGS,
     RTOL,
     TIED,
     UNTIED,
@@ -149,8 +149,8 @@ def test_packing_changes_nothing(groups, plain, layout):
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_ppo_updates_are_those_of_the_plain_loop(groups, plain, head, ranks, zero_stage, micro_batch_tokens):
     # 1 token a micro-batch is one row each; 1000 is a minibatch at once.
-    rule = replace(PPO_RULE, micro_batch_tokens=micro_batch_tokens)
-    run = train_ppo(groups[ranks], head, rule, zero_stage=zero_stage)
+    settings = replace(PPO_SETTINGS, micro_batch_tokens=micro_batch_tokens)
+    run = train_ppo(groups[ranks], head, settings, zero_stage=zero_stage)
     assert_same(run, plain("policy" if head == "lm" else "value"))
     # The clip is at work on some tokens.
     assert 0.01 < run.metrics[0]["clipfrac" if head == "lm" else "value_clipfrac"] < 0.99
@@ -161,10 +161,10 @@ def test_ppo_updates_are_those_of_the_plain_loop(groups, plain, head, ranks, zer
 def test_a_rank_without_rows_of_a_minibatch_changes_nothing(groups, zero_stage):
     # 16 answers in minibatches of 5 leave one answer for the last, and one rank with nothing.
     assert NUM_ANSWERS % 5 == 1
-    rule = replace(PPO_RULE, minibatch_size=5)
+    settings = replace(PPO_SETTINGS, minibatch_size=5)
     for head in ("lm", "scalar"):
-        one = train_ppo(groups[1], head, rule, zero_stage=zero_stage)
-        two = train_ppo(groups[2], head, rule, zero_stage=zero_stage)
+        one = train_ppo(groups[1], head, settings, zero_stage=zero_stage)
+        two = train_ppo(groups[2], head, settings, zero_stage=zero_stage)
         assert_same(two, one)
 
 

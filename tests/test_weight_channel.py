@@ -36,20 +36,23 @@ from rlhf_ray.recipe.engines import (
     MAX_SYNCED_GAP,
     WeightChannelError,
     generate,
-    open_prompts,
+    read_prompts,
     start_engines,
     sync_weights,
     verify_weight_channel,
 )
+from rlhf_ray.recipe.stages import Artefact, given_outputs
 from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
-from rlhf_ray.records import Rollouts
+from rlhf_ray.records import PromptBatch, Rollouts, WeightVersion
 from rlhf_ray.run_state import RunDir
+from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import WORKER_CLASSES
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 NUM_PROMPTS = 12
+VERSION = WeightVersion("ppo", 3)
 VOCAB, PADDED = 300, 1500
 """Rows of the embedding: the tokenizer's and a few, or far more, which are as likely to be sampled as the others."""
 KINDS = (
@@ -80,7 +83,6 @@ class World:
             ("untied-trained", UNTIED.model_copy(update={"vocab_size": PADDED}), "lm"),
             ("helpfulness", TIED, "scalar"),
             ("safety", TIED, "scalar"),
-            ("short", TIED.model_copy(update={"max_seq_len": 20}), "scalar"),
         ):
             world._save(name, config, head)
         save_tokenizer(tokenizer, directory / "tokenizer")
@@ -199,8 +201,7 @@ def run(request, world):
         context = Context(config, RunDir(world.directory / f"run-{engine_name(request.param)}"))
         roles = context.roles
         roles.start("rollout", "policy")
-        start_engines(context, context.outputs["chat"])
-        open_prompts(context, "prompts_train", max_new_tokens=6)
+        start(context)
         trained = str(world.directory / f"{chat}-trained")
         roles["policy"].call(TrainerWorker.build, trained, head="lm", seed=0, runtime=roles.runtime)
         zero_stage = 3 if chat == "untied" else 1
@@ -214,9 +215,26 @@ def run(request, world):
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def gap(roles) -> float:
+def inputs_of(context: Context) -> dict[str, Artefact]:
+    """What the config names."""
+    given = given_outputs(context.config)
+    return {name: Artefact(name, Path(source.path), "", source.field) for name, source in given.items()}
+
+
+def start(context: Context) -> None:
+    """Engines on the chat model."""
+    inputs = inputs_of(context)
+    start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+
+
+@pytest.fixture
+def prompts(run) -> PromptBatch:
+    return read_prompts(inputs_of(run), "prompts_train", max_new_tokens=6, readers=["chat"])
+
+
+def gap(roles, prompts: PromptBatch) -> float:
     """Mean |engine - trainer| log-prob over some prompts as they stand, nats."""
-    probe = roles["rollout"].submit_one(0, RolloutWorker.probe, "prompts_train", num_data=1)
+    probe = roles["rollout"].submit_one(0, RolloutWorker.probe, prompts, num_data=1)
     trainer = roles["policy"].submit_one(
         0, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
     )
@@ -239,15 +257,16 @@ def test_nothing_of_an_embedded_ray_its_trainers_and_engines_listens_beyond_this
 
 
 @pytest.mark.slow
-def test_after_a_sync_the_engine_computes_what_the_trainer_does(run):
+def test_after_a_sync_the_engine_computes_what_the_trainer_does(run, prompts):
     precision = run.config.run.precision
-    assert gap(run.roles) > 0.5  # two different models
+    assert gap(run.roles, prompts) > 0.5  # two different models
+    run.roles["policy"].call(PolicyWorker.set_version, VERSION)
     buckets = sync_weights(run.roles)
-    assert gap(run.roles) <= MAX_SYNCED_GAP[precision]
-    gaps = verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+    assert gap(run.roles, prompts) <= MAX_SYNCED_GAP[precision]
+    gaps = verify_weight_channel(run.roles, buckets, prompts, precision=precision)
     assert gaps["synced_gap"] <= gaps["synced_gap_max"] < {"fp32": 1e-3, "bf16": 0.5}[precision]
     assert gaps["scrambled_gap"] > 0.5
-    assert run.roles["rollout"].call(RolloutWorker.load_weights, buckets) == [1]  # the version is the bucket's
+    assert run.roles["rollout"].call(RolloutWorker.load_weights, buckets) == [VERSION]  # the bucket's
 
 
 @pytest.mark.slow
@@ -267,13 +286,13 @@ def test_the_engine_has_what_it_needs_and_sees_no_ranks_of_others(run):
 
 
 @pytest.mark.slow
-def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(run):
+def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(run, prompts):
     ids = run.roles["rollout"].call_one(0, UnpluggableRollout.facts)["ids"]
     rows = read_config(run.config.inputs.chat).vocab_size
     assert ids < rows
     sync_weights(run.roles)
     options = {"num_chunks": 1, "temperature": 2.0, "max_new_tokens": 6}
-    [call] = generate(run.roles, "prompts_train", list(range(NUM_PROMPTS)), seed=(0, 0), **options)
+    [call] = generate(run.roles, prompts, seed=(0, 0), **options)
     rollouts = ray.get(call.data[0])
     assert int(rollouts.tokens.max()) < ids and rollouts.num_ids == ids
 
@@ -293,7 +312,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["does not arrive", "stays scrambled"])
-def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, how):
+def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, prompts, how):
     if run.config.roles.rollout.tensor_parallel_size > 1:
         pytest.skip("the other processes cannot be made to lose one")
     precision, buckets = run.config.run.precision, sync_weights(run.roles)
@@ -302,12 +321,12 @@ def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, how):
     for kind in KINDS[1:] if tied and how == "stays scrambled" else KINDS:
         run.roles["rollout"].call(UnpluggableRollout.lose, kind, how)
         with pytest.raises((WeightChannelError, WorkerError)) as caught:
-            verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+            verify_weight_channel(run.roles, buckets, prompts, precision=precision)
         assert "after a weight sync its log-probs differ" in str(caught.value) or "the engine got no" in str(
             caught.value
         ), kind
     run.roles["rollout"].call(UnpluggableRollout.lose, "", "")
-    verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+    verify_weight_channel(run.roles, buckets, prompts, precision=precision)
 
 
 @pytest.mark.slow
@@ -320,22 +339,22 @@ def test_syncs_leave_nothing_in_memory(run):
 
 
 @pytest.mark.slow
-def test_other_weights_are_found_out(run, world):
+def test_other_weights_are_found_out(run, prompts):
     precision, chat = run.config.run.precision, run.config.inputs.chat
     dtype = run.roles.runtime.dtype
     other = ((name, tensor.to(dtype)) for name, tensor in iterate_tensors(chat))
-    buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=1)]
+    buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=VERSION)]
     with pytest.raises(WeightChannelError, match="after a weight sync its log-probs differ"):
-        verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=precision)
+        verify_weight_channel(run.roles, buckets, prompts, precision=precision)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [("tied", "fp32", 1)], indirect=True, ids=engine_name)
-def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run):
+def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run, prompts):
     sampled = []
     for num_chunks in (1, 4):
         options = {"num_chunks": num_chunks, "seed": (0, 0), "temperature": 1.0, "max_new_tokens": 6}
-        calls = generate(run.roles, "prompts_train", [3, 1, 3, 3], **options)
+        calls = generate(run.roles, prompts.select([3, 1, 3, 3]), **options)
         collect(calls, timeout_s=300)
         chunks = [ray.get(call.data[0]) for call in calls]
         sampled.append([r.tokens[i][r.response_mask[i]].tolist() for r in chunks for i in range(len(r.tokens))])
@@ -345,18 +364,10 @@ def test_a_prompt_that_stands_several_times_in_a_batch_gets_as_many_answers(run)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [("tied", "bf16", 1)], indirect=True, ids=engine_name)
-def test_prompts_fit_every_model_that_reads_them(run, world):
-    run.outputs.add("short", world.directory / "short", key="short")
-    with pytest.raises(WorkerError, match=r"prompts.parquet row \d+: the prompt has \d+ tokens, at most 14 fit"):
-        open_prompts(run, "prompts_train", max_new_tokens=6, readers=("chat", "short"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [("tied", "bf16", 1)], indirect=True, ids=engine_name)
-def test_the_driver_receives_numbers_and_references_only(run, monkeypatch):
-    ppo.load_models(run, None)
-    start_engines(run, run.outputs["chat"])
-    num_prompts = open_prompts(run, "prompts_train", max_new_tokens=6)
+def test_the_driver_receives_numbers_and_references_only(run, prompts, monkeypatch):
+    ppo.load_models(run, inputs_of(run), None, version=VERSION)
+    start(run)
+    sync_weights(run.roles)
     received: list[Any] = []
     get = ray.get
 
@@ -365,7 +376,7 @@ def test_the_driver_receives_numbers_and_references_only(run, monkeypatch):
         return received[-1]
 
     monkeypatch.setattr(ray, "get", recording)
-    row = ppo.iteration(run.roles, run.config.ppo, 0, num_prompts=num_prompts, seed=0)
+    row = ppo.iteration(run.roles, run.config.ppo, 0, prompts, seed=0)
     assert len(received) > 20
     for value in received:
         found = list(leaves(value))
@@ -391,9 +402,9 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_a_channel_that_does_nothing_is_found_out(run):
+def test_a_channel_that_does_nothing_is_found_out(run, prompts):
     """Last of this engine: it stays unplugged."""
     buckets = sync_weights(run.roles)
     run.roles["rollout"].call(UnpluggableRollout.unplug)
     with pytest.raises(WeightChannelError, match="the weight channel does not reach the engine"):
-        verify_weight_channel(run.roles, buckets, prompts="prompts_train", precision=run.config.run.precision)
+        verify_weight_channel(run.roles, buckets, prompts, precision=run.config.run.precision)

@@ -26,9 +26,9 @@ from rlhf_ray.data.batching import DrawRows, minibatch_rows, prompt_rows
 from rlhf_ray.data.lm_rows import LMBatch, LMData, LMRows
 from rlhf_ray.data.packing import Example, pack, unpacked
 from rlhf_ray.data.reward_pairs import Pairs, RewardData
-from rlhf_ray.records import Experience
+from rlhf_ray.records import Experience, WeightVersion
 from rlhf_ray.workers.policy import PolicyWorker
-from rlhf_ray.workers.ppo_update import UpdateRule
+from rlhf_ray.workers.ppo_update import UpdateSettings
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.roles import worker_environment
 from rlhf_ray.workers.scorer import Runtime
@@ -279,7 +279,7 @@ def plain_loop(model: Llama, losses: Callable[[Llama, int], list[Tensor]]) -> Tr
 # --- PPO ---------------------------------------------------------------------------------------------------
 
 NUM_ANSWERS = 16
-PPO_RULE = UpdateRule(
+PPO_SETTINGS = UpdateSettings(
     minibatch_size=4,
     inner_epochs=STEPS * 4 // NUM_ANSWERS,
     micro_batch_tokens=100,
@@ -317,17 +317,17 @@ def experiences(vocab_size: int) -> list[Experience]:
                 returns=noise(1.0) * mask,
                 weights=1 + noise(0.1).abs(),
                 lengths=lengths,
-                policy_version=1,
+                policy_version=WeightVersion("ppo", 1),
             )
         )
     return chunks
 
 
-def train_ppo(group: WorkerGroup, head: Head, rule: UpdateRule = PPO_RULE, **options: Any) -> Trained:
+def train_ppo(group: WorkerGroup, head: Head, settings: UpdateSettings = PPO_SETTINGS, **options: Any) -> Trained:
     """One PPO batch in STEPS optimizer steps, on the policy (head "lm") or the value model."""
     begin(group, UNTIED, head, **options)
     method: Any = PolicyWorker.train_policy if head == "lm" else ValueWorker.train_value
-    metrics = group.call(method, 0, rule, *experiences(UNTIED.vocab_size))[0]
+    metrics = group.call(method, 0, settings, *experiences(UNTIED.vocab_size))[0]
     return Trained(group.call(TrainingWorker.copy_weights)[0], [metrics])
 
 
@@ -338,8 +338,8 @@ def plain_ppo(head: Head) -> Trained:
     loss_of = _plain_policy_loss if head == "lm" else _plain_value_loss
 
     def losses(model: Llama, step: int) -> list[Tensor]:
-        epoch, minibatch = divmod(step, NUM_ANSWERS // PPO_RULE.minibatch_size)
-        rows = minibatch_rows(NUM_ANSWERS, PPO_RULE.minibatch_size, seed=3, step=epoch)[minibatch]
+        epoch, minibatch = divmod(step, NUM_ANSWERS // PPO_SETTINGS.minibatch_size)
+        rows = minibatch_rows(NUM_ANSWERS, PPO_SETTINGS.minibatch_size, seed=3, step=epoch)[minibatch]
         num_tokens = sum(int(answers[row][0].response_mask[answers[row][1]].sum()) for row in rows)
         return [loss_of(model, *answers[row]) / num_tokens for row in rows]
 
@@ -349,7 +349,7 @@ def plain_ppo(head: Head) -> Trained:
 def _plain_policy_loss(model: Llama, chunk: Experience, row: int) -> Tensor:
     start, end = 8, int(chunk.lengths[row])
     tokens = chunk.tokens[row : row + 1, :end]
-    log_p = (model.logits(tokens)[0, start - 1 : -1] / PPO_RULE.temperature).log_softmax(dim=-1)
+    log_p = (model.logits(tokens)[0, start - 1 : -1] / PPO_SETTINGS.temperature).log_softmax(dim=-1)
     logprobs = log_p.gather(1, tokens[0, start:, None]).squeeze(1)
     ratio = (logprobs - chunk.logprobs[row, start:end]).exp()
     advantages = chunk.advantages[row, start:end]

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from rlhf_ray.records import WeightBucket
+from rlhf_ray.records import WeightBucket, WeightVersion
 
 BUCKET_BYTES = 256 * 2**20
 
 
 def fill_buckets(
-    weights: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int = BUCKET_BYTES
+    weights: Iterable[tuple[str, Tensor]], *, version: WeightVersion, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
     """Groups named parameters of one dtype into buckets of about `bucket_bytes`, in order; a larger one has its own.
 
@@ -33,7 +33,7 @@ def fill_buckets(
         yield _bucket(batch, version)
 
 
-def _bucket(batch: list[tuple[str, Tensor]], version: int) -> WeightBucket:
+def _bucket(batch: list[tuple[str, Tensor]], version: WeightVersion) -> WeightBucket:
     return WeightBucket(
         version=version,
         names=tuple(name for name, _ in batch),

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,16 +31,18 @@ from rlhf_ray.preflight.run import SMALLEST_VOCABULARY
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
+from rlhf_ray.recipe.scoring import score
+from rlhf_ray.recipe.stages import Artefact, given_outputs
 from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
-from rlhf_ray.records import Rollouts
+from rlhf_ray.records import PromptBatch, Rollouts, WeightVersion
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.stopping import scratch_directory
-from rlhf_ray.workers.rollout import RolloutWorker
 
+Inputs = Mapping[str, Artefact]
 Repeat = Callable[[int], dict[str, float]]
 """One repeat by its number; returns PPO's metrics of it, as far as it has any."""
 
-PROMPTS = "prompts_train"  # the name under which PPO's iterations ask for prompts
+VERSION = WeightVersion("bench", 0)
 INIT_STD = 0.02
 
 
@@ -57,10 +60,11 @@ def run_bench(work: Workload) -> dict[str, Any]:
             context = Context(work.config, RunDir(directory), every_id=True)
             stack.callback(context.close)
             with console.status(f"bench {work.what}: making models, starting workers"):
-                shapes = name_models(context, work)
+                inputs = make_inputs(context, work)
+                shapes = role_shapes(inputs, work)
                 context.roles.step = f"bench {work.what}"
                 context.roles.start(*ROLES[work.what])
-                repeat = PREPARE[work.what](context, work)
+                repeat = PREPARE[work.what](context, inputs, work)
         laps = measure(context.roles, work, repeat)
         return report(work, shapes, laps, context.roles)
 
@@ -102,31 +106,31 @@ def phases(row: Mapping[str, float], seconds: float) -> dict[str, float]:
 # --- what a repeat is ---------------------------------------------------------------------------------------------
 
 
-def prepare_rollout(context: Context, work: Workload) -> Repeat:
+def prepare_rollout(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     """Engines with weights and prompts; a repeat samples answers to prompts that none before it had."""
     roles, section, seed = context.roles, work.config.ppo, work.config.run.seed
-    start_engines(context, context.outputs["chat"])
-    num_prompts = draw_prompts(context, work)
+    start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+    prompts = draw_prompts(work)
 
     def repeat(index: int) -> dict[str, float]:
-        rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
+        batch = prompts.select(prompt_rows(len(prompts), section.batch_size, seed=seed, step=index))
         roles.work_together("rollout")
-        calls = generate(roles, PROMPTS, rows, seed=(seed, index), **ppo.sampling(section))
+        calls = generate(roles, batch, seed=(seed, index), **ppo.sampling(section))
         counts = collect(calls, timeout_s=roles.timeout_s, step=roles.step)
         return {"response/tokens_total": sum(count["response_tokens"] for count in counts)}
 
     return repeat
 
 
-def prepare_score(context: Context, work: Workload) -> Repeat:
+def prepare_score(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     """All models in place; a repeat scores one batch of random answers and builds experience from it."""
     roles, section = context.roles, work.config.ppo
-    ppo.load_models(context, None)
+    ppo.load_models(context, inputs, None, version=VERSION)
     rollouts = given_rollouts(work)
 
     def repeat(index: int) -> dict[str, float]:
         roles.work_together(*SCORING)
-        scores = ppo.score(roles, section, rollouts)
+        scores = score(roles, ppo.scoring_settings(section), rollouts)
         built = ppo.build_experience(roles, section, rollouts, scores)
         collect([*itertools.chain(*scores.values()), *built], timeout_s=roles.timeout_s, step=roles.step)
         return {}
@@ -134,12 +138,12 @@ def prepare_score(context: Context, work: Workload) -> Repeat:
     return repeat
 
 
-def prepare_train(context: Context, work: Workload) -> Repeat:
+def prepare_train(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     """Policy and value under DeepSpeed, and experience from random scores; a repeat is one iteration's updates."""
     roles, section, seed = context.roles, work.config.ppo, work.config.run.seed
-    ppo.load_models(context, None, roles_used=TRAINED)
+    ppo.load_models(context, inputs, None, version=VERSION, roles_used=TRAINED)
     rollouts = given_rollouts(work)
-    scores = given_scores(work) | ppo.score(roles, section, rollouts, roles_used=("policy",))
+    scores = {**given_scores(work), **score(roles, ppo.scoring_settings(section), rollouts, roles_used=("policy",))}
     built = ppo.build_experience(roles, section, rollouts, scores)
     collect(built, timeout_s=roles.timeout_s, step=roles.step)
 
@@ -150,10 +154,10 @@ def prepare_train(context: Context, work: Workload) -> Repeat:
     return repeat
 
 
-def prepare_sync(context: Context, work: Workload) -> Repeat:
+def prepare_sync(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     """A policy under DeepSpeed and engines; a repeat sends its weights."""
-    ppo.load_models(context, None, roles_used=("policy",))
-    start_engines(context, context.outputs["chat"])
+    ppo.load_models(context, inputs, None, version=VERSION, roles_used=("policy",))
+    start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
 
     def repeat(index: int) -> dict[str, float]:
         sync_weights(context.roles, step=context.roles.step)
@@ -162,20 +166,20 @@ def prepare_sync(context: Context, work: Workload) -> Repeat:
     return repeat
 
 
-def prepare_round(context: Context, work: Workload) -> Repeat:
+def prepare_round(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     """Everything PPO starts; a repeat is one of its iterations."""
-    ppo.load_models(context, None)
-    start_engines(context, context.outputs["chat"])
-    num_prompts = draw_prompts(context, work)
+    ppo.load_models(context, inputs, None, version=VERSION)
+    start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+    prompts = draw_prompts(work)
     sync_weights(context.roles)
 
     def repeat(index: int) -> dict[str, float]:
-        return ppo.iteration(context.roles, work.config.ppo, index, num_prompts=num_prompts, seed=work.config.run.seed)
+        return ppo.iteration(context.roles, work.config.ppo, index, prompts, seed=work.config.run.seed)
 
     return repeat
 
 
-PREPARE: Mapping[str, Callable[[Context, Workload], Repeat]] = {
+PREPARE: Mapping[str, Callable[[Context, Inputs, Workload], Repeat]] = {
     "rollout": prepare_rollout,
     "score": prepare_score,
     "train": prepare_train,
@@ -187,11 +191,13 @@ PREPARE: Mapping[str, Callable[[Context, Workload], Repeat]] = {
 # --- what it works on ---------------------------------------------------------------------------------------------
 
 
-def name_models(context: Context, work: Workload) -> dict[str, ModelConfig]:
-    """Makes a checkpoint of random weights for each model that is needed and not named; returns each role's shape."""
-    sources = {role: ppo.source_of(role, work.config.ppo) for role in ROLES[work.what]}
-    for name in dict.fromkeys(sources.values()):
-        if name in context.outputs:
+def make_inputs(context: Context, work: Workload) -> dict[str, Artefact]:
+    """The models that are named, and a checkpoint of random weights for each that is needed and is not."""
+    inputs = {
+        name: Artefact(name, Path(given.path), "", given.field) for name, given in given_outputs(work.config).items()
+    }
+    for name in dict.fromkeys(ppo.source_of(role, work.config.ppo) for role in ROLES[work.what]):
+        if name in inputs:
             continue
         is_reward = name != "chat"
         path = context.run.path / ("reward" if is_reward else "chat")  # both rewards may be one checkpoint
@@ -200,9 +206,15 @@ def name_models(context: Context, work: Workload) -> dict[str, ModelConfig]:
             save_checkpoint(path, work.shape, weights, num_labels=1 if is_reward else None)
             # Engines want one for its EOS; ids are all that passes through them.
             save_tokenizer(train_tokenizer(["a b c"] * 9, vocab_size=SMALLEST_VOCABULARY), path)
-            context.outputs.add("tokenizer", path, key="random weights")
-        context.outputs.add(name, path, key="random weights")
-    return {role: read_config(context.outputs[source]) for role, source in sources.items()}
+            inputs.setdefault("tokenizer", Artefact("tokenizer", path, "", "random weights"))
+        inputs[name] = Artefact(name, path, "", "random weights")
+    return inputs
+
+
+def role_shapes(inputs: Inputs, work: Workload) -> dict[str, ModelConfig]:
+    """Of each role's model."""
+    sources = {role: ppo.source_of(role, work.config.ppo) for role in ROLES[work.what]}
+    return {role: read_config(inputs[source].path) for role, source in sources.items()}
 
 
 def random_weights(work: Workload, *, reward_model: bool) -> Iterator[tuple[str, Tensor]]:
@@ -215,35 +227,33 @@ def random_weights(work: Workload, *, reward_model: bool) -> Iterator[tuple[str,
         yield name, tensor.to(dtype)
 
 
-def draw_prompts(context: Context, work: Workload) -> int:
-    """Gives every engine random prompts, enough for all repeats: one seen before would come from the prefix cache."""
+def draw_prompts(work: Workload) -> PromptBatch:
+    """Random prompts, enough for all repeats: one seen before would come from the prefix cache."""
     num = work.batch_size * (work.warmup + work.repeats)
-    context.roles["rollout"].call(
-        RolloutWorker.draw_prompts, PROMPTS, num, length=work.prompt_tokens, seed=work.config.run.seed
-    )
-    return num
+    shape, seed = work.shape, work.config.run.seed
+    return random_prompts(num, length=work.prompt_tokens, vocab_size=shape.vocab_size, seed=seed)
 
 
 def given_rollouts(work: Workload) -> list[Call[Any]]:
     """A batch of random prompts and answers in chunks, as `generate` would have made it."""
     length, chunk = work.prompt_tokens + work.response_tokens, work.batch_size // work.config.ppo.num_chunks
     seed, vocab_size = work.config.run.seed, work.shape.vocab_size
-    tokens = torch.tensor(random_prompts(work.batch_size, length=length, vocab_size=vocab_size, seed=seed).tokens)
+    drawn = random_prompts(work.batch_size, length=length, vocab_size=vocab_size, seed=seed)
     mask = (torch.arange(length) >= work.prompt_tokens).expand(chunk, length)
     return [
         _given(
             Rollouts(
-                tokens=part,
+                tokens=torch.tensor(part.tokens),
                 response_mask=mask,
                 rollout_logprobs=-math.log(vocab_size) * mask,
                 finished=torch.ones(chunk, dtype=torch.bool),
                 is_safety=torch.zeros(chunk, dtype=torch.bool),
-                prompts="random tokens",
-                prompt_rows=torch.arange(chunk),
-                policy_version=0,
+                prompt_ids=part.ids,
+                messages=part.messages,
+                policy_version=VERSION,
             )
         )
-        for part in tokens.split(chunk)
+        for part in (drawn.select(range(start, start + chunk)) for start in range(0, len(drawn), chunk))
     ]
 
 

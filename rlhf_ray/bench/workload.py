@@ -11,9 +11,10 @@ from rlhf_ray.config import Config, DataSection
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
+from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.preflight.inputs import REWARD_MODELS, check_models, check_tokenizers
 from rlhf_ray.preflight.machine import check_machine
-from rlhf_ray.preflight.run import check_batches, check_cluster, check_model, check_output, check_roles, check_shapes
+from rlhf_ray.preflight.run import check_cluster, check_model, check_output, check_roles, check_shapes
 
 Benchmark = Literal["rollout", "score", "train", "sync", "round"]
 

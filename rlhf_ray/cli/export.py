@@ -9,16 +9,8 @@ from model.checkpoint_values import check_finite
 from rlhf_ray.data.special_ids import write_ids
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight.inputs import READ_THROUGH_BYTES
+from rlhf_ray.recipe.stages import STAGES, maker_of
 from rlhf_ray.run_state import copy_file, copy_files, finished_files
-
-STEPS = {
-    "policy": "ppo",
-    "chat": "sft",
-    "base": "pretrain",
-    "helpfulness": "reward-helpfulness",
-    "safety": "reward-safety",
-}
-"""Model -> the step that makes it."""
 
 
 def newest_model(run: Path, what: str) -> Path:
@@ -27,10 +19,18 @@ def newest_model(run: Path, what: str) -> Path:
     Raises:
         UserError: the run has none.
     """
-    made = finished_files(run, STEPS[what], "step.json")
-    if not made:
-        raise UserError(f"{run}: holds no finished {STEPS[what]} step; run it first, or name another of --model")
-    return made[-1].parent / "model"
+    stage = STAGES[maker_of(what)]
+    made = [file.parent / stage.makes[what] for file in finished_files(run, stage.name, "step.json")]
+    if not (there := [path for path in made if path.is_dir()]):
+        raise UserError(
+            f"{run}: holds no {what} of a finished {stage.name} step; run it first, or name another of --model"
+        )
+    return there[-1]
+
+
+def step_of(model: Path) -> Path:
+    """The step's directory that a model lies in."""
+    return next(parent for parent in model.parents if (parent / "step.json").exists())
 
 
 def export_model(run: Path, to: Path, *, what: str) -> Path:
@@ -52,7 +52,7 @@ def export_model(run: Path, to: Path, *, what: str) -> Path:
         copy_files(source, partial)
         if (partial / "tokenizer.json").exists():
             write_ids(partial)  # models of earlier versions may name another EOS than they were trained with
-        copy_file(source.parent / "step.json", partial / "lineage.json")
+        copy_file(step_of(source) / "step.json", partial / "lineage.json")
         os.rename(partial, to)
     except OSError as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """The command line. Imports nothing heavy at the top, so that --help and bad input answer at once."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -14,10 +15,12 @@ import typer
 from rlhf_ray.cli.data import data_app
 from rlhf_ray.cli.jobs import ConfigPath, Overrides, jobs_app
 from rlhf_ray.errors import RunFailure, UserError
+from rlhf_ray.recipe.stages import STAGES, Stage
 from rlhf_ray.stopping import saying, stopping_on_signals
 
 if TYPE_CHECKING:
     from rlhf_ray.config import Config
+    from rlhf_ray.recipe.stages import Artefact
 
 Benchmark = Literal["rollout", "score", "train", "sync", "round"]
 
@@ -33,19 +36,27 @@ app.add_typer(data_app, name="data")
 Out = Annotated[Path, typer.Option("--out", help="Run directory; the same one resumes.")]
 
 
-def _run(config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None) -> None:
+Redo = Annotated[
+    list[str] | None,
+    typer.Option("--redo", metavar="STAGE[@SCOPE]", help="Make it anew, with what depends on it; may be repeated."),
+]
+
+
+def _run(
+    config_path: Path, out: Path, overrides: list[str] | None, stages: tuple[str, ...] | None, redo: list[str] | None
+) -> None:
     from rlhf_ray.config import load_config
     from rlhf_ray.preflight.run import check_run
 
     with saying("stopped; the same command goes on from the last checkpoint"):
         config = load_config(config_path, overrides)
-        check_run(config, out, stages)
+        check_run(config, out, stages, redo=redo or [])
         _mend_environment()
-        made = _run_recipe(config, out, stages)
+        made = _run_recipe(config, out, stages, redo or [])
     if "evaluation" in made:
         from rlhf_ray.evaluate.policies import print_evaluation
 
-        print_evaluation(made["evaluation"])
+        print_evaluation(made["evaluation"].path)
 
 
 def _mend_environment() -> None:
@@ -56,14 +67,14 @@ def _mend_environment() -> None:
         print(line, file=sys.stderr)
 
 
-def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None) -> dict[str, Path]:
+def _run_recipe(config: "Config", out: Path, stages: tuple[str, ...] | None, redo: list[str]) -> dict[str, "Artefact"]:
     """`run_recipe`, with its failures as those that `main` prints."""
     from rlhf_ray.recipe.remedies import GOES_ON, disk_remedy
     from rlhf_ray.recipe.run import run_recipe
 
     with _cluster_failures(GOES_ON):
         try:
-            return run_recipe(config, out, stages=stages)
+            return run_recipe(config, out, stages=stages, redo=redo)
         except OSError as error:  # the disk is full, or the run directory has gone
             told = (f"{error.filename or out}: {error.strerror or error}", disk_remedy(error))
             raise RunFailure("; ".join(filter(None, told))) from error
@@ -92,27 +103,49 @@ def _cluster_failures(goes_on: str) -> Iterator[None]:
 
 
 @app.command()
-def run(config: ConfigPath, out: Out, set_: Overrides = None) -> None:
+def run(config: ConfigPath, out: Out, set_: Overrides = None, redo: Redo = None) -> None:
     """The whole recipe, or the stages the config lists; run again to resume."""
-    _run(config, out, set_, None)
+    _run(config, out, set_, None, redo)
 
 
-def _stage_command(name: str, text: str) -> None:
-    def command(config: ConfigPath, out: Out, set_: Overrides = None) -> None:
-        _run(config, out, set_, (name,))
+def _stage_command(stage: Stage) -> None:
+    def command(config: ConfigPath, out: Out, set_: Overrides = None, redo: Redo = None) -> None:
+        _run(config, out, set_, (stage.name,), redo)
 
-    command.__doc__ = text
-    app.command(name)(command)
+    command.__doc__ = stage.does
+    app.command(stage.name)(command)
 
 
-_stage_command("testbed", "Generate the testbed's data.")
-_stage_command("tokenizer", "Train the tokenizer.")
-_stage_command("pretrain", "Pretrain a model.")
-_stage_command("sft", "Supervised fine-tuning.")
-_stage_command("collect", "Sample pairs of answers and have them compared.")
-_stage_command("reward", "Train the helpfulness and the safety reward model.")
-_stage_command("ppo", "PPO against both reward models.")
-_stage_command("evaluate", "Compare the SFT model and the PPO policy.")
+for _stage in STAGES.values():
+    _stage_command(_stage)
+
+
+@app.command()
+def show(
+    what: Annotated[Path, typer.Argument(metavar="CONFIG|DIR", help="A TOML file, or the directory of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The run directory that a CONFIG is for.")] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show a recipe: its stages, what is done, what would be done and why, where models come from, time and disk."""
+    from rlhf_ray.cli.show import print_recipe, recipe_facts
+
+    found = recipe_facts(what, out=out, overrides=set_ or [])
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_recipe(found)
+
+
+@app.command()
+def clean(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Steps that are not finished, too.")] = False,
+) -> None:
+    """Remove what finished training could be made longer from; results stay."""
+    from rlhf_ray.cli.show import clean_run
+
+    clean_run(run, unfinished=unfinished)
 
 
 @app.command()

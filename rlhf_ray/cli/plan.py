@@ -17,7 +17,7 @@ from model.config import PRESETS, ModelConfig
 from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
-from rlhf_ray.planning.plan import STAGES, Plan, Request
+from rlhf_ray.planning.plan import TRAINING, Plan, Request
 
 PARTS = tuple(field.name for field in fields(Memory))
 SHORT = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "kv_cache": "KV", "overhead": "other"}
@@ -49,8 +49,8 @@ def plan_request(
     """
     shape = model_shape("--model", model)
     reward_shape = model_shape("--reward-model", reward_model) if reward_model is not None else shape
-    if stage not in STAGES:
-        raise UserError(f"--stage {stage} is not planned for; {similar(stage, STAGES)}")
+    if stage not in TRAINING:
+        raise UserError(f"--stage {stage} is not planned for; {similar(stage, TRAINING)}")
     _at_least("--gpus", gpus, 1)
     _at_least("--batch", batch, 1)
     _at_least("--prompt-tokens", prompt_tokens, 1)
@@ -155,20 +155,20 @@ def print_plan(plan: Plan) -> None:
     for column in ("ranks", "GPUs", "ZeRO"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("when", no_wrap=True)
-    shown = [part for part in PARTS if any(getattr(seat.memory, part) for seat in plan.placement.seats)]
+    shown = [part for part in PARTS if any(getattr(each.memory, part) for each in plan.placement.roles)]
     for part in shown:
         table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
-    for seat in plan.placement.seats:
-        ranks, settings = seat.option.num_ranks, seat.option.settings
+    for each in plan.placement.roles:
+        ranks, settings = each.option.num_ranks, each.option.settings
         table.add_row(
-            seat.role,
+            each.role,
             str(ranks),
-            f"{ranks} x {seat.gpu_share:g}",
-            str(settings.get(f"roles.{seat.role}.zero_stage", "-")),
-            seat.moment,
-            *(f"{getattr(seat.memory, part) / GIB:.1f}" for part in shown),
-            f"{seat.memory.total / GIB:.1f}",
+            f"{ranks} x {each.gpu_share:g}",
+            str(settings.get(f"roles.{each.role}.zero_stage", "-")),
+            each.phase,
+            *(f"{getattr(each.memory, part) / GIB:.1f}" for part in shown),
+            f"{each.memory.total / GIB:.1f}",
         )
     console.print(table)
     for note in plan.notes:
@@ -195,17 +195,17 @@ def plan_json(plan: Plan) -> str:
             "gpus_used": len(placement.gpus),
             "fullest_gpu": {"roles": list(names), "bytes": fullest},
             "roles": {
-                seat.role: {
-                    "num_ranks": seat.option.num_ranks,
-                    "gpus_per_rank": seat.gpu_share,
-                    "zero_stage": seat.option.settings.get(f"roles.{seat.role}.zero_stage"),
-                    "moment": seat.moment,
-                    "bytes": {**_parts(seat.memory), "total": seat.memory.total},
-                    "moments": {
-                        name: {**_parts(memory), "total": memory.total} for name, memory in seat.option.moments.items()
+                each.role: {
+                    "num_ranks": each.option.num_ranks,
+                    "gpus_per_rank": each.gpu_share,
+                    "zero_stage": each.option.settings.get(f"roles.{each.role}.zero_stage"),
+                    "phase": each.phase,
+                    "bytes": {**_parts(each.memory), "total": each.memory.total},
+                    "phases": {
+                        name: {**_parts(memory), "total": memory.total} for name, memory in each.option.phases.items()
                     },
                 }
-                for seat in placement.seats
+                for each in placement.roles
             },
             "settings": dict(plan.settings),
             "overrides": plan.overrides,

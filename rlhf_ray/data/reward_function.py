@@ -16,7 +16,6 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +97,7 @@ def score_with(function: Function, rollouts: "Rollouts", tokenizer: Any, *, name
         for tokens, mask in zip(rollouts.tokens, rollouts.response_mask, strict=True)
     ]
     # Copies: what a function does to its arguments must not reach the next batch.
-    table = _dialogues(rollouts.prompts)
-    dialogues = [[dict(message) for message in table[row]] for row in rollouts.prompt_rows.tolist()]
+    dialogues = [[dict(message) for message in messages] for messages in rollouts.messages]
     most = len(answers) + 1  # an iterator may have no end
     with blamed(f"{name} failed", remedy="correct the function"):
         scores: Any = function(dialogues, list(answers))
@@ -130,11 +128,3 @@ def _number(score: Any) -> float:
     if isinstance(score, str | bytes):  # which float() would read
         raise TypeError
     return float(score)
-
-
-@cache
-def _dialogues(path: str) -> list[list[dict[str, str]]]:
-    from rlhf_ray.data.schemas import PROMPTS, read_table  # not at the top: preflight reads names without pyarrow
-
-    found: list[list[dict[str, str]]] = read_table(path, PROMPTS, columns=["messages"])["messages"].to_pylist()
-    return found

@@ -78,8 +78,8 @@ def token_problems(
 
 def _num_tokens(tokenizer: Any, row: Mapping[str, Any]) -> int:
     """Tokens of the row with its longer answer, if it has any."""
-    if "chosen" in row:
-        answers = (encode_answer(tokenizer, row[s], finished=row[f"{s}_finished"]) for s in ("chosen", "rejected"))
+    if sides := _sides(row):
+        answers = (encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"]) for side in sides)
         return len(encode_prompt(tokenizer, row["messages"])) + max(map(len, answers))
     if row["messages"][-1]["role"] == "assistant":
         return len(encode_dialogue(tokenizer, row["messages"])[0])
@@ -88,4 +88,9 @@ def _num_tokens(tokenizer: Any, row: Mapping[str, Any]) -> int:
 
 def _texts(row: Mapping[str, Any]) -> Iterator[str]:
     yield from (message["content"] for message in row["messages"])
-    yield from (row[side] for side in ("chosen", "rejected") if side in row)
+    yield from (row[side] for side in _sides(row))
+
+
+def _sides(row: Mapping[str, Any]) -> Sequence[str]:
+    """The columns of a row's two answers, if it has any."""
+    return next((sides for sides in (("chosen", "rejected"), ("first", "second")) if sides[0] in row), ())

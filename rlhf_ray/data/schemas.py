@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rlhf_ray.errors import UserError
 
-Kind = Literal["prompts", "demonstrations", "corpus", "comparisons"]
+Kind = Literal["prompts", "demonstrations", "corpus", "pairs", "comparisons"]
 
 STRENGTHS = ("significantly", "better", "slightly", "negligibly")
 """How much better the chosen answer is, strongest first."""
@@ -40,6 +40,24 @@ PROMPTS = pa.schema(
 )
 DEMONSTRATIONS = pa.schema([_field("messages", MESSAGES), _field("kind")])  # ends in an assistant message
 CORPUS = pa.schema([_field("text")])
+PAIRS = pa.schema(
+    [
+        _field("pair_id"),
+        _field("prompt_id"),
+        _field("messages", MESSAGES),  # the dialogue that both answers reply to; ends in a user message
+        _field("is_safety", pa.bool_()),
+        _field("guideline"),
+        _field("first"),  # which answer stands first is drawn: the side tells nothing of the model
+        _field("second"),
+        _field("first_finished", pa.bool_()),  # False: cut off without EOS
+        _field("second_finished", pa.bool_()),
+        _field("first_model"),
+        _field("second_model"),
+        _field("first_temperature", pa.float32()),
+        _field("second_temperature", pa.float32()),
+        _field("batch", pa.int32()),  # the week, from 0
+    ]
+)
 COMPARISONS = pa.schema(
     [
         _field("comparison_id"),
@@ -66,6 +84,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
     "prompts": PROMPTS,
     "demonstrations": DEMONSTRATIONS,
     "corpus": CORPUS,
+    "pairs": PAIRS,
     "comparisons": COMPARISONS,
 }
 
@@ -147,7 +166,8 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
     """The rules that a schema cannot express, one message per broken rule and row, in row order.
 
     Prompts and comparisons end in a user message, demonstrations in an assistant one; roles alternate after
-    an optional system message; no message is empty. Identifiers are unique. A comparison has a chosen answer
+    an optional system message; no message is empty. Identifiers are unique. The answers of a pair differ, and its
+    guideline and temperatures are as those of a comparison. A comparison has a chosen answer
     that differs from the rejected one (an empty rejected answer is fine: a model may stop at once), a known
     guideline, strength and safety bin, and temperatures that are finite and not negative (all but the
     guideline may be null).
@@ -160,7 +180,7 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
     """
     problems: list[str] = []
     seen: dict[str, int] = {}
-    identifier = {"prompts": "prompt_id", "comparisons": "comparison_id"}.get(kind)
+    identifier = {"prompts": "prompt_id", "pairs": "pair_id", "comparisons": "comparison_id"}.get(kind)
     for number, row in enumerate(_rows(table)):
         found = list(row_problems(kind, row))
         if identifier is not None:
@@ -181,6 +201,7 @@ def row_problems(kind: Kind, row: Mapping[str, Any]) -> Iterator[str]:
         "prompts": _prompt_problems,
         "demonstrations": _demonstration_problems,
         "corpus": _corpus_problems,
+        "pairs": _pair_problems,
         "comparisons": _comparison_problems,
     }
     return rules[kind](row)
@@ -204,6 +225,14 @@ def _corpus_problems(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"text={row['text']!r} must not be empty; drop the row"
 
 
+def _pair_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    yield from _message_problems(row["messages"], last="user")
+    if row["first"] == row["second"] and row["first_finished"] == row["second_finished"]:
+        yield f"second={_short(row['second'])} must differ from first; drop the row, there is nothing to compare"
+    yield from _unknown_words(row, [("guideline", GUIDELINES)])
+    yield from _bad_temperatures(row, ("first_temperature", "second_temperature"))
+
+
 def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
     yield from _message_problems(row["messages"], last="user")
     if not row["chosen"].strip():
@@ -211,12 +240,20 @@ def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
     elif row["chosen"] == row["rejected"] and row["chosen_finished"] == row["rejected_finished"]:
         answer = _short(row["chosen"])
         yield f"rejected={answer} must differ from chosen; drop the row, it teaches nothing"
-    for field, known in (("guideline", GUIDELINES), ("strength", STRENGTHS), ("safety_bin", SAFETY_BINS)):
+    yield from _unknown_words(row, [("guideline", GUIDELINES), ("strength", STRENGTHS), ("safety_bin", SAFETY_BINS)])
+    yield from _bad_temperatures(row, ("chosen_temperature", "rejected_temperature"))
+
+
+def _unknown_words(row: Mapping[str, Any], fields: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    for field, known in fields:
         value = row[field]
         if value not in known and not (value is None and field != "guideline"):
             or_null = "" if field == "guideline" else ", or null"
             yield f"{field}={value!r} must be one of {', '.join(known)}{or_null}; correct it"
-    for field in ("chosen_temperature", "rejected_temperature"):
+
+
+def _bad_temperatures(row: Mapping[str, Any], fields: Sequence[str]) -> Iterator[str]:
+    for field in fields:
         if row[field] is not None and not (math.isfinite(row[field]) and row[field] >= 0):
             yield f"{field}={row[field]} must be finite and not negative, or null; correct it"
 

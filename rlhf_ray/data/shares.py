@@ -59,7 +59,7 @@ def check_mix(model: str, shares: Mapping[str, float], train: Rows, held_out: Ro
     main = max(shares, key=lambda name: shares[name])
     if not held_out:
         raise UserError(
-            f"{path}: none of its {len(train)} comparisons is held out; give more, raise collect.held_out, or name a "
+            f"{path}: none of its {len(train)} comparisons is held out; give more, raise reward.held_out, or name a "
             "table in data.comparisons_held_out"
         )
     if any(row["guideline"] == main for row in train):
@@ -67,7 +67,7 @@ def check_mix(model: str, shares: Mapping[str, float], train: Rows, held_out: Ro
     if any(row["guideline"] == main for row in held_out):
         raise UserError(
             f"{path}: all its {main} comparisons are held out, and the {model} model trains on them; give more of "
-            "them, or lower collect.held_out"
+            "them, or lower reward.held_out"
         )
     raise UserError(
         f"{path}: has 0 {main} comparisons to train on, and the {model} model is made of them; import some with "

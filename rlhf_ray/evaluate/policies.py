@@ -2,27 +2,26 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import ray
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from cluster.worker_group import collect
-from rlhf_ray.algo.reward import combine_rewards
 from rlhf_ray.config import OWN_MODELS
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
 from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.engines import SCORED_BY, check_swappable, decode, generate, open_prompts, start_engines
-from rlhf_ray.recipe.ppo import LOOKING_ROLES, experience_rule, load_frozen, score, summarize
-from rlhf_ray.run_state import fingerprint, write_json
+from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prompts, start_engines
+from rlhf_ray.recipe.scoring import READERS, SUMMARY_ROLES, ScoringSettings, load_frozen, score, summarize
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import PromptBatch
+from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -64,61 +63,51 @@ class Answer(NamedTuple):
     reward_combined: float
 
 
-def evaluate(context: Context) -> Path:
-    """Samples, scores and judges answers of both models; returns the directory of evaluation.json, answers.parquet."""
+def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Samples, scores and judges answers of all models: evaluation.json and answers.parquet."""
     section = context.config.evaluate
-    step = context.step(
-        "evaluate",
-        sections=("evaluate", "ppo"),
-        parents=("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
-        code=("rlhf_ray.evaluate", "rlhf_ray.testbed", "rlhf_ray.recipe.ppo"),
-        rollout=context.sampling_settings(),
-        controls={label: fingerprint(path) for label, path in section.controls.items()},
-    )
-    if not context.skip(step):
-        models = compared_models(context)
-        work = step.begin()
-        prompts = read_table(context.outputs["prompts_test"], PROMPTS).to_pylist()
-        with console.status("evaluate: starting the engine, loading models"):
-            load_scorers(context)
-            start_engines(context, context.outputs["chat"])
-            open_prompts(
-                context,
-                "prompts_test",
-                max_new_tokens=section.max_new_tokens,
-                at_least=num_chunks(context),
-                readers=SCORED_BY,
-            )
-        results: dict[str, dict[str, float]] = {}
-        rows: list[dict[str, Any]] = []
-        for temperature in section.temperatures:
-            for model, checkpoint in models.items():
-                label = model + temperature_suffix(temperature)
-                with console.status(f"evaluate: {label}"):
-                    make = partial(evaluate_model, context, checkpoint, prompts, temperature)
-                    results[label], answers = step.kept(f"{len(results)}", make)
-                rows += [
-                    answer_row(prompt, label, Answer(*made)) for prompt, made in zip(prompts, answers, strict=True)
-                ]
-        judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
-        facts = {"testbed": judged, "prompts": len(prompts), "machine": context.run.machine}
-        write_json(work / "evaluation.json", {**facts, "models": results})
-        write_table(work / "answers.parquet", rows, ANSWERS)
-        step.finish(results=results)
-    return step.path
+    models = compared_models(inputs)
+    work = step.begin()
+    table = read_table(inputs["prompts_test"].path, PROMPTS).to_pylist()
+    with console.status("evaluate: starting the engine, loading models"):
+        context.roles.work_together(*SUMMARY_ROLES)
+        collect(load_frozen(context, inputs), timeout_s=context.roles.timeout_s, step="evaluate")
+        start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+        prompts = read_prompts(
+            inputs,
+            "prompts_test",
+            max_new_tokens=section.max_new_tokens,
+            at_least=num_chunks(context),
+            readers=READERS,
+        )
+    results: dict[str, dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for temperature in section.temperatures:
+        for model, checkpoint in models.items():
+            label = model + temperature_suffix(temperature)
+            with console.status(f"evaluate: {label}"):
+                make = partial(evaluate_model, context, checkpoint, prompts, table, temperature)
+                results[label], answers = step.kept(f"{len(results)}", make)
+            rows += [answer_row(prompt, label, Answer(*made)) for prompt, made in zip(table, answers, strict=True)]
+    judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
+    facts = {"testbed": judged, "prompts": len(table), "machine": context.run.machine}
+    write_json(work / "evaluation.json", {**facts, "models": results})
+    write_table(work / "answers.parquet", rows, ANSWERS)
+    return {"results": results}
 
 
-def compared_models(context: Context) -> dict[str, Path]:
+def compared_models(inputs: Mapping[str, Artefact]) -> dict[str, Path]:
     """Label -> checkpoint: the chat model, the policy, and the controls that the config names.
 
     Raises:
         UserError: a control has another shape than the chat model.
     """
-    chat = context.outputs["chat"]
-    models = dict(zip(OWN_MODELS, (chat, context.outputs["policy"]), strict=True))
-    for label, path in context.config.evaluate.controls.items():
-        check_swappable(f"evaluate.controls.{label}", Path(path), chat)
-        models[label] = Path(path)
+    chat = inputs["chat"].path
+    models = dict(zip(OWN_MODELS, (chat, inputs["policy"].path), strict=True))
+    for name, control in inputs.items():
+        if name.startswith("control."):
+            check_swappable(f"evaluate.{name.replace('control', 'controls', 1)}", control.path, chat)
+            models[name.partition(".")[2]] = control.path
     return models
 
 
@@ -152,46 +141,36 @@ def num_chunks(context: Context) -> int:
     return math.lcm(context.config.roles.rollout.num_engines, context.config.roles.policy.num_ranks)
 
 
-def load_scorers(context: Context) -> None:
-    """Puts the reference and both reward models in place."""
-    context.roles.work_together(*LOOKING_ROLES)
-    collect(load_frozen(context), timeout_s=context.roles.timeout_s, step="evaluate")
-
-
 def evaluate_model(
-    context: Context, checkpoint: Path, prompts: Sequence[dict[str, Any]], temperature: float
+    context: Context, checkpoint: Path, prompts: PromptBatch, table: Sequence[dict[str, Any]], temperature: float
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Metrics and answers of one checkpoint, one answer a prompt."""
+    """Metrics and answers of one checkpoint, one answer a prompt; `table` has the prompts' rows."""
     roles, section = context.roles, context.config.evaluate
     roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
     roles.work_together("rollout")
     roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
     rollouts = generate(
         roles,
-        "prompts_test",
-        range(len(prompts)),
+        prompts,
         num_chunks=num_chunks(context),
         seed=(context.config.run.seed, 0),
         temperature=temperature,
         max_new_tokens=section.max_new_tokens,
     )
     texts, finished = zip(*decode(roles, rollouts, step="evaluate"), strict=True)
-    roles.work_together(*LOOKING_ROLES)
-    ppo = context.config.ppo.model_copy(update={"temperature": temperature or 1.0})
-    scores = score(roles, ppo, rollouts, roles_used=LOOKING_ROLES)
-    metrics = summarize(roles, ppo, rollouts, scores)
-    helpfulness, safety = (
-        torch.cat(ray.get([call.data[0] for call in scores[role]])) for role in ("helpfulness", "safety")
+    roles.work_together(*SUMMARY_ROLES)
+    settings = ScoringSettings(
+        temperature=temperature or 1.0,
+        micro_batch_tokens=section.micro_batch_tokens,
+        safety_threshold=context.config.ppo.safety_threshold,
     )
-    is_safety = torch.tensor([prompt["is_safety"] for prompt in prompts])
-    threshold = experience_rule(ppo).safety_threshold_raw
-    combined = combine_rewards(helpfulness, safety, is_safety, threshold=threshold)
+    scores = score(roles, settings, rollouts, roles_used=SUMMARY_ROLES)
+    metrics, rewards = summarize(roles, settings, rollouts, scores)
     if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
-    if all(prompt["truth"] for prompt in prompts):
-        metrics |= evaluate_answers(prompts, texts, finished)
-    rewards = (helpfulness.tolist(), safety.tolist(), combined.tolist())
-    return metrics, [Answer(*values) for values in zip(texts, finished, *rewards, strict=True)]
+    if all(row["truth"] for row in table):
+        metrics |= evaluate_answers(table, texts, finished)
+    return metrics, [Answer(text, end, *raw) for text, end, raw in zip(texts, finished, rewards, strict=True)]
 
 
 def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:

@@ -1,4 +1,4 @@
-"""Bytes that a worker holds on its device, moment by moment: pure arithmetic, without torch.
+"""Bytes that a worker holds on its device, phase by phase: pure arithmetic, without torch.
 
 Follows what rlhf_ray/backends/deepspeed.py, model/llama.py, model/heads.py and model/logprobs.py allocate, in
 bfloat16. docs/planning.md explains the formulas and holds them against measurements.
@@ -41,10 +41,10 @@ class Work:
 def training_memory(
     parameters: int, largest: int, work: Work, *, zero_stage: int, num_ranks: int, overhead: int = 0
 ) -> dict[str, Memory]:
-    """What a rank of a role under DeepSpeed holds, moment by moment, in bfloat16 with fp32 master weights.
+    """What a rank of a role under DeepSpeed holds, phase by phase, in bfloat16 with fp32 master weights.
 
     As `rlhf_ray.backends.deepspeed` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16,
-    at stage 3 already divided, so that loading is never the largest moment:
+    at stage 3 already divided, so that loading is never the largest phase:
 
     head: all activations are kept and the head goes backward.
     backward: all activations are kept and the last block goes backward.

@@ -8,15 +8,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.plan import GIB, Memory, Option, Placement, Role, place, seat_given
+from cluster.plan import GIB, Memory, Option, Placement, Role, place, place_given
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.config import Config, TrainRole, config_with
 from rlhf_ray.errors import UserError
+from rlhf_ray.machine import on_device
+from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.planning.memory import largest_matrix, scoring_memory, training_memory, training_work
-from rlhf_ray.preflight.run import ROLES, check_batches, on_device, stage_roles
+from rlhf_ray.recipe.stages import STAGES, node_of
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+TRAINING = tuple(stage.name for stage in STAGES.values() if stage.trains)
 FROZEN = ("reference", "helpfulness", "safety")
 ZERO_STAGES = (1, 2, 3)
 """Stages the search tries. Stage 0 accumulates gradients in bfloat16, so it is taken only when asked for."""
@@ -81,7 +83,7 @@ def make_plan(request: Request) -> Plan:
         return _plan(request, placement, config)
     roles = _roles(request, request.config)
     least = [(role, min(role.options, key=lambda option: option.peak[1].total)) for role in roles]
-    placement = seat_given(
+    placement = place_given(
         [(role, option, float(option.gpus_per_rank)) for role, option in least],
         gpus=request.gpus,
         gpu_bytes=request.gpu_bytes,
@@ -97,7 +99,7 @@ def _given_plan(request: Request) -> Plan:
         settings = getattr(request.config.roles, role.name)
         share = float(role.options[0].gpus_per_rank)
         roles.append((role, role.options[0], share if share > 1 else settings.gpus_per_rank or 1.0))
-    placement = seat_given(
+    placement = place_given(
         roles,
         gpus=request.gpus,
         gpu_bytes=request.gpu_bytes,
@@ -115,10 +117,10 @@ def _search(request: Request) -> tuple[Placement, Config] | None:
             (),
             ("value", *FROZEN),
             ("policy", "value", *FROZEN),
-            tuple(ROLES["ppo"]),
+            STAGES["ppo"].roles,
         ]
     else:
-        sharing = [(), tuple(ROLES[request.stage])]
+        sharing = [(), STAGES[request.stage].roles]
     for config in _micro_batches(request):
         placement = place(_roles(request, config), sharing, gpus=request.gpus, gpu_bytes=request.gpu_bytes)
         if placement is not None:
@@ -147,7 +149,7 @@ def _row_tokens(request: Request, config: Config) -> int:
 
 
 def _roles(request: Request, config: Config) -> list[Role]:
-    roles, names = [], on_device(config, stage_roles(config, request.stage))
+    roles, names = [], on_device(config, node_of(config, request.stage).roles)
     if not names:  # the reward stage alone
         raise UserError(f"--stage {request.stage}: the config names both reward models; plan another stage")
     for name in names:
@@ -179,7 +181,7 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     activation_checkpointing=checkpointing,
                     packed_row_length=packed,
                 )
-                moments = training_memory(
+                phases = training_memory(
                     parameters,
                     largest_matrix(model),
                     work,
@@ -192,7 +194,7 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     f"roles.{name}.zero_stage": zero_stage,
                     f"roles.{name}.activation_checkpointing": checkpointing,
                 }
-                options.append(Option(settings=settings, num_ranks=num_ranks, moments=moments))
+                options.append(Option(settings=settings, num_ranks=num_ranks, phases=phases))
     return Role(name=name, options=options)
 
 
@@ -233,7 +235,7 @@ def _frozen_role(request: Request, config: Config, name: str) -> Role:
     num_ranks = getattr(config.roles, name).num_ranks if request.given else 1
     memory = scoring_memory(model, tokens, targets=targets, overhead=request.overhead)
     settings = {f"roles.{name}.num_ranks": num_ranks}
-    return Role(name=name, options=[Option(settings=settings, num_ranks=num_ranks, moments={"scoring": memory})])
+    return Role(name=name, options=[Option(settings=settings, num_ranks=num_ranks, phases={"scoring": memory})])
 
 
 def _engine_role(request: Request, config: Config) -> Role:
@@ -258,7 +260,7 @@ def _engine_role(request: Request, config: Config) -> Role:
             )
             settings = {"roles.rollout.num_engines": num_engines, "roles.rollout.tensor_parallel_size": size}
             options.append(
-                Option(settings=settings, num_ranks=num_engines, gpus_per_rank=size, moments={"generating": memory})
+                Option(settings=settings, num_ranks=num_engines, gpus_per_rank=size, phases={"generating": memory})
             )
     return Role(name="rollout", options=options, is_engine=True, kv_cache_wanted=sequences * length * per_token)
 
@@ -285,15 +287,15 @@ def _plan(request: Request, placement: Placement, config: Config) -> Plan:
 def _settings(request: Request, placement: Placement, config: Config) -> dict[str, object]:
     """The placement as config keys, with the sizes it was planned for."""
     settings: dict[str, object] = {}
-    for seat in placement.seats:
-        settings |= seat.option.settings
-        if seat.option.gpus_per_rank == 1:
-            settings[f"roles.{seat.role}.gpus_per_rank"] = seat.gpu_share
-        if seat.role == "rollout":
+    for each in placement.roles:
+        settings |= each.option.settings
+        if each.option.gpus_per_rank == 1:
+            settings[f"roles.{each.role}.gpus_per_rank"] = each.gpu_share
+        if each.role == "rollout":
             share = config.roles.rollout.gpu_memory_utilization
             if not request.given:
-                needed = math.ceil(100 * seat.memory.total / request.gpu_bytes) / 100
-                share = min(1.0, needed) if seat.gpu_share < 1 else 0.9
+                needed = math.ceil(100 * each.memory.total / request.gpu_bytes) / 100
+                share = min(1.0, needed) if each.gpu_share < 1 else 0.9
             settings["roles.rollout.gpu_memory_utilization"] = share
     section = getattr(config, request.stage)
     keys = {
@@ -322,9 +324,9 @@ def _verdict(request: Request, placement: Placement) -> str:
     if placement.fits:
         return f"fits: {fullest / GIB:.1f} of {total:.1f} GiB on the fullest GPU"
     if fullest > request.gpu_bytes:
-        moments = {seat.role: seat.moment for seat in placement.seats}
+        phases = {each.role: each.phase for each in placement.roles}
         if len(names) == 1:
-            who = f"{names[0]} ({moments[names[0]]}) needs"
+            who = f"{names[0]} ({phases[names[0]]}) needs"
         else:
             who = f"{', '.join(names)} on one GPU need"
         why = f"{who} {fullest / GIB:.1f} of {total:.1f} GiB"
@@ -339,7 +341,7 @@ def _nearest(request: Request) -> str:
     memory = f"{request.gpu_bytes / GIB:g} GiB"
     if request.given and (found := _search(free)) is not None:
         settings = _settings(free, *found)
-        asked = {seat_key: value for seat_key, value in _flat(request.config).items() if seat_key in settings}
+        asked = {field: value for field, value in _flat(request.config).items() if field in settings}
         changed = [f"{key}={_toml(value)}" for key, value in settings.items() if asked.get(key) != value]
         return f"on the same GPUs with {' '.join(changed)}"
     if _fits_with(free, gpus=MAX_GPUS):
@@ -354,11 +356,11 @@ def _nearest(request: Request) -> str:
 def _bottleneck(request: Request) -> str:
     """The role that needs most on a GPU however many there are, and for what."""
     roles = _roles(replace(request, gpus=MAX_GPUS), _micro_batches(request)[-1])
-    name, (moment, memory) = max(
+    name, (phase, memory) = max(
         ((role.name, min((option.peak for option in role.options), key=_peak_bytes)) for role in roles),
         key=lambda item: _peak_bytes(item[1]),
     )
-    return f"{name} needs {memory.total / GIB:.1f} GiB on each ({moment})"
+    return f"{name} needs {memory.total / GIB:.1f} GiB on each ({phase})"
 
 
 def _peak_bytes(peak: tuple[str, Memory]) -> int:
@@ -390,11 +392,11 @@ def _notes(request: Request, placement: Placement, config: Config, settings: Map
         return notes
     if idle := request.gpus - len(placement.gpus):
         notes.append(f"{idle} of {request.gpus} GPUs stay idle: batches do not divide by more ranks or engines")
-    for seat in placement.seats:
-        if seat.role == "rollout":
+    for each in placement.roles:
+        if each.role == "rollout":
             length = request.prompt_tokens + config.ppo.max_new_tokens
-            size = seat.option.gpus_per_rank
-            held = seat.memory.kv_cache * size // (length * kv_cache_bytes_per_token(request.model))
+            size = each.option.gpus_per_rank
+            held = each.memory.kv_cache * size // (length * kv_cache_bytes_per_token(request.model))
             wanted = min(
                 config.roles.rollout.max_num_seqs, config.ppo.batch_size // int(str(settings["ppo.num_chunks"]))
             )

@@ -60,11 +60,11 @@ class Model(NamedTuple):
 def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
     """Checkpoints are whole and of the right kind; returns them by field."""
     named = {f"inputs.{name}": getattr(config.inputs, name) for name in (*LANGUAGE_MODELS, *REWARD_MODELS)}
-    if "collect" in running:
+    if "pairs" in running:
         named |= {
-            f"collect.versions[{place}]": version
-            for place, version in enumerate(config.collect.versions)
-            if version not in ("previous", "newest")
+            f"pairs.models[{place}]": model
+            for place, model in enumerate(config.pairs.models)
+            if model not in ("previous", "newest")
         }
     if "evaluate" in running:
         for label in OWN_MODELS:
@@ -240,7 +240,7 @@ def check_tables(
             refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
             check_strengths(config, name, path, table)
-        if name == "prompts_annotation" and "collect" in running:
+        if name == "prompts_annotation" and "label" in running:
             check_truth(path, table)
     check_parts(config, running, tables)
 
@@ -267,13 +267,13 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
                 "needed, one for each chunk, engine and rank; give more, or fewer of these"
             )
     name = "comparisons" if "comparisons" in tables else "prompts_annotation"  # the latter's become comparisons
-    if name in tables and "reward" in running and (name == "comparisons" or "collect" in running):
+    if name in tables and "reward" in running and (name == "comparisons" or "label" in running):
         rows = [
             {**row, "guideline": row.get("guideline", "safety" if row["is_safety"] else "helpfulness")}
             for row in tables[name].to_pylist()
         ]
         apart = tables.get("comparisons_held_out")
-        held_out = config.collect.held_out if apart is None else apart.to_pylist()
+        held_out = config.reward.held_out if apart is None else apart.to_pylist()
         with located(f"data.{name}"):
             train, rest = split_comparisons(rows, held_out)
             for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
@@ -318,7 +318,7 @@ def check_truth(path: str, table: "pa.Table") -> None:
         others = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
         raise UserError(
             f"data.prompts_annotation: {path} row {empty[0]}{others} has truth='' and the simulated annotator of "
-            "collect judges testbed prompts only; give human comparisons as data.comparisons"
+            "label judges testbed prompts only; give human comparisons as data.comparisons"
         )
 
 
@@ -341,7 +341,7 @@ def token_limit(
     answers = {
         "prompts_train": ("ppo", config.ppo.max_new_tokens),
         "prompts_early_stop": ("ppo", config.ppo.max_new_tokens),
-        "prompts_annotation": ("collect", config.collect.max_new_tokens),
+        "prompts_annotation": ("pairs", config.pairs.max_new_tokens),
         "prompts_test": ("evaluate", config.evaluate.max_new_tokens),
     }
     if name not in answers or answers[name][0] not in running:

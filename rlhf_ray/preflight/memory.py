@@ -11,39 +11,39 @@ from cluster.hardware import memory_limit_bytes
 from model.config import PRESETS, ModelConfig
 from model.flops import num_parameters, weight_bytes
 from rlhf_ray.backends.engine_limits import kv_cache_bytes
-from rlhf_ray.config import STAGES, Config, FrozenRole, RolloutRole, TrainRole
+from rlhf_ray.config import Config, FrozenRole, RolloutRole, TrainRole
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console
 from rlhf_ray.planning.memory import Work, training_memory, training_work
 from rlhf_ray.preflight.inputs import REWARD_MODELS, Model
+from rlhf_ray.recipe.stages import STAGES
 
 GIB = 2**30
 # Shares of memory (PSS) of the demo's processes once they are up, without their small models; rounded down.
 DRIVER_AND_RAY = 0.7 * GIB
 PROCESS: dict[type, float] = {RolloutRole: 0.7 * GIB, TrainRole: 0.3 * GIB, FrozenRole: 0.2 * GIB}
-TRAINED_IN = {"pretrain": ("policy",), "sft": ("policy",), "reward": REWARD_MODELS, "ppo": ("policy", "value")}
 
 
-def check_memory(
-    config: Config, running: Sequence[str], roles: Mapping[str, Sequence[str]], models: Mapping[str, Model]
-) -> None:
+def check_memory(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
     """The roles that are up together fit in memory; says so where that is close.
 
     Args:
         running: the stages that will run.
-        roles: those that each stage starts; their processes stay for the stages after it.
         models: checkpoints that the config names, by field.
     Raises:
         UserError: what is certain does not fit.
     """
-    limit, up = memory_limit_bytes(), set[str]()
+    limit, started = memory_limit_bytes(), set[str]()
     shape = model_shape(config, models)
     if shape is None:
         return
     sizes: dict[str, dict[str, float]] = {}
-    for stage in (stage for stage in STAGES if stage in running and stage in roles):
-        up |= set(roles[stage])
+    stages = [stage for stage in STAGES if stage in running and STAGES[stage].roles]
+    for place, stage in enumerate(stages):
+        started |= set(STAGES[stage].roles)
+        # A role's processes stay as long as a later stage needs them.
+        up = started & {role for later in stages[place:] for role in STAGES[later].roles}
         sizes[stage] = needed(config, stage, up, shape, models)
     if not sizes:
         return
@@ -53,10 +53,10 @@ def check_memory(
         listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > 0.05 * GIB)
         raise UserError(
             f"{stage} needs {certain / GIB:.1f} GiB of memory at least ({listed}) and may use {limit / GIB:.1f} here; "
-            + _remedy(config, stage, roles[stage], shape, models, parts, limit)
+            + _remedy(config, stage, STAGES[stage].roles, shape, models, parts, limit)
         )
     for stage, parts in sizes.items():
-        likely = sum(parts.values()) + sum(in_flight(config, stage, role, shape) for role in TRAINED_IN.get(stage, ()))
+        likely = sum(parts.values()) + sum(in_flight(config, stage, role, shape) for role in STAGES[stage].trains)
         if likely > limit:
             field = f"{stage}.micro_batch_" + ("size" if stage in ("pretrain", "sft") else "tokens")
             console.print(
@@ -129,7 +129,7 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
     """Bytes that all ranks of each role of a stage hold of models while they work, a micro-batch not counted."""
     size = _element_bytes(config)
     sizes: dict[str, float] = {}
-    for role in TRAINED_IN.get(stage, ()):
+    for role in STAGES[stage].trains:
         sizes[role] = getattr(config.roles, role).num_ranks * trained_bytes(
             config, role, _of_role(role, stage, shape, models), size
         )
@@ -139,7 +139,7 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
                 frozen, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
                 copy = weight_bytes(frozen, scalar_head=scalar, bytes_per_parameter=size)
                 sizes[role] = getattr(config.roles, role).num_ranks * copy
-    if stage in ("collect", "ppo", "evaluate"):
+    if "rollout" in STAGES[stage].roles:
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib
         if cache is None:

@@ -4,7 +4,6 @@ Each complaint is one line: field, value, rule, remedy. Here are the settings an
 other; `preflight.inputs` looks into the files that the config names.
 """
 
-import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -15,38 +14,19 @@ from cluster import hardware
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import STAGES, Config
+from rlhf_ray.config import Config
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.machine import EMBEDDED, settled
+from rlhf_ray.machine import EMBEDDED, on_device, settled
+from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context
 from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
-from rlhf_ray.recipe.context import WHO_MAKES, address_field, no_cluster
-from rlhf_ray.run_state import finished_files
-
-NEEDS: Mapping[str, Sequence[str]] = {
-    "testbed": (),
-    "tokenizer": ("corpus",),
-    "pretrain": ("corpus", "tokenizer"),
-    "sft": ("demonstrations", "tokenizer", "base"),
-    "collect": ("tokenizer", "chat", "prompts_annotation"),
-    "reward": ("comparisons", "tokenizer", "chat"),
-    "ppo": ("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
-    "evaluate": ("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),
-}
-"""Stage -> the outputs of other stages that it works on."""
-
-ROLES: Mapping[str, Sequence[str]] = {
-    "pretrain": ("policy",),
-    "sft": ("policy",),
-    "collect": ("rollout",),
-    "reward": ("helpfulness", "safety"),
-    "ppo": ("policy", "value", "reference", "helpfulness", "safety", "rollout"),
-    "evaluate": ("policy", "reference", "helpfulness", "safety", "rollout"),
-}
-"""Stage -> the roles it starts."""
+from rlhf_ray.recipe.context import address_field, no_cluster
+from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, to_run
+from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, maker_of, node_of, recipe
+from rlhf_ray.run_state import RunDir
 
 TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
 
@@ -56,16 +36,17 @@ SMALLEST_VOCABULARY = 286
 CONNECT_TIMEOUT_S = 3.0
 
 
-def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) -> None:
+def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *, redo: Sequence[str] = ()) -> None:
     """Checks what the wanted stages depend on.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     config = settled(config)
-    wanted = tuple(stages or config.run.stages)
-    check_stages(wanted)
-    running = stages_to_run(config, wanted)
+    wanted = wanted_stages(config, stages)
+    nodes = recipe(config)
+    check_redo(nodes, redo)
+    running = stages_to_run(nodes, wanted)
     check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
@@ -73,16 +54,38 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None) ->
     check_model(config, running)
     models = check_inputs(config, running)
     check_output(out)
-    check_needs(config, out, wanted)
+    to_do = check_needs(config, out, nodes, wanted)
     check_lengths(config, running, models)
     check_rollout(config, running, models)
     if config.cluster.address == EMBEDDED and config.run.device == "cpu":
-        check_memory(config, [stage for stage in running if not is_done(config, out, stage)], ROLES, models)
+        names = running if redo else [entry.node.stage.name for entry in to_do]
+        check_memory(config, names, models)
+
+
+def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The stages that are asked for; by default those that the config lists, or all.
+
+    Raises:
+        UserError: one is not known.
+    """
+    wanted = tuple(stages or config.run.stages or STAGES)
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
+    return wanted
+
+
+def check_redo(nodes: Sequence[Node], redo: Sequence[str]) -> None:
+    """What is asked for anew is a part of the recipe."""
+    names = [node.name for node in nodes if node.makes]
+    for name in redo:
+        if name not in names:
+            raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, names)}")
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
     """The engine takes the model that it will generate with; `models` are those of `check_inputs`."""
-    if not any("rollout" in ROLES.get(stage, ()) for stage in running):
+    if not any("rollout" in STAGES[stage].roles for stage in running):
         return
     if (shape := model_shape(config, models)) is not None:
         check_shapes(config, {model_field(config, models): shape})
@@ -100,8 +103,7 @@ def check_submission(config: Config, out: Path) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    check_stages(config.run.stages)
-    running = stages_to_run(config, config.run.stages)
+    running = stages_to_run(recipe(config), wanted_stages(config))
     check_batches(config, running)
     check_model(config, running)
     if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there
@@ -120,9 +122,9 @@ def check_paths(config: Config, out: Path) -> None:
             if path is not None and not (section == "inputs" and is_function(path)):
                 paths[f"{section}.{key}"] = path
     paths.update(
-        (f"collect.versions[{place}]", version)
-        for place, version in enumerate(config.collect.versions)
-        if version not in ("previous", "newest")
+        (f"pairs.models[{place}]", model)
+        for place, model in enumerate(config.pairs.models)
+        if model not in ("previous", "newest")
     )
     paths.update((f"evaluate.controls.{label}", path) for label, path in config.evaluate.controls.items())
     for field, path in paths.items():
@@ -133,30 +135,10 @@ def check_paths(config: Config, out: Path) -> None:
             )
 
 
-def check_stages(wanted: Sequence[str]) -> None:
-    """Stages are known."""
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
-
-
-def makes(stage: str) -> list[str]:
-    """The outputs a stage gives."""
-    return [name for name, (maker, _) in WHO_MAKES.items() if maker == stage]
-
-
-def given_outputs(config: Config) -> set[str]:
-    """The outputs that the config names, in place of a stage's own."""
-    named = {**config.data.model_dump(), **config.inputs.model_dump()}
-    if named["chat"] or named["base"]:
-        named["tokenizer"] = named["tokenizer"] or "the checkpoint's"
-    return {name for name, path in named.items() if path is not None}
-
-
-def stages_to_run(config: Config, wanted: Sequence[str]) -> list[str]:
+def stages_to_run(nodes: Sequence[Node], wanted: Sequence[str]) -> list[str]:
     """The wanted stages whose outputs the config does not all name."""
-    given = given_outputs(config)
-    return [stage for stage in STAGES if stage in wanted and not (makes(stage) and given.issuperset(makes(stage)))]
+    making = {node.stage.name for node in nodes if node.makes}
+    return [stage for stage in STAGES if stage in wanted and stage in making]
 
 
 def check_cluster(config: Config) -> None:
@@ -183,18 +165,7 @@ def check_cluster(config: Config) -> None:
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
     """This machine has the cores or GPUs that the roles of an embedded cluster ask for."""
-    check_roles(config, sorted({role for stage in running for role in stage_roles(config, stage)}))
-
-
-def stage_roles(config: Config, stage: str) -> list[str]:
-    """The roles that a stage starts: of the reward models it trains those that the config does not name."""
-    given = given_outputs(config) if stage == "reward" else set()
-    return [role for role in ROLES.get(stage, ()) if role not in given]
-
-
-def on_device(config: Config, roles: Sequence[str]) -> list[str]:
-    """Those of the roles that hold a model, and with it GPUs where there are some; a function does not."""
-    return [role for role in roles if not is_function(getattr(config.inputs, role, ""))]
+    check_roles(config, sorted({role for stage in running for role in node_of(config, stage).roles}))
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
@@ -259,45 +230,6 @@ def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
         )
 
 
-def check_batches(config: Config, running: Sequence[str]) -> None:
-    """Batches divide into minibatches, chunks and ranks, and PPO has iterations in which the policy learns."""
-    roles = config.roles
-    values = {
-        "pretrain.batch_size": config.pretrain.batch_size,
-        "sft.batch_size": config.sft.batch_size,
-        "ppo.batch_size": config.ppo.batch_size,
-        "ppo.minibatch_size": config.ppo.minibatch_size,
-        "ppo.num_chunks": config.ppo.num_chunks,
-        "roles.policy.num_ranks": roles.policy.num_ranks,
-        "roles.value.num_ranks": roles.value.num_ranks,
-        "roles.rollout.num_engines": roles.rollout.num_engines,
-    }
-    rules = (
-        ("pretrain.batch_size", "roles.policy.num_ranks"),
-        ("sft.batch_size", "roles.policy.num_ranks"),
-        ("ppo.batch_size", "ppo.minibatch_size"),
-        ("ppo.batch_size", "ppo.num_chunks"),
-        ("ppo.num_chunks", "roles.policy.num_ranks"),
-        ("ppo.num_chunks", "roles.value.num_ranks"),
-        ("ppo.num_chunks", "roles.rollout.num_engines"),
-        ("ppo.minibatch_size", "roles.policy.num_ranks"),
-        ("ppo.minibatch_size", "roles.value.num_ranks"),
-    )
-    for field, divisor in rules:
-        value, by = values[field], values[divisor]
-        if field.split(".")[0] in running and value % by:
-            nearest = max(by, value // by * by)
-            raise UserError(
-                f"{field}={value} must be divisible by {divisor}={by}; change one of them, for example "
-                f"{field}={nearest}"
-            )
-    if "ppo" in running and config.ppo.value_warmup_steps >= config.ppo.num_steps:
-        raise UserError(
-            f"ppo.value_warmup_steps={config.ppo.value_warmup_steps} must be less than ppo.num_steps="
-            f"{config.ppo.num_steps}: the policy learns only after them; lower it, or raise ppo.num_steps"
-        )
-
-
 def check_model(config: Config, running: Sequence[str]) -> None:
     """The preset exists, and the vocabulary has room."""
     if "pretrain" in running and config.model.preset not in PRESETS:
@@ -316,7 +248,7 @@ def check_lengths(config: Config, running: Sequence[str], models: Mapping[str, M
         ("sft", "seq_len", config.sft.seq_len, 0),
         ("reward", "max_length", config.reward.max_length, 0),
         # A prompt has one token at least.
-        ("collect", "max_new_tokens", config.collect.max_new_tokens, 1),
+        ("pairs", "max_new_tokens", config.pairs.max_new_tokens, 1),
         ("ppo", "max_new_tokens", config.ppo.max_new_tokens, 1),
         ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, 1),
     ]
@@ -339,65 +271,46 @@ def model_context(config: Config, stage: str, models: Mapping[str, Model]) -> in
     return min((length for length in (given, pretrained) if length is not None), default=None)
 
 
-def check_needs(config: Config, out: Path, wanted: Sequence[str]) -> None:
-    """What each wanted stage works on is given, made by a stage before it, or in the run directory."""
-    given = given_outputs(config)
-    available, running = set(given), stages_to_run(config, wanted)
-    needed = {name for stage in running for name in NEEDS[stage]}
-    own_language = [name for name in ("corpus", "demonstrations") if name in given]
+def check_needs(config: Config, out: Path, nodes: Sequence[Node], wanted: Sequence[str]) -> list[Entry]:
+    """What each wanted stage works on is given, made by a stage before it, or in the run directory; returns those of
+    the nodes that will run.
+    """
+    running = to_run(Ledger(config, nodes, RunDir(out)).entries(), wanted)
+    names = {entry.node.name for entry in running}
+    own_language = [name for name in ("corpus", "demonstrations") if name in given_outputs(config)]
     # Testbed prompts would ask a model trained on other texts about a world it has never read of.
-    missing = [name for name in makes("testbed") if name in needed - given]
-    if own_language and "testbed" in running and missing:
+    asked = {s.output for e in running for s in e.node.inputs.values() if isinstance(s, Made) and s.node == "testbed"}
+    if own_language and "testbed" in wanted and asked:
+        missing = [name for name in STAGES["testbed"].makes if name in asked]
         raise UserError(
             f"{_keys(missing)}: must be given beside data.{own_language[0]}, or the testbed's would be mixed "
             "with it; give them too, or give the files of a run of `rlhf-ray testbed`"
         )
-    for stage in STAGES:
-        if stage in running:
-            if missing := [name for name in NEEDS[stage] if name not in available]:
-                raise UserError(_missing_inputs(stage, missing, out))
-            available.update(makes(stage))
-        elif is_done(config, out, stage):
-            available.update(makes(stage))
+    for entry in running:
+        sources = entry.node.inputs
+        absent = [n for n in entry.missing if not (isinstance(made := sources[n], Made) and made.node in names)]
+        if absent:
+            raise UserError(_missing_inputs(entry.node.name, absent, out))
+        if problem := cannot_go_on(entry):
+            raise UserError(problem)
+    return running
 
 
-def _missing_inputs(stage: str, missing: Sequence[str], out: Path) -> str:
-    makers = list(dict.fromkeys(WHO_MAKES[name][0] for name in missing))
+def _missing_inputs(node: str, missing: Sequence[str], out: Path) -> str:
+    # The model that answers in a place of `pairs.models` is a chat model.
+    missing = list(dict.fromkeys("chat" if name.startswith("model.") else name for name in missing))
+    makers = list(dict.fromkeys(maker_of(name) for name in missing))
     others = [maker for maker in makers if list((out / "steps").glob(f"{maker}-*/step.json"))]
     stale = f" (what {' and '.join(others)} left in {out} was made under other settings)" if others else ""
-    keys = _keys([name for name in missing if WHO_MAKES[name][1]])
+    keys = _keys([name for name in missing if field_of(name)])
     return (
-        f"{stage} needs {', '.join(missing)}, which neither the config names nor {out} holds{stale}; "
+        f"{node} needs {', '.join(missing)}, which neither the config names nor {out} holds{stale}; "
         f"run {', '.join(makers)} first" + (f", or set {keys}" if keys else "")
     )
 
 
 def _keys(names: Sequence[str]) -> str:
-    return ", ".join(str(WHO_MAKES[name][1]) for name in names)
-
-
-def is_done(config: Config, out: Path, stage: str) -> bool:
-    """Whether the run directory holds a stage's output for this config.
-
-    Compares the settings that a finished step recorded. The recipe compares its parents and code too, by the
-    whole hash, but that needs the recipe's modules, which take seconds to import.
-    """
-    models = set(makes("reward")) - given_outputs(config)
-    names = [f"reward-{model}" for model in models] if stage == "reward" else [stage]
-    return all(
-        any(_same_settings(config, stage, path) for path in finished_files(out, name, "step.json")) for name in names
-    )
-
-
-def _same_settings(config: Config, stage: str, step_file: Path) -> bool:
-    inputs, now = json.loads(step_file.read_text(encoding="utf-8"))["inputs"], json.loads(config.model_dump_json())
-    if stage == "testbed":  # seeds and precision of a run do not change its data
-        return bool(inputs["config"] == now["testbed"])
-    return (
-        all(now.get(section) == values for section, values in inputs["config"].items())
-        and inputs["seed"] == config.run.seed
-        and inputs["precision"] == config.run.precision
-    )
+    return ", ".join(str(field_of(name)) for name in names)
 
 
 def check_output(out: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config import PPOSection
+from rlhf_ray.run_state import copy_files
 from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.trainer import TrainerWorker
 
@@ -17,14 +18,14 @@ class EarlyStopping:
 
     best: float = -math.inf
     best_step: int = -1
-    looks_since_best: int = 0
+    evaluations_since_best: int = 0
 
-    def look(self, step: int, reward: float) -> bool:
-        """Takes in one look; True where it is the best so far."""
+    def update(self, step: int, reward: float) -> bool:
+        """Takes in one evaluation; True where it is the best so far."""
         if reward > self.best:
-            self.best, self.best_step, self.looks_since_best = reward, step, 0
+            self.best, self.best_step, self.evaluations_since_best = reward, step, 0
             return True
-        self.looks_since_best += 1
+        self.evaluations_since_best += 1
         return False
 
     @classmethod
@@ -33,10 +34,9 @@ class EarlyStopping:
         return cls(**json.loads((state / "early_stopping.json").read_text(encoding="utf-8"))) if state else cls()
 
 
-def look_is_due(section: PPOSection, index: int) -> bool:
-    """Whether the policy is looked at after iteration `index`; never while it waits for the value model."""
-    at_end = index + 1 == section.num_steps
-    return index >= section.value_warmup_steps and (at_end or (index + 1) % section.eval_every == 0)
+def evaluation_is_due(section: PPOSection, index: int) -> bool:
+    """Whether the policy is evaluated after iteration `index`; never while it waits for the value model."""
+    return index >= section.value_warmup_steps and (index + 1) % section.eval_every == 0
 
 
 def best_directory(work: Path, index: int) -> Path:
@@ -51,6 +51,21 @@ def keep_best(roles: Roles, work: Path, index: int) -> None:
     """
     if index >= 0 and not best_directory(work, index).exists():
         roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
+
+
+def take_best(finished: Path, work: Path, index: int) -> None:
+    """Has the best policy of a finished step in that which goes on with it."""
+    target = best_directory(work, index)
+    if index >= 0 and not target.exists():
+        own = best_directory(finished, index)
+        link_whole(own if own.exists() else finished / "model", target)
+
+
+def link_whole(source: Path, target: Path) -> None:
+    """Second names for a checkpoint's files, in a directory that appears by rename."""
+    half = target.with_name(f".{target.name}.partial-")
+    copy_files(source, half, link=True)
+    half.rename(target)
 
 
 def drop_others(directory: Path, kept: Path) -> None:

@@ -3,15 +3,19 @@
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import Call, collect
 from model.checkpoint_files import read_config
+from rlhf_ray.data.light_tokenizer import LightTokenizer
+from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import PromptBatch
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -20,15 +24,12 @@ from rlhf_ray.workers.scorer import ScorerWorker
 MAX_SYNCED_GAP = {"bf16": 0.1, "fp32": 1e-3}
 """Mean |engine - trainer| log-prob, nats, above which a sync counts as failed. SmolLM2 in bf16 shows 0.046."""
 
-SCORED_BY = ("chat", "helpfulness", "safety")
-"""Outputs whose models read answers in PPO and in the evaluation."""
-
 
 class WeightChannelError(RunFailure):
     """The engine does not compute what the trainer does after a weight sync."""
 
 
-def start_engines(context: Context, checkpoint: Path) -> None:
+def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
     """Has every engine up with the weights of `checkpoint`; started once a run, later only reloaded."""
     roles, config = context.roles, context.config
     roles.work_together("rollout")
@@ -36,7 +37,7 @@ def start_engines(context: Context, checkpoint: Path) -> None:
     roles["rollout"].call(
         RolloutWorker.start,
         str(checkpoint),
-        tokenizer=str(context.outputs["tokenizer"]),
+        tokenizer=str(tokenizer),
         max_num_seqs=settings.max_num_seqs,
         tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -48,31 +49,28 @@ def start_engines(context: Context, checkpoint: Path) -> None:
     )
 
 
-def open_prompts(
-    context: Context, name: str, *, max_new_tokens: int, at_least: int = 1, readers: Sequence[str] = ("chat",)
-) -> int:
-    """Gives every engine the named prompts table; returns the number of prompts.
+def read_prompts(
+    inputs: Mapping[str, Artefact], name: str, *, max_new_tokens: int, readers: Iterable[str], at_least: int = 1
+) -> PromptBatch:
+    """A stage's prompts table, ready for engines.
 
     Args:
-        readers: the outputs whose models, those that are no functions, read prompts and answers.
+        name: the input.
+        readers: those inputs whose models, as far as they are no functions, read prompts and answers.
     Raises:
-        UserError: there are fewer than `at_least`, the chunks they are split into, or a prompt is too long.
+        UserError: there are fewer prompts than `at_least`, the chunks they are split into, or one is too long.
     """
-    checkpoints = [context.outputs[reader] for reader in readers if not is_function(context.outputs[reader])]
-    counts = context.roles["rollout"].call(
-        RolloutWorker.open_prompts,
-        name,
-        str(context.outputs[name]),
-        max_new_tokens=max_new_tokens,
-        context=min(read_config(checkpoint).max_seq_len for checkpoint in checkpoints),
-        step=f"opening {name}",
-    )
-    if counts[0] < at_least:
+    path = inputs[name].path
+    checkpoints = [inputs[reader].path for reader in readers if not is_function(inputs[reader].path)]
+    room = min(read_config(checkpoint).max_seq_len for checkpoint in checkpoints) - max_new_tokens
+    tokenizer: Any = LightTokenizer(inputs["tokenizer"].path)  # it has what encoding needs
+    prompts = load_prompts(str(path), tokenizer, max_prompt_tokens=room)
+    if len(prompts) < at_least:
         raise UserError(
-            f"{context.outputs[name]}: has {counts[0]} prompts, at least {at_least} are needed: one for each chunk; "
+            f"{path}: has {len(prompts)} prompts, at least {at_least} are needed: one for each chunk; "
             f"give more, or fewer chunks, ranks or engines"
         )
-    return int(counts[0])
+    return prompts
 
 
 def check_swappable(field: str, checkpoint: Path, first: Path) -> None:
@@ -90,34 +88,29 @@ def check_swappable(field: str, checkpoint: Path, first: Path) -> None:
 
 def generate(
     roles: Roles,
-    prompts: str,
-    rows: Sequence[int],
+    prompts: PromptBatch,
     *,
     num_chunks: int,
     seed: tuple[int, int],
     temperature: float,
     max_new_tokens: int,
 ) -> list[Call[dict[str, float]]]:
-    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and rows alone."""
+    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and ids alone."""
     engines = roles["rollout"]
-    seeds = request_seeds(seed, rows)
-    bounds = [len(rows) * chunk // num_chunks for chunk in range(num_chunks + 1)]
-    calls: list[Call[Any]] = []
-    for chunk, (start, end) in enumerate(itertools.pairwise(bounds)):
-        part = list(rows[start:end])
-        calls.append(
-            engines.submit_one(
-                chunk % engines.num_ranks,
-                RolloutWorker.generate,
-                prompts,
-                part,
-                seeds=seeds[start:end],
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                num_data=1,
-            )
+    seeds = request_seeds(seed, prompts.ids)
+    bounds = [len(prompts) * chunk // num_chunks for chunk in range(num_chunks + 1)]
+    return [
+        engines.submit_one(
+            chunk % engines.num_ranks,
+            RolloutWorker.generate,
+            prompts.select(range(start, end)),
+            seeds=seeds[start:end],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            num_data=1,
         )
-    return calls
+        for chunk, (start, end) in enumerate(itertools.pairwise(bounds))
+    ]
 
 
 def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tuple[str, bool]]:
@@ -138,7 +131,9 @@ def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     return buckets
 
 
-def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, precision: str) -> dict[str, float]:
+def verify_weight_channel(
+    roles: Roles, buckets: list[Any], prompts: PromptBatch, *, precision: str
+) -> dict[str, float]:
     """Scrambles each engine, syncs it, and holds its log-probs against the trainer's.
 
     Raises:
@@ -174,22 +169,22 @@ def verify_weight_channel(roles: Roles, buckets: list[Any], *, prompts: str, pre
     return worst
 
 
-def request_seeds(seed: tuple[int, int], rows: Sequence[int]) -> list[int]:
-    """The sampling seed of each prompt's answer: another one each time that a prompt occurs in `rows`.
+def request_seeds(seed: tuple[int, int], prompts: Sequence[str]) -> list[int]:
+    """The sampling seed of each prompt's answer: another one each time that a prompt occurs.
 
     Args:
         seed: of the run, and the step.
-        rows: of the whole batch, so that chunks and engines change nothing.
+        prompts: ids of the whole batch, so that chunks and engines change nothing.
     """
-    occurred: Counter[int] = Counter()
+    occurred: Counter[str] = Counter()
     seeds = []
-    for row in rows:
-        seeds.append(request_seed(*seed, row, occurred[row]))
-        occurred[row] += 1
+    for prompt in prompts:
+        seeds.append(request_seed(*seed, prompt, occurred[prompt]))
+        occurred[prompt] += 1
     return seeds
 
 
-def request_seed(seed: int, step: int, row: int, sample: int = 0) -> int:
+def request_seed(seed: int, step: int, prompt: str, sample: int) -> int:
     """The sampling seed of one answer; `sample` counts the answers to one prompt."""
-    text = f"{seed} {step} {row}" + (f" {sample}" if sample else "")
+    text = f"{seed} {step} {prompt} {sample}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -1,6 +1,7 @@
 """Next-token training, the loop that pretraining and supervised fine-tuning share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import collect
@@ -8,12 +9,12 @@ from model.config import ModelConfig
 from rlhf_ray.config import PretrainSection, SFTSection
 from rlhf_ray.data.batching import DrawRows
 from rlhf_ray.metrics import MetricsWriter, console, latest, progress_bar
-from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.context import Context, add_tokenizer
 from rlhf_ray.run_state import Due, Step
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
-EVALUATIONS = 10  # looks at the held-out loss in a stage
+EVALUATIONS = 10  # of the held-out loss in a stage
 
 
 def train_language_model(
@@ -24,9 +25,10 @@ def train_language_model(
     *,
     num_steps: Callable[[dict[str, int]], int],
     draw: DrawRows,
-    versions: Callable[[int], dict[int, str]],
+    checkpoints: Callable[[int], dict[int, str]],
     builder: Callable[..., Any],
     builder_args: tuple[Any, ...],
+    tokenizer: Path,
 ) -> dict[str, Any]:
     """Trains the policy's model on packed rows.
 
@@ -34,8 +36,9 @@ def train_language_model(
         source: a checkpoint, or a config for fresh weights.
         num_steps: optimizer steps, from the sizes of the data.
         draw: the rows of a step.
-        versions: steps done -> name of a checkpoint to keep, from the number of steps; the last is the result.
+        checkpoints: steps done -> name of a checkpoint to keep, from the number of steps; the last is the result.
         builder: makes the rows, on every rank.
+        tokenizer: goes with every checkpoint.
     Returns:
         facts for the manifest: steps, tokens, held-out loss.
     """
@@ -57,18 +60,18 @@ def train_language_model(
         total = num_steps(sizes)
         begun = context.roles.begin_training("policy", optim=section.optim, num_steps=total, state=state)
         collect(begun, timeout_s=context.roles.timeout_s, step=f"{name} start")
-    kept, due = versions(total), Due(section.save_every, config.run.save_every_s)
+    kept, due = checkpoints(total), Due(section.save_every, config.run.save_every_s)
 
-    def keep_version(done: int) -> None:
+    def keep(done: int) -> None:
         if done in kept:
             directory = work / kept[done]
             if not directory.exists():  # one from before an interruption is the same and stays
                 policy.call(TrainerWorker.save_model, str(directory), step=f"{name} step {done - 1}")
-            context.add_tokenizer(directory)
+            add_tokenizer(tokenizer, directory)
 
     metrics = MetricsWriter(work, steps_done=steps_done)
     held_out, num_tokens = latest(work, "held_out_loss"), 0.0
-    keep_version(steps_done)  # it may have failed right after the checkpoint
+    keep(steps_done)  # it may have failed right after the checkpoint
     with progress_bar(name, total=total, done=steps_done) as bar:
         for index in range(steps_done, total):
             row = policy.call(
@@ -93,6 +96,6 @@ def train_language_model(
             if due.now(index + 1, total) or index + 1 in kept:
                 with due.writing(), step.new_state(index + 1) as directory:
                     policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")
-            keep_version(index + 1)
+            keep(index + 1)
     metrics.close()
     return {"steps": total, "sizes": sizes, "held_out_loss": held_out, "tokens_this_time": num_tokens}

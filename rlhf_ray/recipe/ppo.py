@@ -5,10 +5,9 @@ generate, score, build experience, update policy and value, send the weights.
 """
 
 import itertools
-import math
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,141 +16,143 @@ from model.checkpoint import iterate_tensors, save_checkpoint
 from model.checkpoint_files import read_config
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
-from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
-from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.early_stopping import EarlyStopping, best_directory, drop_others, keep_best, look_is_due
-from rlhf_ray.recipe.engines import (
-    SCORED_BY,
-    generate,
-    open_prompts,
-    start_engines,
-    sync_weights,
-    verify_weight_channel,
+from rlhf_ray.recipe.context import Context, add_tokenizer
+from rlhf_ray.recipe.early_stopping import (
+    EarlyStopping,
+    best_directory,
+    drop_others,
+    evaluation_is_due,
+    keep_best,
+    link_whole,
+    take_best,
 )
-from rlhf_ray.run_state import Due, Step, copy_files, write_json
-from rlhf_ray.workers.policy import ExperienceRule, PolicyWorker
-from rlhf_ray.workers.ppo_update import UpdateRule
+from rlhf_ray.recipe.engines import generate, read_prompts, start_engines, sync_weights, verify_weight_channel
+from rlhf_ray.recipe.scoring import (
+    FROZEN_ROLES,
+    READERS,
+    SCORING_ROLES,
+    SUMMARY_ROLES,
+    Scores,
+    ScoringSettings,
+    inputs_of,
+    load_frozen,
+    score,
+    summarize,
+)
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import PromptBatch, WeightVersion
+from rlhf_ray.run_state import Due, Step, write_json
+from rlhf_ray.workers.policy import ExperienceSettings, PolicyWorker
+from rlhf_ray.workers.ppo_update import UpdateSettings
 from rlhf_ray.workers.roles import Roles
-from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 from rlhf_ray.workers.value import ValueWorker
 
-FROZEN_ROLES = ("reference", "helpfulness", "safety")
-SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
-LOOKING_ROLES = ("policy", *FROZEN_ROLES)
-"""Those that score answers nobody learns from."""
-HELD_OUT_SEED = 1_000_003  # the held-out answers of every look share their sampling seeds
+HELD_OUT_SEED = 1_000_003  # the held-out answers of every evaluation share their sampling seeds
 
 
 class LogprobGapError(RunFailure):
     """Engine and trainer disagree on the log-probs of what the engine sampled."""
 
 
-def ppo(context: Context) -> Path:
-    """Trains the policy; returns the step's directory, in which `model` is the best checkpoint."""
+def ppo(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Trains the policy; in the step's directory `model` is the best checkpoint, `last` the newest."""
     section, seed = context.config.ppo, context.config.run.seed
-    step = context.step(
-        "ppo",
-        sections=("ppo",),
-        parents=("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
-        code=("rlhf_ray.recipe.ppo", "rlhf_ray.recipe.early_stopping"),
-        rollout=context.sampling_settings(),
-    )
-    if context.skip(step):
-        return step.path
     work = step.begin()
     steps_done, state = step.latest_state()
     with console.status("ppo: starting workers, loading models"):
         roles = context.roles
         roles.start("rollout", *SCORING_ROLES)
-        load_models(context, state)
-        start_engines(context, context.outputs["chat"])
-        num_prompts = open_prompts(context, "prompts_train", max_new_tokens=section.max_new_tokens, readers=SCORED_BY)
-        num_held_out = open_prompts(
-            context,
-            "prompts_early_stop",
-            max_new_tokens=section.max_new_tokens,
-            at_least=section.num_chunks,
-            readers=SCORED_BY,
-        )
+        load_models(context, inputs, state, version=WeightVersion(f"{step.name}-{step.key}", steps_done))
+        start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+        read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
+        prompts, prompts_held_out = read("prompts_train"), read("prompts_early_stop", at_least=section.num_chunks)
         buckets = sync_weights(roles)
-        weight_check = verify_weight_channel(
-            roles, buckets, prompts="prompts_train", precision=context.config.run.precision
-        )
+        weight_check = verify_weight_channel(roles, buckets, prompts, precision=context.config.run.precision)
         del buckets
+    held_out = partial(evaluate_held_out, roles, section, prompts_held_out)
     stopping = EarlyStopping.load(state)
     if state is None:
-        stopping.look(-1, evaluate_held_out(roles, section, num_held_out)["held_out/reward_combined"])
-        keep_best(roles, work, stopping.best_step)
+        stopping.update(-1, held_out()["held_out/reward_combined"])
+    elif (shorter := step.continued()) is not None:
+        take_best(shorter, work, stopping.best_step)
     metrics = MetricsWriter(work, steps_done=steps_done)
     due = Due(section.save_every, context.config.run.save_every_s)
     with progress_bar("ppo", total=section.num_steps, done=steps_done) as bar:
-        while steps_done < section.num_steps and stopping.looks_since_best < section.patience:
+        while steps_done < section.num_steps and stopping.evaluations_since_best < section.patience:
             index = steps_done
-            row = iteration(roles, section, index, num_prompts=num_prompts, seed=seed)
-            if look_is_due(section, index):
-                row |= evaluate_held_out(roles, section, num_held_out)
-                if stopping.look(index, row["held_out/reward_combined"]):
+            row = iteration(roles, section, index, prompts, seed=seed)
+            if evaluation_is_due(section, index):
+                row |= held_out()
+                if stopping.update(index, row["held_out/reward_combined"]):
                     keep_best(roles, work, index)
             metrics.write(index, row)
             bar.advance(
                 f"reward {row['reward/combined']:+.2f}  kl {row['kl/per_sequence']:.2f}  {row['time/step_s']:.1f} s"
             )
             steps_done = index + 1
-            if due.now(steps_done, section.num_steps) or stopping.looks_since_best >= section.patience:
+            if due.now(steps_done, section.num_steps) or stopping.evaluations_since_best >= section.patience:
                 with due.writing():
                     save_state(roles, step, steps_done, stopping)
                 drop_others(work / "best", best_directory(work, stopping.best_step))
-    if stopping.looks_since_best >= section.patience:
+    if stopping.evaluations_since_best >= section.patience:
         console.print(
-            f"ppo: no better held-out reward in {section.patience} looks, stopped after step {steps_done - 1}"
+            f"ppo: no better held-out reward in {section.patience} evaluations, stopped after step {steps_done - 1}"
         )
     metrics.close()
-    save_models(context, work, stopping, steps_done)
-    done = step.finish(
-        steps=steps_done, best_step=stopping.best_step, best_reward=stopping.best, weight_check=weight_check
-    )
-    shutil.rmtree(done / "best", ignore_errors=True)
-    return done
+    chosen = replace(stopping)
+    if not evaluation_is_due(section, steps_done - 1):
+        # Where training ends stands for choice too, but not in the checkpoint: a longer run would not have looked here.
+        chosen.update(steps_done - 1, step.kept("last", held_out)["held_out/reward_combined"])
+    save_models(context, inputs, work, chosen, steps_done)
+    return {
+        "steps": steps_done,
+        "best_step": chosen.best_step,
+        "best_reward": chosen.best,
+        "weight_check": weight_check,
+    }
 
 
-def save_models(context: Context, work: Path, stopping: EarlyStopping, steps_done: int) -> None:
+def save_models(
+    context: Context, inputs: Mapping[str, Artefact], work: Path, stopping: EarlyStopping, steps_done: int
+) -> None:
     """Puts the best policy at `model` and the newest at `last`; what an interrupted attempt put there stays."""
     model, last = work / "model", work / "last"
-    if not model.exists():
-        if stopping.best_step >= 0:
-            best_directory(work, stopping.best_step).rename(model)
-        else:
-            chat = context.outputs["chat"]
-            save_checkpoint(model, read_config(chat), iterate_tensors(chat))
+    best = best_directory(work, stopping.best_step)
     if not last.exists():
-        if stopping.best_step == steps_done - 1:
-            half = work / ".last.partial-"
-            copy_files(model, half, link=True)
-            half.rename(last)
+        if stopping.best_step == steps_done - 1 and best.exists():
+            link_whole(best, last)
         else:
             context.roles["policy"].call(TrainerWorker.save_model, str(last), step="after PPO")
+    if not model.exists():
+        if stopping.best_step == steps_done - 1:
+            link_whole(last, model)
+        elif stopping.best_step >= 0:
+            link_whole(best, model)
+        else:
+            chat = inputs["chat"].path
+            save_checkpoint(model, read_config(chat), iterate_tensors(chat))
     for directory in (model, last):
-        context.add_tokenizer(directory)
+        add_tokenizer(inputs["tokenizer"].path, directory)
 
 
-def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int, seed: int) -> dict[str, float]:
-    """One PPO iteration; returns its metrics."""
-    label, clock = f"ppo step {index}", PhaseClock()
+def iteration(roles: Roles, section: PPOSection, index: int, prompts: PromptBatch, *, seed: int) -> dict[str, float]:
+    """One PPO iteration on some of the prompts; returns its metrics."""
+    label, clock, scoring = f"ppo step {index}", PhaseClock(), scoring_settings(section)
     roles.step = label
-    rows = prompt_rows(num_prompts, section.batch_size, seed=seed, step=index)
+    batch = prompts.select(prompt_rows(len(prompts), section.batch_size, seed=seed, step=index))
     with clock.phase("rollout"):
         roles.work_together("rollout")
-        rollouts = generate(roles, "prompts_train", rows, seed=(seed, index), **sampling(section))
+        rollouts = generate(roles, batch, seed=(seed, index), **sampling(section))
         if roles.runtime.device == "cuda":  # scoring of a chunk starts while later ones are still being generated
-            scores = score(roles, section, rollouts)
+            scores = score(roles, scoring, rollouts)
         collect(rollouts, timeout_s=roles.timeout_s, step=label)
     with clock.phase("score"):
         if roles.runtime.device == "cpu":  # here it would only take the engine's cores away
             roles.work_together(*SCORING_ROLES)
-            scores = score(roles, section, rollouts)
+            scores = score(roles, scoring, rollouts)
         built = build_experience(roles, section, rollouts, scores)
         # All in one, producers first: where one of them dies it is named, not the policy that misses its data.
         made = [*rollouts, *itertools.chain(*scores.values()), *built]
@@ -174,69 +175,18 @@ def iteration(roles: Roles, section: PPOSection, index: int, *, num_prompts: int
     }
 
 
-def score(
-    roles: Roles,
-    section: PPOSection,
-    rollouts: Sequence[Call[Any]],
-    *,
-    roles_used: Sequence[str] = SCORING_ROLES,
-) -> dict[str, list[Call[Any]]]:
-    """Starts the log-probs of policy and reference, values and both rewards of every chunk, by reference."""
-    budget = {"micro_batch_tokens": section.micro_batch_tokens}
-    methods: dict[str, tuple[Any, dict[str, Any]]] = {
-        "policy": (ScorerWorker.logprobs, {"temperature": section.temperature, **budget}),
-        "reference": (ScorerWorker.logprobs, {"temperature": section.temperature, **budget}),
-        "value": (ValueWorker.values, budget),
-        "helpfulness": (ScorerWorker.score, budget),
-        "safety": (ScorerWorker.score, budget),
-    }
-    return {
-        role: [
-            roles[role].submit_one(chunk % roles[role].num_ranks, method, call.data[0], **options, num_data=1)
-            for chunk, call in enumerate(rollouts)
-        ]
-        for role, (method, options) in methods.items()
-        if role in roles_used
-    }
-
-
 def build_experience(
-    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
+    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: Scores
 ) -> list[Call[dict[str, float]]]:
     """Starts rewards, advantages and returns on the policy's ranks, each over its own chunks."""
-    policy = roles["policy"]
+    policy, gate = roles["policy"], scoring_settings(section).gate
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
         own = range(rank, len(rollouts), policy.num_ranks)
         inputs = inputs_of(own, rollouts, scores, SCORING_ROLES)
-        calls.append(
-            policy.submit_one(
-                rank, PolicyWorker.build_experience, len(own), experience_rule(section), *inputs, num_data=len(own)
-            )
-        )
+        settings = (len(own), experience_settings(section), gate)
+        calls.append(policy.submit_one(rank, PolicyWorker.build_experience, *settings, *inputs, num_data=len(own)))
     return calls
-
-
-def summarize(
-    roles: Roles, section: PPOSection, rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]]
-) -> dict[str, float]:
-    """Mean rewards, KL and lengths of some rollouts, computed by the policy's ranks."""
-    policy = roles["policy"]
-    calls: list[Call[Any]] = []
-    for rank in range(policy.num_ranks):
-        own = range(rank, len(rollouts), policy.num_ranks)
-        inputs = inputs_of(own, rollouts, scores, LOOKING_ROLES)
-        calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), experience_rule(section), *inputs))
-    made = [*rollouts, *itertools.chain(*scores.values()), *calls]
-    return collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls)]
-
-
-def inputs_of(
-    chunks: Sequence[int], rollouts: Sequence[Call[Any]], scores: dict[str, list[Call[Any]]], scorers: Sequence[str]
-) -> list[Any]:
-    """References of the chunks' rollouts, then of each scorer's output for them: what the policy's ranks take in."""
-    made = [rollouts, *(scores[role] for role in scorers)]
-    return [calls[chunk].data[0] for calls in made for chunk in chunks]
 
 
 def update(
@@ -245,40 +195,52 @@ def update(
     """Updates policy and value at the same time; the policy waits while the value model warms up."""
     # Chunk c was built by rank c % ranks: back into the order of the batch, so that rows number the same on any ranks.
     experiences = [built[chunk % len(built)].data[chunk // len(built)] for chunk in range(section.num_chunks)]
-    rule, label = update_rule(section, seed), f"ppo step {index}"
+    settings, label = update_settings(section, seed), f"ppo step {index}"
     roles.work_together("policy", "value")
-    values = roles["value"].submit(ValueWorker.train_value, index, rule, *experiences)
+    values = roles["value"].submit(ValueWorker.train_value, index, settings, *experiences)
     if index < section.value_warmup_steps:
         return {}, collect(values, timeout_s=roles.timeout_s, step=label)[0]
-    policies = roles["policy"].submit(PolicyWorker.train_policy, index, rule, *experiences)
+    policies = roles["policy"].submit(PolicyWorker.train_policy, index, settings, *experiences)
     results = collect([*policies, *values], timeout_s=roles.timeout_s, step=label)
     return results[0], results[-1]
 
 
-def evaluate_held_out(roles: Roles, section: PPOSection, num_prompts: int) -> dict[str, float]:
+def evaluate_held_out(roles: Roles, section: PPOSection, prompts: PromptBatch) -> dict[str, float]:
     """Both rewards and the KL of the policy on the held-out prompts, for early stopping."""
     roles.work_together("rollout")
-    rollouts = generate(roles, "prompts_early_stop", range(num_prompts), seed=(HELD_OUT_SEED, 0), **sampling(section))
+    rollouts = generate(roles, prompts, seed=(HELD_OUT_SEED, 0), **sampling(section))
     collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
-    roles.work_together(*LOOKING_ROLES)
-    metrics = summarize(roles, section, rollouts, score(roles, section, rollouts, roles_used=LOOKING_ROLES))
+    roles.work_together(*SUMMARY_ROLES)
+    scoring = scoring_settings(section)
+    metrics, _ = summarize(roles, scoring, rollouts, score(roles, scoring, rollouts, roles_used=SUMMARY_ROLES))
     kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")
     return {f"held_out/{name}": metrics[name] for name in kept}
 
 
-def load_models(context: Context, state: Path | None, *, roles_used: Sequence[str] = SCORING_ROLES) -> None:
-    """Puts the roles' models in place: from the stage's parents, or from a checkpoint of this stage."""
-    config, roles, outputs = context.config, context.roles, context.outputs
+def load_models(
+    context: Context,
+    inputs: Mapping[str, Artefact],
+    state: Path | None,
+    *,
+    version: WeightVersion,
+    roles_used: Sequence[str] = SCORING_ROLES,
+) -> None:
+    """Puts the roles' models in place: from the stage's inputs, or from a checkpoint of this stage.
+
+    Args:
+        version: of the policy.
+    """
+    config, roles = context.config, context.roles
     section, runtime = config.ppo, roles.runtime
     label = "loading models"
     roles.work_together(*roles_used)
     trained = {"policy": section.optim, "value": section.value_optim}
     trained = {role: optim for role, optim in trained.items() if role in roles_used}
-    calls = load_frozen(context, [role for role in roles_used if role in FROZEN_ROLES])
+    calls = load_frozen(context, inputs, [role for role in roles_used if role in FROZEN_ROLES])
     for role in trained:
         calls += roles[role].submit(
             TrainerWorker.build,
-            str(outputs[source_of(role, section)]),
+            str(inputs[source_of(role, section)].path),
             head="lm" if role == "policy" else "scalar",
             seed=config.run.seed,
             runtime=runtime,
@@ -292,6 +254,8 @@ def load_models(context: Context, state: Path | None, *, roles_used: Sequence[st
         updates = num_updates(section, role)
         begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
     collect(begun, timeout_s=roles.timeout_s, step=label)
+    if "policy" in trained:
+        roles["policy"].call(PolicyWorker.set_version, version, step=label)
 
 
 def num_updates(section: PPOSection, role: str) -> int:
@@ -300,23 +264,8 @@ def num_updates(section: PPOSection, role: str) -> int:
     return iterations * section.inner_epochs * (section.batch_size // section.minibatch_size)
 
 
-def load_frozen(context: Context, roles_used: Sequence[str] = FROZEN_ROLES) -> list[Call[None]]:
-    """Starts loading the reference policy and both rewards, models or functions."""
-    roles, outputs = context.roles, context.outputs
-    calls: list[Call[None]] = []
-    for role in roles_used:
-        source = str(outputs[source_of(role, context.config.ppo)])
-        if role != "reference" and is_function(source):
-            tokenizer = str(outputs["tokenizer"])
-            calls += roles[role].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
-        else:
-            head = "lm" if role == "reference" else "scalar"
-            calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, runtime=roles.runtime)
-    return calls
-
-
 def source_of(role: str, section: PPOSection) -> str:
-    """The output whose weights a role starts from."""
+    """The input whose weights a role starts from."""
     if role == "value":
         return "helpfulness" if section.value_init == "helpfulness" else "chat"
     return role if role in ("helpfulness", "safety") else "chat"
@@ -335,25 +284,24 @@ def sampling(section: PPOSection) -> dict[str, Any]:
     return {name: getattr(section, name) for name in ("num_chunks", "temperature", "max_new_tokens")}
 
 
-def experience_rule(section: PPOSection) -> ExperienceRule:
+def scoring_settings(section: PPOSection) -> ScoringSettings:
+    """What scoring needs of the section."""
+    return ScoringSettings(**_fields(ScoringSettings, section))
+
+
+def experience_settings(section: PPOSection) -> ExperienceSettings:
     """What the policy's ranks need of the section to build experience."""
-    threshold = section.safety_threshold
-    return ExperienceRule(
-        safety_threshold_raw=math.log(threshold / (1 - threshold)),
-        **{
-            name: getattr(section, name)
-            for name in ExperienceRule.__dataclass_fields__
-            if name != "safety_threshold_raw"
-        },
-    )
+    return ExperienceSettings(**_fields(ExperienceSettings, section))
 
 
-def update_rule(section: PPOSection, seed: int) -> UpdateRule:
+def update_settings(section: PPOSection, seed: int) -> UpdateSettings:
     """What the trained ranks need of the section to update."""
-    return UpdateRule(
-        seed=seed,
-        **{name: getattr(section, name) for name in UpdateRule.__dataclass_fields__ if name != "seed"},
-    )
+    return UpdateSettings(**_fields(UpdateSettings, section), seed=seed)
+
+
+def _fields(of: type, section: PPOSection) -> dict[str, Any]:
+    """The section's values of the fields that a class shares with it."""
+    return {field.name: getattr(section, field.name) for field in fields(of) if hasattr(section, field.name)}
 
 
 def named_metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,75 +1,127 @@
-"""The whole recipe: the stages in the paper's order, each done once for its inputs."""
+"""Goes through a recipe: what is there is skipped, the rest is run or gone on with, dead workers are replaced."""
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.worker_group import WorkerError
-from rlhf_ray.config import STAGES, Config
-from rlhf_ray.errors import RunFailure
-from rlhf_ray.evaluate.policies import evaluate
+from rlhf_ray.config import Config
+from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.machine import opening_lines
 from rlhf_ray.metrics import console
-from rlhf_ray.recipe.context import Context, MissingOutputError, NotDoneError
-from rlhf_ray.recipe.ppo import ppo
-from rlhf_ray.recipe.preference_collection import collect
-from rlhf_ray.recipe.pretraining import pretrain
-from rlhf_ray.recipe.remedies import what_helps
-from rlhf_ray.recipe.reward_modeling import train_reward_models
-from rlhf_ray.recipe.sft import sft
-from rlhf_ray.recipe.testbed import make_testbed
-from rlhf_ray.recipe.tokenizer import make_tokenizer
-from rlhf_ray.run_state import RunDir, fingerprint, package_versions, sweep, write_json
-
-Outputs = Mapping[str, Path]
-
-TABLES = (
-    "corpus",
-    "demonstrations",
-    "prompts_train",
-    "prompts_annotation",
-    "prompts_early_stop",
-    "prompts_test",
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.ledger import (
+    Entry,
+    Ledger,
+    MissingInputError,
+    cannot_go_on,
+    difference,
+    droppable,
+    missing_inputs,
+    of_other_source,
+    to_run,
 )
-
-RUNNERS: dict[str, Callable[[Context], Outputs]] = {
-    "testbed": lambda c: (lambda path: {name: path / f"{name}.parquet" for name in TABLES})(make_testbed(c)),
-    "tokenizer": lambda c: {"tokenizer": make_tokenizer(c)},
-    "pretrain": lambda c: {"base": pretrain(c) / "model"},
-    "sft": lambda c: {"chat": sft(c) / "model"},
-    "collect": lambda c: {"comparisons": collect(c) / "comparisons.parquet"},
-    "reward": lambda c: {name: path / "model" for name, path in train_reward_models(c).items()},
-    "ppo": lambda c: {"policy": ppo(c) / "model"},
-    "evaluate": lambda c: {"evaluation": evaluate(c) / "evaluation.json"},
-}
-"""Stage -> what runs it and the outputs it gives."""
-
-MAKES = {
-    "testbed": TABLES,
-    "tokenizer": ("tokenizer",),
-    "pretrain": ("base",),
-    "sft": ("chat",),
-    "collect": ("comparisons",),
-    "reward": ("helpfulness", "safety"),
-    "ppo": ("policy",),
-    "evaluate": ("evaluation",),
-}
+from rlhf_ray.recipe.remedies import what_helps
+from rlhf_ray.recipe.stages import STAGES, Artefact, Node, Stage, recipe
+from rlhf_ray.run_state import RunDir, package_versions, sweep, write_json
 
 
-def run_stage(context: Context, stage: str) -> Outputs:
-    """Runs one stage. Where a worker dies its group is rebuilt, and the stage goes on from its last checkpoint.
+def runner(stage: Stage) -> Callable[..., dict[str, Any]]:
+    """The function of a stage."""
+    module, _, function = stage.runner.partition(":")
+    found: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def run_recipe(
+    config: Config, out: str | Path, *, stages: Sequence[str] | None = None, redo: Sequence[str] = ()
+) -> dict[str, Artefact]:
+    """Runs the given stages (by default those the config lists) in the recipe's order.
+
+    What other stages made in `out` with the same inputs is used; what the config names in `inputs` or `data` takes
+    the place of what a stage would make.
+
+    Args:
+        redo: nodes to be made anew, with what depends on them.
+    Returns:
+        artefacts by output name: "chat", "policy", "evaluation", ...
+    Raises:
+        UserError: a stage needs what neither the run nor the config has, or another process works in `out`.
+    """
+    context = Context(config, RunDir(out))
+    wanted = tuple(stages or context.config.run.stages or STAGES)
+    with context.run.locked():
+        return run_nodes(context, recipe(context.config), wanted, redo=redo)
+
+
+def run_nodes(
+    context: Context, nodes: Sequence[Node], wanted: Sequence[str], *, redo: Sequence[str] = ()
+) -> dict[str, Artefact]:
+    """Runs the nodes of the wanted stages, each after those it works on; the run directory is locked.
 
     Raises:
+        As `run_recipe`.
+    """
+    config, run = context.config, context.run
+    run.record(config=config.model_dump(mode="json"), machine=run.machine, packages=package_versions())
+    for line in opening_lines(config):
+        console.print(line, highlight=False, soft_wrap=True)
+    ledger = Ledger(config, nodes, run)
+    ledger.redo(redo)
+    tell_other_source(ledger.entries())
+    made: dict[str, Artefact] = {}
+    try:
+        for node in nodes:
+            running = {entry.node.name for entry in to_run(ledger.entries(), wanted)}
+            entry = ledger.entry(node)
+            if not node.makes:
+                if node.stage.name in wanted:
+                    names = ", ".join(node.stage.makes)
+                    console.print(f"{node.name}: nothing to do, the config names what it would make ({names})")
+            elif node.name in running:
+                run_node(context, entry)
+                entry = ledger.refresh(node)
+                later = [e for e in to_run(ledger.entries(), wanted) if e.node.name != node.name]
+                context.release({role for e in later for role in e.node.roles})
+                drop_unneeded(ledger, config.run.keep)
+            elif entry.done and node.stage.name in wanted:
+                console.print(f"{node.name}: done before with the same inputs ({entry.directory}), skipped")
+            made.update(entry.outputs)
+            run.record(artefacts={str(a.path.relative_to(run.path)): record_of(a) for a in entry.outputs.values()})
+    except WorkerError as error:
+        dump_failure(run, error)
+        raise
+    finally:
+        context.close()
+        for partial in run.steps.glob("*.partial"):  # no worker writes there any more
+            sweep(partial)
+    return made
+
+
+def run_node(context: Context, entry: Entry) -> None:
+    """Runs one node. Where a worker dies its group is rebuilt, and the node goes on from its last checkpoint.
+
+    Raises:
+        MissingInputError: something that it works on is not there.
         WorkerError: a worker failed without dying, or workers died more often than `cluster.max_repairs`.
         RunFailure: workers died a second time at the same place, and nothing was done in between.
     """
-    repairs, limit = 0, context.config.cluster.max_repairs
+    name, stage, step = entry.node.name, entry.node.stage, entry.step
+    if step is None:
+        raise MissingInputError(missing_inputs(entry))
+    if problem := cannot_go_on(entry):
+        raise UserError(problem)
+    tell_start(entry)
+    context.work_at(name, entry.config)
+    repairs, limit = 0, entry.config.cluster.max_repairs
     places: list[tuple[Any, ...]] = []
     while True:
         try:
-            outputs = RUNNERS[stage](context)
-            context.unload()
-            return outputs
+            facts = runner(stage)(context, step, entry.inputs)
+            step.finish(keep_state="states" in entry.config.run.keep and bool(step.length), **facts)
+            return
         except WorkerError as error:
             if repairs == limit or not (dead := context.roles.drop_dead()):
                 raise
@@ -81,13 +133,56 @@ def run_stage(context: Context, stage: str) -> Outputs:
                 ) from error
             places.append(place)
             repairs += 1
-            console.print(f"{error}\n{stage}: rebuilding {' and '.join(dead)}, repair {repairs} of {limit}")
+            console.print(f"{error}\n{name}: rebuilding {' and '.join(dead)}, repair {repairs} of {limit}")
+
+
+def tell_start(entry: Entry) -> None:
+    """Says how a node begins, and why it is not done."""
+    step = entry.step
+    assert step is not None
+    steps_done, state = step.latest_state()
+    if state is not None:
+        console.print(f"{step.name}: going on from step {steps_done} ({step.key})")
+    elif step.partial.exists():
+        console.print(f"{step.name}: going on ({step.key})")
+    else:
+        changed = difference(step)
+        console.print(f"{step.name}: starting ({step.key}){f': {changed}' if changed else ''}", highlight=False)
+        if "num_steps was" in changed and not step.length:
+            console.print(
+                f"{step.name}: its learning rate follows a schedule over all steps, so it does not go on from the "
+                "shorter training; one that is constant does",
+                highlight=False,
+            )
+
+
+def tell_other_source(entries: Sequence[Entry]) -> None:
+    """Says in one line what other source than this has made."""
+    if names := of_other_source(entries):
+        console.print(
+            f"{', '.join(names)}: made by other source than this, and used as it is; --redo {names[0]} makes it anew, "
+            "with what depends on it",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def record_of(artefact: Artefact) -> dict[str, Any]:
+    """What the manifest says of an artefact."""
+    return {"kind": artefact.kind, "scope": artefact.scope, "key": artefact.key, "parents": dict(artefact.parents)}
+
+
+def drop_unneeded(ledger: Ledger, keep: Sequence[str]) -> None:
+    """Removes models that `run.keep` does not name and that no node needs which is not done yet."""
+    for artefact in droppable(ledger.entries(), keep):
+        shutil.rmtree(artefact.path)
+        console.print(f"{artefact.label}: removed, run.keep does not name {artefact.kind}", highlight=False)
 
 
 def progress(run: RunDir) -> list[Path]:
     """What a run has to go on from: finished steps, checkpoints, parts of results."""
-    patterns = ("*", "*.partial/state/*", "*.partial/parts/*")
-    return sorted(path for pattern in patterns for path in (run.path / "steps").glob(pattern))
+    patterns = ("*", "*.partial/state/*", "*.partial/*/state/*", "*.partial/parts/*")
+    return sorted(path for pattern in patterns for path in run.steps.glob(pattern))
 
 
 def dump_failure(run: RunDir, error: WorkerError) -> None:
@@ -96,55 +191,3 @@ def dump_failure(run: RunDir, error: WorkerError) -> None:
     if details:
         facts = {"role": error.role, "rank": error.rank, "step": error.step, "message": str(error)}
         write_json(run.path / "failure.json", {**facts, "details": details})
-
-
-def run_recipe(config: Config, out: str | Path, *, stages: Sequence[str] | None = None) -> dict[str, Path]:
-    """Runs the given stages (by default those the config lists) in the recipe's order.
-
-    What other stages made in `out` with the same inputs is used; what the config names in `inputs` or `data` takes
-    the place of what a stage would make.
-
-    Returns:
-        paths by output name: "chat", "policy", "evaluation", ...
-    Raises:
-        UserError: a stage needs what neither the run nor the config has, or another process works in `out`.
-    """
-    run = RunDir(out)
-    with run.locked():
-        return _run_recipe(config, run, tuple(stages or config.run.stages))
-
-
-def _run_recipe(config: Config, run: RunDir, wanted: Sequence[str]) -> dict[str, Path]:
-    context = Context(config, run)
-    config = context.config
-    run.record(config=config.model_dump(mode="json"), machine=run.machine, packages=package_versions())
-    for line in opening_lines(config):
-        console.print(line, highlight=False, soft_wrap=True)
-    made: dict[str, Path] = {}
-    try:
-        for stage in STAGES:
-            if all(name in context.outputs for name in MAKES[stage]):
-                if stage in wanted:
-                    names = ", ".join(MAKES[stage])
-                    console.print(f"{stage}: nothing to do, the config names what it would make ({names})")
-                continue
-            context.may_run = stage in wanted
-            try:
-                outputs = run_stage(context, stage)
-            except (NotDoneError, MissingOutputError, FileNotFoundError):  # the last: a file that only this stage reads
-                if context.may_run:
-                    raise
-                continue
-            for name, path in outputs.items():
-                # Tables of the testbed go by content, so that a longer one leaves what uses the others alone.
-                key = fingerprint(path) if stage == "testbed" else f"{path.parent.name}/{path.name}"
-                context.outputs.add(name, path, key=key)
-                made[name] = context.outputs[name]
-    except WorkerError as error:
-        dump_failure(run, error)
-        raise
-    finally:
-        context.close()
-        for partial in run.path.glob("steps/*.partial"):  # no worker writes there any more
-            sweep(partial)
-    return made

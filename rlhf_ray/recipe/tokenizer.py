@@ -10,9 +10,9 @@ Special tokens come first, then the 256 bytes as ordinary pieces, then what was 
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -24,6 +24,8 @@ from rlhf_ray.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_ray.recipe.context import Context
+    from rlhf_ray.recipe.stages import Artefact
+    from rlhf_ray.run_state import Step
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 SPECIAL_TOKENS = (UNK, BOS, EOS, PAD, "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -133,13 +135,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) ->
     config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make_tokenizer(context: "Context") -> Path:
-    """The tokenizer stage: learns from the run's corpus; returns the step's directory."""
-    section = context.config.tokenizer
-    step = context.step("tokenizer", sections=("tokenizer",), parents=("corpus",), code=("rlhf_ray.recipe.tokenizer",))
-    if not context.skip(step):
-        texts = read_table(context.outputs["corpus"], CORPUS)["text"].to_pylist()
-        tokenizer = train_tokenizer(texts, vocab_size=section.vocab_size)
-        save_tokenizer(tokenizer, step.begin())
-        step.finish(pieces=len(tokenizer))
-    return step.path
+def make_tokenizer(context: "Context", step: "Step", inputs: "Mapping[str, Artefact]") -> dict[str, Any]:
+    """Learns from the run's corpus."""
+    texts = read_table(inputs["corpus"].path, CORPUS)["text"].to_pylist()
+    tokenizer = train_tokenizer(texts, vocab_size=context.config.tokenizer.vocab_size)
+    save_tokenizer(tokenizer, step.begin() / "tokenizer")
+    return {"pieces": len(tokenizer)}

@@ -16,18 +16,17 @@ from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_m
 from rlhf_ray.backends.deepspeed import NonFiniteError
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.batching import DrawRows, prompt_rows
-from rlhf_ray.records import Experience, Rollouts
-from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
+from rlhf_ray.records import Experience, Rollouts, StaleRolloutsError, WeightVersion
+from rlhf_ray.workers.ppo_update import UpdateSettings, ppo_update
 from rlhf_ray.workers.trainer import TrainerWorker
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperienceRule:
+class ExperienceSettings:
     """How scores become advantages; the fields of `PPOSection` of the same names."""
 
     kl_coef: float
     kl_estimator: KLEstimator
-    safety_threshold_raw: float
     gamma: float
     gae_lambda: float
     whiten_advantages: bool
@@ -41,7 +40,7 @@ class PolicyWorker(TrainerWorker):
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
-        self._version = 0
+        self._version = WeightVersion("", 0)
 
     # --- pretraining and supervised fine-tuning -------------------------------------------------------------
 
@@ -73,7 +72,7 @@ class PolicyWorker(TrainerWorker):
         held_out = self._data.held_out
         own = list(range(len(held_out)))[self.rank :: self.num_ranks]
         sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
-        for rows in self._in_step([own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]):
+        for rows in self._equal_numbers([own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]):
             if not rows:
                 self._forward_nothing()
                 continue
@@ -90,9 +89,12 @@ class PolicyWorker(TrainerWorker):
 
     # --- PPO ------------------------------------------------------------------------------------------------
 
+    def set_version(self, version: WeightVersion) -> None:
+        """Says which weights this policy has; each of its updates is a step further."""
+        self._version = version
+
     def export_weights(self) -> list[Any]:
         """Object references of the current weights' buckets, from rank 0; empty from the others."""
-        self._version += 1
         weights = self.engine.weights()
         if self.rank > 0:
             for _ in weights:
@@ -100,31 +102,35 @@ class PolicyWorker(TrainerWorker):
             return []
         return [ray.put(bucket) for bucket in fill_buckets(weights, version=self._version)]
 
-    @property
-    def version(self) -> int:
-        """How many times this policy has been exported."""
-        return self._version
-
-    def build_experience(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> tuple[Any, ...]:
+    def build_experience(
+        self, num_chunks: int, settings: ExperienceSettings, gate: float, *inputs: Any
+    ) -> tuple[Any, ...]:
         """Rewards, KL, advantages and returns of this rank's chunks, with moments over all ranks.
 
         Args:
+            gate: raw score below which the safety model rules.
             inputs: rollouts of each chunk, then this policy's log-probs (B, T), values (B, T + 1), reference log-probs
                 (B, T), helpfulness scores (B,) and safety scores (B,) of each: 6 x num_chunks.
         Returns:
             (metrics, experience_1, ..., experience_num_chunks); metrics are over the whole batch.
         Raises:
             NonFiniteError: a reward or advantage is NaN or infinite.
+            StaleRolloutsError: other weights than this policy's have sampled.
         """
         rollouts, logprobs, values, *scores = _by_kind(inputs, num_chunks)
-        drafts = _drafts(rule, rollouts, logprobs, *scores)
-        moments = self._global_moments([(d.scores, torch.ones_like(d.scores, dtype=torch.bool)) for d in drafts])
+        for chunk in rollouts:
+            if chunk.policy_version != self._version:
+                raise StaleRolloutsError(
+                    f"rollouts are of {chunk.policy_version}, and experience for {self._version} is to be built"
+                )
+        scored = _scored_chunks(gate, rollouts, logprobs, *scores)
+        moments = self._global_moments([(s.combined, torch.ones_like(s.combined, dtype=torch.bool)) for s in scored])
         experiences, sums = [], []
-        for chunk, draft, value in zip(rollouts, drafts, values, strict=True):
-            experience, chunk_sums = _advantages(chunk, draft, value, moments, rule)
+        for chunk, answers, value in zip(rollouts, scored, values, strict=True):
+            experience, chunk_sums = _advantages(chunk, answers, value, moments, settings)
             experiences.append(experience)
             sums.append(chunk_sums)
-        if rule.whiten_advantages:
+        if settings.whiten_advantages:
             moments = self._global_moments([(e.advantages, e.response_mask) for e in experiences])
             experiences = [
                 replace(e, advantages=masked_whiten(e.advantages, e.response_mask, moments=moments))
@@ -136,33 +142,42 @@ class PolicyWorker(TrainerWorker):
                 raise NonFiniteError("an advantage is not finite", metrics)
         return metrics, *experiences
 
-    def summarize(self, num_chunks: int, rule: ExperienceRule, *inputs: Any) -> dict[str, float]:
-        """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
-        rollouts, *scores = _by_kind(inputs, num_chunks)
-        drafts = _drafts(rule, rollouts, *scores)
-        return self._batch_metrics([_sums(chunk, draft) for chunk, draft in zip(rollouts, drafts, strict=True)])
+    def summarize(self, num_chunks: int, gate: float, *inputs: Any) -> tuple[dict[str, float], list[list[list[float]]]]:
+        """Mean rewards, KL and lengths over the batch of all ranks, and the rewards of each answer of this rank's.
 
-    def train_policy(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
+        Args:
+            inputs: as for experience, without the values.
+        Returns:
+            (metrics, for each chunk [helpfulness, safety, combined] of its answers).
+        """
+        rollouts, *scores = _by_kind(inputs, num_chunks)
+        scored = _scored_chunks(gate, rollouts, *scores)
+        metrics = self._batch_metrics([_sums(chunk, answers) for chunk, answers in zip(rollouts, scored, strict=True)])
+        return metrics, [torch.stack([s.helpfulness, s.safety, s.combined], dim=1).tolist() for s in scored]
+
+    def train_policy(self, step: int, settings: UpdateSettings, *experiences: Experience) -> dict[str, float]:
         """PPO's optimizer steps over one batch: every rank sees all chunks and takes its rows of each minibatch."""
 
         def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = batch.tokens.to(self._runtime.device)
             mask = batch.response_mask.to(self._runtime.device)
             result = model(
-                tokens, target_mask=mask, temperature=rule.temperature, with_entropy=True, num_ids=batch.num_ids
+                tokens, target_mask=mask, temperature=settings.temperature, with_entropy=True, num_ids=batch.num_ids
             )
             value, metrics = policy_loss(
                 result.logprobs,
                 batch.logprobs.to(tokens.device),
                 batch.advantages.to(tokens.device),
                 mask,
-                clip_ratio=rule.clip_ratio,
+                clip_ratio=settings.clip_ratio,
                 denominator=denominator,
                 weights=batch.weights.to(tokens.device),
             )
             return value, {**metrics, "entropy": (result.entropy.detach() * mask).sum() / denominator}
 
-        return ppo_update(self.engine, step, rule, experiences, loss, rank=self.rank)
+        metrics = ppo_update(self.engine, step, settings, experiences, loss, rank=self.rank)
+        self._version = self._version._replace(step=step + 1)
+        return metrics
 
     def _global_moments(self, parts: list[tuple[Tensor, Tensor]]) -> Moments:
         own = merge_moments([masked_moments(values, mask) for values, mask in parts])
@@ -202,14 +217,14 @@ def _with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _Scored:
     logprobs: Tensor  # (B, T)
-    kl: Tensor  # (B, T) the estimate that the reward pays for
+    ref_logprobs: Tensor  # (B, T)
     log_ratio: Tensor  # (B, T) policy - reference
     helpfulness: Tensor  # (B,)
     safety: Tensor  # (B,)
     gated: Tensor  # (B,) bool, the safety model rules
-    scores: Tensor  # (B,) the gate's choice, raw
+    combined: Tensor  # (B,) the gate's choice, raw
 
 
 def _by_kind(inputs: Sequence[Any], num_chunks: int) -> list[Sequence[Any]]:
@@ -217,52 +232,53 @@ def _by_kind(inputs: Sequence[Any], num_chunks: int) -> list[Sequence[Any]]:
     return [inputs[start : start + num_chunks] for start in range(0, len(inputs), num_chunks)]
 
 
-def _drafts(rule: ExperienceRule, *kinds: Sequence[Any]) -> list[_Draft]:
+def _scored_chunks(gate: float, *kinds: Sequence[Any]) -> list[_Scored]:
     """Of each chunk; `kinds` are rollouts, log-probs of policy and reference, helpfulness and safety scores."""
-    return [_draft(rule, *chunk) for chunk in zip(*kinds, strict=True)]
+    return [_scored(gate, *chunk) for chunk in zip(*kinds, strict=True)]
 
 
-def _draft(
-    rule: ExperienceRule,
+def _scored(
+    gate: float,
     rollouts: Rollouts,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     helpfulness: Tensor,
     safety: Tensor,
-) -> _Draft:
-    return _Draft(
+) -> _Scored:
+    return _Scored(
         logprobs=logprobs,
-        kl=kl_estimate(logprobs, ref_logprobs, estimator=rule.kl_estimator) * rollouts.response_mask,
+        ref_logprobs=ref_logprobs,
         log_ratio=(logprobs - ref_logprobs) * rollouts.response_mask,
         helpfulness=helpfulness,
         safety=safety,
-        gated=rollouts.is_safety | (safety < rule.safety_threshold_raw),
-        scores=combine_rewards(helpfulness, safety, rollouts.is_safety, threshold=rule.safety_threshold_raw),
+        gated=rollouts.is_safety | (safety < gate),
+        combined=combine_rewards(helpfulness, safety, rollouts.is_safety, threshold=gate),
     )
 
 
 def _advantages(
-    rollouts: Rollouts, draft: _Draft, values: Tensor, moments: Moments, rule: ExperienceRule
+    rollouts: Rollouts, scored: _Scored, values: Tensor, moments: Moments, settings: ExperienceSettings
 ) -> tuple[Experience, dict[str, Tensor]]:
     """One chunk's experience and the sums its metrics are made of; `values` as `ValueWorker.values` gives them."""
     mask = rollouts.response_mask
     after_last = values.gather(1, rollouts.lengths[:, None]).squeeze(1)
     values = torch.where(mask, values[:, :-1], 0.0)
-    whitened = masked_whiten(draft.scores, torch.ones_like(draft.scores, dtype=torch.bool), moments=moments)
-    if rule.truncated == "penalty":
-        whitened = torch.where(rollouts.finished, whitened, whitened - rule.truncation_penalty)
-    rewards = token_rewards(whitened, draft.kl, mask, kl_coef=rule.kl_coef)
+    whitened = masked_whiten(scored.combined, torch.ones_like(scored.combined, dtype=torch.bool), moments=moments)
+    if settings.truncated == "penalty":
+        whitened = torch.where(rollouts.finished, whitened, whitened - settings.truncation_penalty)
+    kl = kl_estimate(scored.logprobs, scored.ref_logprobs, estimator=settings.kl_estimator) * mask
+    rewards = token_rewards(whitened, kl, mask, kl_coef=settings.kl_coef)
     bootstrap = None
-    if rule.truncated == "bootstrap":
+    if settings.truncated == "bootstrap":
         bootstrap = torch.where(rollouts.finished, 0.0, after_last)
-    advantages, returns = gae(rewards, values, mask, gamma=rule.gamma, lam=rule.gae_lambda, bootstrap=bootstrap)
+    advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.gae_lambda, bootstrap=bootstrap)
     weights = torch.ones_like(values)
-    if rule.importance_cap is not None:
-        weights = importance_weights(draft.logprobs, rollouts.rollout_logprobs, cap=rule.importance_cap)
+    if settings.importance_cap is not None:
+        weights = importance_weights(scored.logprobs, rollouts.rollout_logprobs, cap=settings.importance_cap)
     experience = Experience(
         tokens=rollouts.tokens,
         response_mask=mask,
-        logprobs=draft.logprobs,
+        logprobs=scored.logprobs,
         values=values,
         advantages=advantages,
         returns=returns,
@@ -273,7 +289,7 @@ def _advantages(
     )
     error = (returns - values) * mask
     return experience, {
-        **_sums(rollouts, draft),
+        **_sums(rollouts, scored),
         "reward_whitened": whitened.sum(),
         "advantage_abs_per_token": advantages.abs().sum(),
         "return_per_token": returns.sum(),
@@ -283,21 +299,21 @@ def _advantages(
     }
 
 
-def _sums(rollouts: Rollouts, draft: _Draft) -> dict[str, Tensor]:
+def _sums(rollouts: Rollouts, scored: _Scored) -> dict[str, Tensor]:
     """Sums over one chunk; those named _per_token are to be divided by its tokens, the others by its answers."""
     mask = rollouts.response_mask
-    nothing = torch.zeros_like(draft.log_ratio)
-    k3 = kl_estimate(draft.log_ratio, nothing, estimator="k3") * mask
+    nothing = torch.zeros_like(scored.log_ratio)
+    k3 = kl_estimate(scored.log_ratio, nothing, estimator="k3") * mask
     return {
         "answers": torch.tensor(float(len(mask))),
         "tokens": mask.sum().float(),
-        "reward_helpfulness": draft.helpfulness.sum(),
-        "reward_safety": draft.safety.sum(),
-        "reward_combined": draft.scores.sum(),
-        "reward_gated": draft.gated.sum().float(),
-        "kl_per_sequence": draft.log_ratio.sum(),
-        "kl_k1_per_token": draft.log_ratio.sum(),
+        "reward_helpfulness": scored.helpfulness.sum(),
+        "reward_safety": scored.safety.sum(),
+        "reward_combined": scored.combined.sum(),
+        "reward_gated": scored.gated.sum().float(),
+        "kl_per_sequence": scored.log_ratio.sum(),
+        "kl_k1_per_token": scored.log_ratio.sum(),
         "kl_k3_per_token": k3.sum(),
         "truncated": (~rollouts.finished).sum().float(),
-        "logprob_gap_per_token": ((draft.logprobs - rollouts.rollout_logprobs).abs() * mask).sum(),
+        "logprob_gap_per_token": ((scored.logprobs - rollouts.rollout_logprobs).abs() * mask).sum(),
     }

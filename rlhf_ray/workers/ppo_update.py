@@ -15,7 +15,7 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateRule:
+class UpdateSettings:
     """The fields of `PPOSection` of the same names."""
 
     minibatch_size: int
@@ -30,7 +30,7 @@ class UpdateRule:
 def ppo_update(
     engine: TrainEngine,
     step: int,
-    rule: UpdateRule,
+    settings: UpdateSettings,
     experiences: Sequence[Experience],
     loss: Loss,
     *,
@@ -45,13 +45,13 @@ def ppo_update(
     targets = [int(count) for experience in experiences for count in experience.response_mask.sum(dim=1)]
     totals: dict[str, float] = {}
     padding, num_updates = 0.0, 0
-    for epoch in range(rule.inner_epochs):
+    for epoch in range(settings.inner_epochs):
         schedule = minibatch_rows(
-            len(lengths), rule.minibatch_size, seed=rule.seed, step=step * rule.inner_epochs + epoch
+            len(lengths), settings.minibatch_size, seed=settings.seed, step=step * settings.inner_epochs + epoch
         )
         for rows in schedule:
             own_lengths = [lengths[row] for row in rows]
-            plan = plan_micro_batches(own_lengths, token_budget=rule.micro_batch_tokens, num_ranks=engine.num_ranks)
+            plan = plan_micro_batches(own_lengths, token_budget=settings.micro_batch_tokens, num_ranks=engine.num_ranks)
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
             metrics = engine.step(batches, partial(loss, denominator=denominator))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -105,6 +105,16 @@ class Roles:
             self._groups.pop(role).stop()
         return ended
 
+    def resize(self, config: Config) -> None:
+        """Roles are of this config's size from now on; those that are up in another are ended."""
+        changed = [role for role in self._groups if getattr(config.roles, role) != getattr(self._config.roles, role)]
+        self._config = config
+        self._stop(changed)
+
+    def release(self, needed: Collection[str]) -> None:
+        """Ends the roles that are not needed any more."""
+        self._stop([role for role in self._groups if role not in needed])
+
     def unload(self) -> None:
         """Frees models, optimizers and data of all roles but the engines, whose weights later stages replace."""
         groups = [group for role, group in self._groups.items() if role != "rollout"]
@@ -113,9 +123,11 @@ class Roles:
 
     def stop(self) -> None:
         """Ends all roles."""
-        for group in self._groups.values():
-            group.stop()
-        self._groups.clear()
+        self._stop(list(self._groups))
+
+    def _stop(self, roles: Sequence[str]) -> None:
+        for role in roles:
+            self._groups.pop(role).stop()
 
     def _ask(self, method: Callable[[Any], float]) -> dict[str, list[float]]:
         """What the method returns, by role and rank."""

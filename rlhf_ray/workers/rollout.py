@@ -1,6 +1,7 @@
-"""Rollouts by vLLM: prompts in by number, answers out as records, weights in through the channel."""
+"""Rollouts by vLLM: prompts in, answers out as records, weights in through the channel."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,21 +15,19 @@ from rlhf_ray.backends.vllm import Completion, Engine
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.light_tokenizer import LightTokenizer
-from rlhf_ray.data.prompts import PromptSet, load_prompts, random_prompts
 from rlhf_ray.data.special_ids import special_ids
-from rlhf_ray.records import Rollouts, WeightBucket
+from rlhf_ray.records import PromptBatch, Rollouts, WeightBucket, WeightVersion
 
 _PROBED_PROMPTS = 8
 
 
 class RolloutWorker(Worker):
-    """One vLLM engine with its tokenizer and prompts."""
+    """One vLLM engine with its tokenizer."""
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
         self._engine: Engine | None = None
-        self._prompts: dict[str, PromptSet] = {}
-        self._version = 0
+        self._version = WeightVersion("", 0)
 
     def set_threads(self, threads: int) -> None:
         """Compute threads of the engine from now on."""
@@ -57,43 +56,23 @@ class RolloutWorker(Worker):
         self.load_checkpoint(checkpoint)
         self._engine.generate([self._ends[:1]], seeds=[0], temperature=1.0, max_new_tokens=2, end_ids=self._ends)
 
-    def open_prompts(self, name: str, path: str, *, max_new_tokens: int, context: int) -> int:
-        """Reads and tokenises a prompts table under a name; returns how many.
-
-        Args:
-            context: tokens that all models can hold which will read prompt and answer.
-        Raises:
-            UserError: a prompt leaves no room for `max_new_tokens` in that context.
-        """
-        self._prompts[name] = load_prompts(path, self._tokenizer, max_prompt_tokens=context - max_new_tokens)
-        return len(self._prompts[name].tokens)
-
-    def draw_prompts(self, name: str, num: int, *, length: int, seed: int) -> None:
-        """Puts random token ids under a name, whose answers do not end at EOS: for benchmarks."""
-        self._prompts[name] = random_prompts(num, length=length, vocab_size=self._num_ids, seed=seed)
-
     def generate(
         self,
-        prompts: str,
-        rows: Sequence[int],
+        prompts: PromptBatch,
         *,
         seeds: Sequence[int],
         temperature: float,
         max_new_tokens: int,
     ) -> tuple[dict[str, float], Rollouts]:
-        """Samples one answer to each prompt of the named set; returns (counts, rollouts)."""
-        prompt_set = self._prompts[prompts]
-        prompt_tokens = [prompt_set.tokens[row] for row in rows]
+        """Samples one answer to each prompt; returns (counts, rollouts)."""
         completions = self.engine.generate(
-            prompt_tokens,
+            list(prompts.tokens),
             seeds=seeds,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            end_ids=self._ends if prompt_set.ends_at_eos else (),
+            end_ids=self._ends if prompts.ends_at_eos else (),
         )
-        rollouts = to_rollouts(
-            prompt_set, rows, prompt_tokens, completions, policy_version=self._version, num_ids=self._num_ids
-        )
+        rollouts = to_rollouts(prompts, completions, policy_version=self._version, num_ids=self._num_ids)
         return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
 
     def decode(self, rollouts: Rollouts) -> list[tuple[str, bool]]:
@@ -116,27 +95,23 @@ class RolloutWorker(Worker):
         )
         return decode_answer(self._tokenizer, completion.tokens)
 
-    def load_weights(self, buckets: list[Any]) -> int:
-        """Takes a version of the weights from the channel; returns its number."""
+    def load_weights(self, buckets: list[Any]) -> WeightVersion:
+        """Takes weights from the channel; returns which."""
         self.engine.load_weights(self._fetch(buckets))
         return self._version
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
         self._ends = special_ids(self._light, read_config(checkpoint)).ends
-        self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=0))
+        self._version = WeightVersion(checkpoint, 0)
+        self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=self._version))
 
-    def probe(self, prompts: str) -> tuple[None, Rollouts]:
+    def probe(self, prompts: PromptBatch) -> tuple[None, Rollouts]:
         """The first prompts as rollouts whose every token counts, to hold log-probs against the trainer's."""
-        prompt_set = self._prompts[prompts]
-        rows = range(min(_PROBED_PROMPTS, len(prompt_set.tokens)))
-        completions = [
-            Completion(prompt_set.tokens[r][1:], [0.0] * (len(prompt_set.tokens[r]) - 1), True) for r in rows
-        ]
-        firsts = [prompt_set.tokens[row][:1] for row in rows]
-        return None, to_rollouts(
-            prompt_set, rows, firsts, completions, policy_version=self._version, num_ids=self._num_ids
-        )
+        probed = prompts.select(range(min(_PROBED_PROMPTS, len(prompts))))
+        completions = [Completion(tokens[1:], [0.0] * (len(tokens) - 1), True) for tokens in probed.tokens]
+        firsts = replace(probed, tokens=tuple(tokens[:1] for tokens in probed.tokens))
+        return None, to_rollouts(firsts, completions, policy_version=self._version, num_ids=self._num_ids)
 
     def check_weights(self, buckets: list[Any], probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
         """Scrambles the engine's weights, syncs, and compares its log-probs on the probe with the trainer's.
@@ -174,21 +149,19 @@ class RolloutWorker(Worker):
 
 
 def to_rollouts(
-    prompt_set: PromptSet,
-    prompt_rows: Sequence[int],
-    prompts: Sequence[list[int]],
+    prompts: PromptBatch,
     completions: Sequence[Completion],
     *,
-    policy_version: int,
+    policy_version: WeightVersion,
     num_ids: int | None = None,
 ) -> Rollouts:
     """Token ids that were given, and what followed them, as one right-padded record."""
-    rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]
+    rows = [prompt + completion.tokens for prompt, completion in zip(prompts.tokens, completions, strict=True)]
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     logprobs = torch.zeros(len(rows), longest)
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for i, (prompt, completion) in enumerate(zip(prompts.tokens, completions, strict=True)):
         tokens[i, : len(rows[i])] = torch.tensor(rows[i])
         mask[i, len(prompt) : len(rows[i])] = True
         logprobs[i, len(prompt) : len(rows[i])] = torch.tensor(completion.logprobs)
@@ -197,9 +170,9 @@ def to_rollouts(
         response_mask=mask,
         rollout_logprobs=logprobs,
         finished=torch.tensor([completion.finished for completion in completions]),
-        is_safety=torch.tensor([prompt_set.is_safety[row] for row in prompt_rows]),
-        prompts=prompt_set.path,
-        prompt_rows=torch.tensor(list(prompt_rows)),
+        is_safety=torch.tensor(prompts.is_safety),
+        prompt_ids=prompts.ids,
+        messages=prompts.messages,
         policy_version=policy_version,
         num_ids=num_ids,
     )

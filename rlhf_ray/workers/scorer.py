@@ -119,14 +119,14 @@ class ScorerWorker(Worker):
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
         [plan] = plan_micro_batches(rollouts.lengths.tolist(), token_budget=micro_batch_tokens, num_ranks=1)
-        for rows in self._in_step(plan):
+        for rows in self._equal_numbers(plan):
             if rows:
                 longest = int(rollouts.lengths[rows].max())
                 yield rows, rollouts.tokens[rows][:, :longest].to(self._runtime.device)
             else:
                 self._forward_nothing()
 
-    def _in_step(self, plan: list[list[int]]) -> Sequence[list[int]]:
+    def _equal_numbers(self, plan: list[list[int]]) -> Sequence[list[int]]:
         """The plan this rank must go through; a sharded model's ranks all pass as many micro-batches."""
         return plan
 

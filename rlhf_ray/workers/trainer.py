@@ -116,7 +116,7 @@ class TrainerWorker(ScorerWorker):
         assert self._engine is not None, f"{self.role}: begin_training comes first"
         return self._engine
 
-    def _in_step(self, plan: list[list[int]]) -> Sequence[list[int]]:
+    def _equal_numbers(self, plan: list[list[int]]) -> Sequence[list[int]]:
         if self._engine is None or self._engine.zero_stage < 3 or self.num_ranks == 1:
             return plan
         longest = torch.tensor(len(plan), device=self._runtime.device)

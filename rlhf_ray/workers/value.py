@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from model.heads import state_values
 from rlhf_ray.algo.losses import value_loss
 from rlhf_ray.records import Experience, Rollouts
-from rlhf_ray.workers.ppo_update import UpdateRule, ppo_update
+from rlhf_ray.workers.ppo_update import UpdateSettings, ppo_update
 from rlhf_ray.workers.trainer import TrainerWorker
 
 
@@ -30,7 +30,7 @@ class ValueWorker(TrainerWorker):
         wanted[torch.arange(num_rows), rollouts.lengths] = True
         return None, out * wanted
 
-    def train_value(self, step: int, rule: UpdateRule, *experiences: Experience) -> dict[str, float]:
+    def train_value(self, step: int, settings: UpdateSettings, *experiences: Experience) -> dict[str, float]:
         """The value model's optimizer steps over one batch, on the minibatches the policy has."""
 
         def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,8 +40,8 @@ class ValueWorker(TrainerWorker):
                 batch.values.to(device),
                 batch.returns.to(device),
                 batch.response_mask.to(device),
-                clip_value=rule.clip_value,
+                clip_value=settings.clip_value,
                 denominator=denominator,
             )
 
-        return ppo_update(self.engine, step, rule, experiences, loss, rank=self.rank)
+        return ppo_update(self.engine, step, settings, experiences, loss, rank=self.rank)

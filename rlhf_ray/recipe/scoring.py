@@ -1,0 +1,113 @@
+"""What models say of answers: log-probs, values, rewards, and their summary. PPO and the evaluation share it.
+
+Everything is by reference: the driver holds no tensor.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.worker_group import Call, collect
+from rlhf_ray.data.reward_function import is_function
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.roles import Roles
+from rlhf_ray.workers.scorer import ScorerWorker
+from rlhf_ray.workers.value import ValueWorker
+
+FROZEN_ROLES = ("reference", "helpfulness", "safety")
+SUMMARY_ROLES = ("policy", *FROZEN_ROLES)
+"""Those that score answers nobody learns from."""
+SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
+READERS = ("chat", "helpfulness", "safety")
+"""Inputs of a stage whose models read prompts and answers."""
+
+Scores = Mapping[str, Sequence[Call[Any]]]
+"""Role -> what it says of each chunk, by reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """How answers are scored."""
+
+    temperature: float
+    """That they were sampled at; log-probs are taken at it."""
+    micro_batch_tokens: int
+    """Padded tokens a rank passes through the model at once."""
+    safety_threshold: float
+    """Sigmoid score below which the safety model rules (§3.2.3)."""
+
+    @property
+    def gate(self) -> float:
+        """The threshold as a raw score."""
+        return math.log(self.safety_threshold / (1 - self.safety_threshold))
+
+
+def load_frozen(
+    context: Context, inputs: Mapping[str, Artefact], roles_used: Sequence[str] = FROZEN_ROLES
+) -> list[Call[None]]:
+    """Starts loading the reference policy and both rewards, models or functions."""
+    roles = context.roles
+    calls: list[Call[None]] = []
+    for role in roles_used:
+        source = str(inputs["chat" if role == "reference" else role].path)
+        if role != "reference" and is_function(source):
+            tokenizer = str(inputs["tokenizer"].path)
+            calls += roles[role].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
+        else:
+            head = "lm" if role == "reference" else "scalar"
+            calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, runtime=roles.runtime)
+    return calls
+
+
+def score(
+    roles: Roles, settings: ScoringSettings, rollouts: Sequence[Call[Any]], *, roles_used: Sequence[str] = SCORING_ROLES
+) -> Scores:
+    """Starts the log-probs of policy and reference, values and both rewards of every chunk."""
+    budget = {"micro_batch_tokens": settings.micro_batch_tokens}
+    likely = (ScorerWorker.logprobs, {"temperature": settings.temperature, **budget})
+    methods: dict[str, tuple[Any, dict[str, Any]]] = {
+        "policy": likely,
+        "reference": likely,
+        "value": (ValueWorker.values, budget),
+        "helpfulness": (ScorerWorker.score, budget),
+        "safety": (ScorerWorker.score, budget),
+    }
+    return {
+        role: [
+            roles[role].submit_one(chunk % roles[role].num_ranks, method, call.data[0], **options, num_data=1)
+            for chunk, call in enumerate(rollouts)
+        ]
+        for role, (method, options) in methods.items()
+        if role in roles_used
+    }
+
+
+def summarize(
+    roles: Roles, settings: ScoringSettings, rollouts: Sequence[Call[Any]], scores: Scores
+) -> tuple[dict[str, float], list[list[float]]]:
+    """Of some rollouts mean rewards, KL and lengths, and [helpfulness, safety, combined] of each answer in order;
+    computed by the policy's ranks, each over its own chunks.
+    """
+    policy = roles["policy"]
+    calls: list[Call[Any]] = []
+    for rank in range(policy.num_ranks):
+        own = range(rank, len(rollouts), policy.num_ranks)
+        inputs = inputs_of(own, rollouts, scores, SUMMARY_ROLES)
+        calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), settings.gate, *inputs))
+    made = [*rollouts, *itertools.chain(*scores.values()), *calls]
+    by_rank = collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls) :]
+    chunks = [by_rank[chunk % len(calls)][1][chunk // len(calls)] for chunk in range(len(rollouts))]
+    return by_rank[0][0], [rewards for chunk in chunks for rewards in chunk]
+
+
+def inputs_of(
+    chunks: Sequence[int], rollouts: Sequence[Call[Any]], scores: Scores, scorers: Sequence[str]
+) -> list[Any]:
+    """References of the chunks' rollouts, then of each scorer's output for them: what the policy's ranks take in."""
+    made = [rollouts, *(scores[role] for role in scorers)]
+    return [calls[chunk].data[0] for calls in made for chunk in chunks]
