@@ -1,4 +1,4 @@
-"""Seeds side by side: pairing, standard error and the rule of when a gain is claimed."""
+"""Seeds side by side: pairing, interval and the rule of when a gain is claimed."""
 
 import json
 import math
@@ -39,15 +39,18 @@ def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
     return directory
 
 
-def test_paired_gain_and_standard_error_by_hand(tmp_path: Path) -> None:
+def test_gain_and_interval_by_hand(tmp_path: Path) -> None:
     runs = [
         _run(tmp_path / "0", {"SFT": [0.0, 0.5, 0.5], "PPO": [0.5, 0.5, 1.0]}),  # gains 0.5, 0, 0.5
         _run(tmp_path / "1", {"SFT": [0.0, 0.0, 1.0], "PPO": [0.5, 0.0, 0.5]}),  # gains 0.5, 0, -0.5
     ]
     gain = compare(runs)["helpfulness"]
-    # Over seeds: 0.5, 0, 0. Mean 1/6; deviations 1/3, -1/6, -1/6; variance (1/9 + 1/36 + 1/36) / 2 = 1/12.
-    assert gain.mean == pytest.approx(1 / 6)
+    # Of the seeds: 1/3 and 0. Mean 1/6; deviations 1/6 and -1/6; variance 2/36.
+    assert gain.by_seed == pytest.approx([1 / 3, 0]) and gain.mean == pytest.approx(1 / 6)
+    assert gain.interval == pytest.approx(12.706 * math.sqrt(2 / 36 / 2))
+    # Of the prompts, over seeds: 0.5, 0, 0. Deviations 1/3, -1/6, -1/6; variance (1/9 + 1/36 + 1/36) / 2 = 1/12.
     assert gain.standard_error == pytest.approx(math.sqrt(1 / 12 / 3))
+    assert compare(runs[:1])["helpfulness"].interval == math.inf
     assert gain.before == pytest.approx([1 / 3, 1 / 3]) and gain.after == pytest.approx([2 / 3, 1 / 3])
     assert gain.num_prompts == 3
     assert "violation" not in compare(runs)  # no prompt has it
@@ -69,18 +72,18 @@ def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("after", "mean", "error", "prompts", "expected"),
+    ("after", "prompts", "expected"),
     [
-        ([0.6, 0.7, 0.6], 0.13, 0.05, 500, "better"),
-        ([0.6, 0.7, 0.6], 0.13, 0.07, 500, "no claim"),  # within two standard errors
-        ([0.6, 0.4, 0.9], 0.13, 0.01, 500, "no claim"),  # one seed did not improve
-        ([0.6, 0.7, 0.6], 0.13, 0.05, 499, "no claim: 499 prompts"),
-        ([0.4, 0.3, 0.4], -0.13, 0.05, 500, "worse"),
-        ([0.6, 0.7], 0.15, 0.05, 500, "no claim: 2 of 3 seeds"),
+        # Gains 0, 0.1, 0.1, 0.1, 0.2: mean 0.1, deviation 0.0707, interval 2.776 x 0.0707 / sqrt(5) = 0.0878.
+        ([0.5, 0.6, 0.6, 0.6, 0.7], 500, "better"),
+        ([0.48, 0.6, 0.6, 0.6, 0.72], 500, "no claim"),  # deviation 0.0849, interval 0.1053
+        ([0.5, 0.6, 0.6, 0.6, 0.7], 499, "no claim: 499 prompts"),
+        ([0.5, 0.4, 0.4, 0.4, 0.3], 500, "worse"),
+        ([0.6, 0.6, 0.6, 0.6], 500, "no claim: 4 of 5 seeds"),
     ],
 )
-def test_rule(after: list[float], mean: float, error: float, prompts: int, expected: str) -> None:
-    gain = Gain(before=[0.5] * len(after), after=after, num_prompts=prompts, mean=mean, standard_error=error)
+def test_rule(after: list[float], prompts: int, expected: str) -> None:
+    gain = Gain(before=[0.5] * len(after), after=after, num_prompts=prompts, standard_error=0.1)
     assert gain.verdict(+1) == expected
 
 

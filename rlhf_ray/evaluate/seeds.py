@@ -1,12 +1,13 @@
 """Several seeds of one run side by side, and whether PPO's change counts as one.
 
-The rule (docs/testbed.md): every seed improves, and the mean paired gain is more than two standard errors on at
-least 500 prompts. A gain is paired: the same prompt, answered by PPO and by SFT. Seeds share the test prompts, so a
-prompt's gain is its mean over seeds, and the standard error is over prompts.
+The rule (docs/testbed.md): over five seeds or more, each on at least 500 prompts, the 95% t-interval of the gain
+excludes zero. Seeds are the unit, because runs differ by more than prompts do. A gain is paired: the same prompts,
+answered by PPO and by SFT.
 """
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.run_state import finished_files
 
 MIN_PROMPTS = 500
-MIN_SEEDS = 3
+MIN_SEEDS = 5
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t at 0.975, for 1 to 9 degrees of freedom; with more the last serves, which is wider."""
 GREEDY = " greedy"  # ends the label of answers decoded at temperature 0
 TEMPERATURE = " T="  # and this with the number at another temperature than 1
 MEASURES = {
@@ -42,10 +45,26 @@ class Gain:
     """Mean of each seed's PPO answers."""
     num_prompts: int
     """Prompts that the measure is defined on."""
-    mean: float
-    """Paired gain (after - before), mean over prompts and seeds."""
     standard_error: float
-    """Of the mean, over prompts."""
+    """Of the gain of these very runs, over prompts; it says nothing of other seeds."""
+
+    @property
+    def by_seed(self) -> list[float]:
+        """Of each seed, after - before."""
+        return [after - before for before, after in zip(self.before, self.after, strict=True)]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.by_seed)
+
+    @property
+    def interval(self) -> float:
+        """Half of the 95% t-interval of the mean over seeds; infinite for one."""
+        seeds = len(self.before)
+        if seeds < 2:
+            return math.inf
+        return T_975[min(seeds - 1, len(T_975)) - 1] * statistics.stdev(self.by_seed) / math.sqrt(seeds)
 
     def verdict(self, direction: int) -> str:
         """What the rule says: "better", "worse" or "no claim", and why not."""
@@ -53,11 +72,11 @@ class Gain:
             return "no claim: not the truth"
         if len(self.before) < MIN_SEEDS:
             return f"no claim: {len(self.before)} of {MIN_SEEDS} seeds"
-        for sign, word in ((direction, "better"), (-direction, "worse")):
-            every_seed = all(sign * (b - a) > 0 for a, b in zip(self.before, self.after, strict=True))
-            if every_seed and sign * self.mean > 2 * self.standard_error:
-                return word if self.num_prompts >= MIN_PROMPTS else f"no claim: {self.num_prompts} prompts"
-        return "no claim"
+        if abs(self.mean) <= self.interval:
+            return "no claim"
+        if self.num_prompts < MIN_PROMPTS:
+            return f"no claim: {self.num_prompts} prompts"
+        return "better" if direction * self.mean > 0 else "worse"
 
 
 def find_answers(run: Path) -> Path:
@@ -93,17 +112,12 @@ def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> 
                 raise UserError(f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed")
         if not prompts:
             continue
-        per_prompt = [
-            sum(seed["PPO"][prompt] - seed[against][prompt] for seed in seeds) / len(seeds) for prompt in prompts
-        ]
-        mean = sum(per_prompt) / len(per_prompt)
-        variance = sum((gain - mean) ** 2 for gain in per_prompt) / max(1, len(per_prompt) - 1)
+        paired = [statistics.fmean(seed["PPO"][p] - seed[against][p] for seed in seeds) for p in prompts]
         gains[column] = Gain(
-            before=[_mean(seed[against].values()) for seed in seeds],
-            after=[_mean(seed["PPO"].values()) for seed in seeds],
+            before=[statistics.fmean(seed[against].values()) for seed in seeds],
+            after=[statistics.fmean(seed["PPO"].values()) for seed in seeds],
             num_prompts=len(prompts),
-            mean=mean,
-            standard_error=math.sqrt(variance / len(per_prompt)),
+            standard_error=statistics.stdev(paired) / math.sqrt(len(prompts)) if len(prompts) > 1 else math.inf,
         )
     return gains
 
@@ -124,7 +138,8 @@ def suffixes(run: Path) -> list[str]:
 
 
 def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
-    """Prints one table per sampling temperature.
+    """Prints one table per sampling temperature: each gain with its 95% t-interval over seeds, and two standard errors
+    over prompts.
 
     Raises:
         UserError: as `compare`.
@@ -137,7 +152,7 @@ def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
         title = "greedy" if suffix == GREEDY else f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
         gains = compare(runs, against=against, suffix=suffix)
         table = Table(title=f"PPO against {against} of {len(runs)} run(s), {title}")
-        for name in ("measure", "prompts", against, "PPO", "paired gain", "2 standard errors", "by the rule"):
+        for name in ("measure", "prompts", against, "PPO", "gain", "over seeds", "over prompts", "by the rule"):
             table.add_column(name, justify="left" if name == "measure" else "right")
         for column, gain in gains.items():
             label, direction = MEASURES[column]
@@ -147,7 +162,8 @@ def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
                 " ".join(f"{value:.3f}" for value in gain.before),
                 " ".join(f"{value:.3f}" for value in gain.after),
                 f"{gain.mean:+.3f}",
-                f"{2 * gain.standard_error:.3f}",
+                f"± {gain.interval:.3f}" if math.isfinite(gain.interval) else "-",
+                f"± {2 * gain.standard_error:.3f}",
                 gain.verdict(direction),
             )
         Console(width=120).print(table)
@@ -157,8 +173,3 @@ def _by_prompt(rows: Sequence[dict[str, Any]], model: str, column: str) -> dict[
     if rows and column not in rows[0]:
         raise UserError(f"answers.parquet has no column {column}: an older version wrote it; evaluate again")
     return {row["prompt_id"]: float(row[column]) for row in rows if row["model"] == model and row[column] is not None}
-
-
-def _mean(values: Any) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
