@@ -187,3 +187,23 @@ def test_files_that_are_no_config(tmp_path):
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Config().run.seed = 1
+
+
+def test_names_of_earlier_versions_are_read_and_told(tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[run]\nstages = ["sft", "collect"]\n[collect]\nheld_out = 0.3\nannotator_noise = 0.0\n[reward]\nepochs = 2'
+    )
+    config = load_config(file, ["collect.max_new_tokens=9"])
+    assert config.run.stages == ("sft", "pairs", "label")
+    assert (config.reward.held_out, config.reward.epochs) == (0.3, 2)
+    assert (config.label.noise, config.pairs.max_new_tokens) == (0.0, 9)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{file}: collect.max_new_tokens is pairs.max_new_tokens now; collect.annotator_noise is label.noise now; "
+        "collect.held_out is reward.held_out now; the stage collect is pairs and label now"
+    )
+    with pytest.raises(UserError, match=r"collect.held_out is reward.held_out now, and both are given; leave out"):
+        load_config(file, ["reward.held_out=0.2"])
+    with pytest.raises(UserError, match=r"collect is not a known key"):
+        load_config(file, ["collect.other=1"])
