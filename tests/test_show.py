@@ -11,6 +11,7 @@ from tiny_inputs import write_checkpoint
 from model.config import PRESETS
 from model.flops import num_parameters
 from rlhf_ray.cli import main as cli
+from rlhf_ray.cli.show import _size
 from rlhf_ray.config import Config, config_with
 from rlhf_ray.recipe.stages import STAGES
 from rlhf_ray.run_state import RunDir
@@ -227,3 +228,10 @@ def test_what_cannot_be_cleaned(run, call, tmp_path):
     with RunDir(run).locked():
         assert "is at work there; wait for it or stop it" in refused(call("clean", run))
     assert (entry_of(ledger_of(run, {"ppo.num_steps": 4}), "ppo").step.path / "state").is_dir()
+
+
+def test_a_file_of_two_names_is_counted_once(tmp_path):
+    (tmp_path / "model").write_bytes(b"x" * 100)
+    (tmp_path / "last").hardlink_to(tmp_path / "model")
+    (tmp_path / "other").write_bytes(b"x" * 10)
+    assert _size(tmp_path) == 110 and _size(tmp_path / "nowhere") == 0

@@ -189,7 +189,9 @@ def _short(source: str) -> str:
 
 
 def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) if directory.is_dir() else 0
+    """Bytes of a directory's files, each once whatever names it has."""
+    files = [file.stat() for file in directory.rglob("*") if file.is_file()] if directory.is_dir() else []
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def _bytes(number: float) -> str:
