@@ -83,9 +83,12 @@ def test_loss_falls_on_answers_and_their_eos_only(ours):
     tokens, mask = encode_dialogue(ours, DIALOGUE)
     learnt = [token for token, learn in zip(tokens, mask, strict=True) if learn]
     assert text_of(ours, learnt) == "▁hello▁hello</s>▁▁world\n</s>"
-    tokens, mask = encode_dialogue(ours, DIALOGUE, last_answer_only=True)
+    tokens, mask = encode_dialogue(ours, DIALOGUE, learnt=[False, True])
     learnt = [token for token, learn in zip(tokens, mask, strict=True) if learn]
     assert text_of(ours, learnt) == "▁▁world\n</s>"
+    tokens, mask = encode_dialogue(ours, DIALOGUE, learnt=[True, False], finished=False)
+    learnt = [token for token, learn in zip(tokens, mask, strict=True) if learn]
+    assert text_of(ours, learnt) == "▁hello▁hello</s>" and text_of(ours, tokens).endswith("world\n")
 
 
 def test_chatml_answers_end_in_the_turn_end_token_and_the_newline_is_not_learnt(chatml):

@@ -62,7 +62,7 @@ PAIR = {
 ROWS = {
     "prompts": PROMPT,
     "pairs": PAIR,
-    "demonstrations": {"messages": [USER, ANSWER], "kind": "greeting"},
+    "demonstrations": {"messages": [USER, ANSWER], "kind": "greeting", "finished": False, "learnt": [True]},
     "corpus": {"text": "Once."},
     "comparisons": COMPARISON,
 }
@@ -200,6 +200,29 @@ def test_broken_dialogues_are_named(messages, message):
     assert any(message in problem for problem in problems("comparisons", COMPARISON | {"messages": messages}))
 
 
+def test_what_is_learnt_is_said_of_each_answer():
+    row = {"messages": [USER, ANSWER, USER, ANSWER], "kind": "x", "finished": None}
+    for learnt in (None, [True, False], [True, True]):
+        assert problems("demonstrations", {**row, "learnt": learnt}) == []
+    for learnt in ([True], [True, None], [True] * 3):
+        [found] = problems("demonstrations", {**row, "learnt": learnt})
+        assert found.startswith(
+            f"demonstrations row 0: learnt={learnt} must be true or false for each of the 2 answers"
+        )
+    [found] = problems("demonstrations", {**row, "learnt": [False, False]})
+    assert found == "demonstrations row 0: learnt=[False, False] leaves nothing to learn; drop the row"
+
+
+def test_optional_columns_are_written_where_a_row_has_them_and_read_where_they_are_asked_for(tmp_path):
+    row = {"messages": [USER, ANSWER], "kind": "x"}
+    for rows, written in (([row], []), ([row, {**row, "finished": False}], ["finished"])):
+        write_table(tmp_path / "t", rows, DEMONSTRATIONS)
+        assert pq.read_schema(tmp_path / "t").names == ["messages", "kind", *written]
+        assert read_table(tmp_path / "t", DEMONSTRATIONS).column_names == ["messages", "kind", *written]
+        asked = read_table(tmp_path / "t", DEMONSTRATIONS, columns=["finished", "learnt"]).to_pylist()
+        assert asked == [{"finished": row.get("finished"), "learnt": None} for row in rows]
+
+
 def test_demonstrations_end_in_an_answer():
     [found] = problems("demonstrations", {"messages": [USER], "kind": "x"})
     assert found.startswith("demonstrations row 0: messages[-1].role='user' must be 'assistant'")
@@ -298,5 +321,5 @@ def test_every_layout_of_messages_says_the_same(tmp_path, kind):
     columns = {"messages": pa.array(dialogues, kind), "kind": pa.array(["x", "x"]).dictionary_encode()}
     pq.write_table(pa.table(columns), tmp_path / "t")
     found = read_table(tmp_path / "t", DEMONSTRATIONS)
-    assert found.schema == DEMONSTRATIONS
+    assert found.schema == pa.schema([DEMONSTRATIONS.field(name) for name in columns])
     assert found.to_pylist() == [{"messages": dialogue, "kind": "x"} for dialogue in dialogues]

@@ -8,7 +8,7 @@ import torch
 from tiny_inputs import ANSWER, USER, write_rows, write_tokenizer
 
 from rlhf_ray.data.batching import epoch_rows
-from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
+from rlhf_ray.data.chat import encode_answer, encode_dialogue, load_tokenizer
 from rlhf_ray.data.lm_rows import corpus_rows, dialogue_rows
 from rlhf_ray.data.shares import hash_share, split_held_out
 from rlhf_ray.errors import UserError
@@ -75,6 +75,20 @@ def test_dialogues_are_learnt_on_answers_only(tmp_path, tokenizer_directory):
     learnt = tokenizer.decode(batch.tokens[batch.target_mask])
     assert "carp" in learnt and "which" not in learnt
     assert (batch.position_ids[batch.segment_ids == 2] == torch.arange(int((batch.segment_ids == 2).sum()))).all()
+
+
+def test_turns_that_are_not_learnt_and_answers_that_were_cut_off(tmp_path, tokenizer_directory):
+    rows = [{**row, "messages": [*row["messages"], USER, ANSWER]} for row in dialogues(40)]
+    changed = [{**row, "learnt": [False, True], "finished": False} for row in rows]
+    tokenizer, targets, tokens = load_tokenizer(tokenizer_directory), [], []
+    for name, table in (("all", rows), ("some", changed)):
+        data = dialogue_rows(write_rows(tmp_path / name, "demonstrations", table), tokenizer_directory, 64, 0.25)
+        parts = [(part, list(range(len(part)))) for part in (data.train, data.held_out)]
+        targets.append(sum(part.num_targets(numbers) for part, numbers in parts))
+        tokens.append(sum(part.num_tokens(numbers) for part, numbers in parts))
+    answer = len(encode_answer(tokenizer, ANSWER["content"], finished=True))
+    assert targets == [40 * 2 * answer, 40 * (answer - 1)]  # the last answer alone, and no EOS
+    assert tokens[0] - tokens[1] == 40
 
 
 def test_selected_rows_are_cut_to_the_longest(tmp_path, tokenizer_directory):

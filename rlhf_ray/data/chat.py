@@ -7,6 +7,7 @@ own. The prompt tokens of training are then those of the rollout, and the answer
 alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,11 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def encode_dialogue(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, last_answer_only: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Messages,
+    *,
+    learnt: Sequence[bool] | None = None,
+    finished: bool = True,
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a dialogue that ends in an assistant message, and which of them are learnt.
 
@@ -82,9 +87,10 @@ def encode_dialogue(
     Args:
         tokenizer: any with a chat template that renders turn by turn.
         messages: optional system message, then user and assistant in turn.
-        last_answer_only: learn the last answer alone, as Ghost Attention does.
+        learnt: which of the answers, in order; Ghost Attention learns the last alone. None for all.
+        finished: False for a last answer that was cut off, which has no EOS.
     Returns:
-        (tokens, answer_mask): the mask is True on the tokens of the answers, their EOS included.
+        (tokens, answer_mask): the mask is True on the tokens of the answers that are learnt, their EOS included.
     Raises:
         UserError: see `encode_prompt`.
     Source: loss on answer tokens only, Llama 2 section 3.1.
@@ -92,13 +98,15 @@ def encode_dialogue(
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"a dialogue to learn from must end in an assistant message: {_roles(messages)}")
     parts = _parts(tokenizer, messages)
+    if not finished:
+        parts[-1] = (parts[-1][0].removesuffix(str(tokenizer.eos_token)), True)
     tokens: list[int] = []
     answer_mask: list[bool] = []
-    for number, (text, is_answer) in enumerate(parts):
+    flags = itertools.repeat(True) if learnt is None else iter(learnt)
+    for text, is_answer in parts:
         part = _tokenize(tokenizer, text)
-        learnt = is_answer and (not last_answer_only or number == len(parts) - 1)
         tokens += part
-        answer_mask += [learnt] * len(part)
+        answer_mask += [is_answer and next(flags)] * len(part)
     return tokens, answer_mask
 
 

@@ -81,17 +81,19 @@ def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: flo
 
 
 def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
-    """A demonstrations table as packed rows, with loss on answer tokens only.
+    """A demonstrations table as packed rows, with loss on the tokens of answers that are learnt.
 
     Raises:
         UserError: a dialogue is longer than `seq_len` or cannot be encoded, or a part is empty.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    dialogues = read_table(path, DEMONSTRATIONS)["messages"].to_pylist()
+    rows = read_table(path, DEMONSTRATIONS, columns=["messages", "finished", "learnt"]).to_pylist()
     examples, errors = [], RowErrors(path)
-    for row, messages in enumerate(dialogues):
-        with errors.of(f"row {row}"):
-            tokens, mask = encode_dialogue(tokenizer, messages)
+    for number, row in enumerate(rows):
+        with errors.of(f"row {number}"):
+            tokens, mask = encode_dialogue(
+                tokenizer, row["messages"], learnt=row["learnt"], finished=row["finished"] is not False
+            )
             if len(tokens) > seq_len:
                 raise UserError(
                     f"the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the limit; raise it or shorten "
@@ -99,5 +101,5 @@ def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: f
                 )
             examples.append((tokens, mask))
     errors.raise_any()
-    train, rest = split_held_out(examples, [str(messages) for messages in dialogues], held_out, path)
+    train, rest = split_held_out(examples, [str(row["messages"]) for row in rows], held_out, path)
     return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))

@@ -25,8 +25,13 @@ MESSAGES = pa.list_(pa.struct([("role", _TEXT), ("content", _TEXT)]))
 """A dialogue: an optional system message, then user and assistant in turn."""
 
 
-def _field(name: str, kind: pa.DataType = _TEXT, *, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=nullable)
+def _field(name: str, kind: pa.DataType = _TEXT, *, nullable: bool = False, optional: bool = False) -> pa.Field:
+    """A column; an optional one may be null or not there at all, which is the same."""
+    return pa.field(name, kind, nullable=nullable or optional, metadata={"optional": ""} if optional else None)
+
+
+def _is_optional(field: pa.Field) -> bool:
+    return b"optional" in (field.metadata or {})
 
 
 PROMPTS = pa.schema(
@@ -38,7 +43,16 @@ PROMPTS = pa.schema(
         _field("truth"),  # JSON for the testbed's judge, "" elsewhere
     ]
 )
-DEMONSTRATIONS = pa.schema([_field("messages", MESSAGES), _field("kind")])  # ends in an assistant message
+DEMONSTRATIONS = pa.schema(
+    [
+        _field("messages", MESSAGES),  # ends in an assistant message
+        _field("kind"),
+        _field(
+            "finished", pa.bool_(), optional=True
+        ),  # False: the last answer was cut off without EOS; null: it was not
+        _field("learnt", pa.list_(pa.bool_()), optional=True),  # of each answer, in order; null: all are
+    ]
+)
 CORPUS = pa.schema([_field("text")])
 PAIRS = pa.schema(
     [
@@ -93,7 +107,7 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
     """Write rows as one Parquet file, which appears by rename: whole or not at all.
 
     Args:
-        rows: one mapping per row; a nullable column may be missing.
+        rows: one mapping per row; a nullable column may be missing. An optional one that no row has is not written.
     Raises:
         ValueError: a row has a column that the schema lacks, lacks one that must not be null, or
             holds a value of another type.
@@ -104,10 +118,13 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.
             known = ", ".join(schema.names)
             raise ValueError(f"{path}: row {number} has unknown column {unknown[0]!r}; the schema has {known}")
     try:
-        table = pa.Table.from_pylist(list(rows), schema=schema)
+        written = pa.schema(
+            [f for f in schema if not _is_optional(f) or any(row.get(f.name) is not None for row in rows)]
+        )
+        table = pa.Table.from_pylist(list(rows), schema=written)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a value is not of its column's type ({error})") from error
-    _refuse_nulls(table, schema, path)
+    _refuse_nulls(table, written, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -123,7 +140,7 @@ def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | 
     Widths and layouts may differ (large_string, dictionary, list view, int64, double), kinds of type may not.
 
     Args:
-        columns: read only these, a subset of the schema's; all by default.
+        columns: read only these, a subset of the schema's; by default all, optional ones where the file has them.
     Returns:
         A table of exactly the asked columns, in the schema's order and types.
     Raises:
@@ -131,25 +148,29 @@ def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | 
             wrong type or null where it must not be.
     """
     path = Path(path)
-    names = [name for name in schema.names if columns is None or name in columns]
-    wanted = pa.schema([schema.field(name) for name in names])
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a Parquet file")
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow, wanted, path)
-            table = file.read(columns=names).select(names)
+            held = file.schema_arrow
+            there = {field.name for field in schema if field.name in held.names or not _is_optional(field)}
+            wanted = pa.schema([field for field in schema if field.name in (there if columns is None else columns)])
+            _check_columns(held, pa.schema([field for field in wanted if field.name in there]), path)
+            table = file.read(columns=[field.name for field in wanted if field.name in there])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as Parquet ({reason}); is it whole? Write it again") from error
     if table.num_rows == 0:
         raise UserError(f"{path}: has 0 rows and must have at least one; check the step that wrote it")
+    for field in wanted:
+        if field.name not in there:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     _refuse_nulls(table, wanted, path)
     try:
-        columns = [_converted(table.column(field.name), field.type) for field in wanted]
+        found = [_converted(table.column(field.name), field.type) for field in wanted]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{path}: does not fit its schema ({error}); convert the values") from error
-    return pa.table(columns, schema=wanted)
+    return pa.table(found, schema=wanted)
 
 
 def unused_columns(path: str | Path, schema: pa.Schema) -> list[str]:
@@ -167,10 +188,10 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
 
     Prompts and comparisons end in a user message, demonstrations in an assistant one; roles alternate after
     an optional system message; no message is empty. Identifiers are unique. The answers of a pair differ, and its
-    guideline and temperatures are as those of a comparison. A comparison has a chosen answer
-    that differs from the rejected one (an empty rejected answer is fine: a model may stop at once), a known
-    guideline, strength and safety bin, and temperatures that are finite and not negative (all but the
-    guideline may be null).
+    guideline and temperatures are as those of a comparison. What is learnt of a demonstration is said of each answer or
+    not at all. A comparison has a chosen answer that differs from the rejected one (an empty rejected answer is fine: a
+    model may stop at once), a known guideline, strength and safety bin, and temperatures that are finite and not
+    negative (all but the guideline may be null).
 
     Args:
         kind: which rules.
@@ -217,7 +238,13 @@ def _prompt_problems(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _demonstration_problems(row: Mapping[str, Any]) -> Iterator[str]:
-    return _message_problems(row["messages"], last="assistant")
+    yield from _message_problems(row["messages"], last="assistant")
+    answers = sum(message is not None and message["role"] == "assistant" for message in row["messages"])
+    if (learnt := row.get("learnt")) is not None:
+        if len(learnt) != answers or None in learnt:
+            yield f"learnt={learnt} must be true or false for each of the {answers} answers; correct it or leave it out"
+        elif not any(learnt):
+            yield f"learnt={learnt} leaves nothing to learn; drop the row"
 
 
 def _corpus_problems(row: Mapping[str, Any]) -> Iterator[str]:
