@@ -210,7 +210,7 @@ class Step:
     def _finished(self) -> Path | None:
         if not self.length:
             return path if (path := self._final(None)).is_dir() else None
-        found = [path for path in self._of_trajectory() if read_facts(path)["length"] == self.length]
+        found = [path for path in self._of_trajectory() if ends_at(read_facts(path), self.length)]
         return found[-1] if found else None
 
     def _of_trajectory(self) -> list[Path]:
@@ -233,6 +233,17 @@ def within(earlier: Mapping[str, int], length: Mapping[str, int], *, steps: int)
     """Whether training to `length` passes through what training to `earlier` had reached after `steps`."""
     return all(
         limit >= (steps if name.endswith("num_steps") else earlier.get(name, limit)) for name, limit in length.items()
+    )
+
+
+def ends_at(facts: Mapping[str, Any], length: Mapping[str, int]) -> bool:
+    """Whether training to `length` ends where a finished step did: at its own limits, or before they were reached."""
+    if facts["length"] == length:
+        return True
+    steps = {name: limit for name, limit in length.items() if name.endswith("num_steps")}
+    others_agree = all(facts["length"].get(name) == limit for name, limit in length.items() if name not in steps)
+    return others_agree and all(
+        facts["steps"] < facts["length"].get(n, 0) and facts["steps"] <= steps[n] for n in steps
     )
 
 

@@ -185,10 +185,8 @@ def test_children_are_filed_under_the_steps_that_their_parent_has_done(tmp_path)
     finish(first, "ppo", steps=4)  # stopped early
     evaluation = finish(first, "evaluate").step.path
     same = ledger_of(tmp_path, {"ppo.num_steps": 20})
-    assert not entry_of(same, "ppo").done
-    finish(same, "ppo", steps=4)
     assert entry_of(same, "evaluate").step.path == evaluation
-    longer = ledger_of(tmp_path, {"ppo.num_steps": 30})
+    longer = ledger_of(tmp_path, {"ppo.num_steps": 30, "ppo.patience": 9})
     finish(longer, "ppo", steps=6)
     assert not entry_of(longer, "evaluate").done
 
@@ -276,17 +274,28 @@ def test_shorter_training_starts_anew_and_says_why(tmp_path):
     assert why(entry, ["ppo"]) == "ppo.num_steps was 6 and is 4"
 
 
+def test_training_that_stopped_early_is_done_at_every_limit_beyond(tmp_path):
+    ledger = finish_all(ledger_of(tmp_path, {"ppo.num_steps": 400}), but=("ppo", "evaluate"))
+    finish(ledger, "ppo", steps=40)
+    done = [entry_of(ledger_of(tmp_path, {"ppo.num_steps": steps}), "ppo").done for steps in (39, 40, 500)]
+    assert done == [False, True, True]
+    more_patient = entry_of(ledger_of(tmp_path, {"ppo.num_steps": 400, "ppo.patience": 6}), "ppo")
+    assert not more_patient.done and more_patient.step.latest_state()[0] == 40
+
+
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
     ledger = finish_all(ledger_of(tmp_path, {"ppo.num_steps": 6}), but=("ppo", "evaluate"))
     partial = begin(ledger, "ppo", steps=5).step.partial
     assert cannot_go_on(entry_of(ledger_of(tmp_path, {"ppo.num_steps": 4}), "ppo")) == (
-        f"ppo.num_steps=4 is too low for {partial}, of which 5 steps are done; set it to 5 or more, or remove that "
+        f"ppo.num_steps=4 is too low for {partial}, which has 5 steps done; set it to 5 or more, or remove that "
         "directory"
     )
     for settings in ({"ppo.num_steps": 5}, {"ppo.num_steps": 9, "ppo.patience": 8}, {"ppo.num_steps": 6}):
         assert cannot_go_on(entry_of(ledger_of(tmp_path, settings), "ppo")) == ""
     less_patient = entry_of(ledger_of(tmp_path, {"ppo.num_steps": 6, "ppo.patience": 2}), "ppo")
-    assert cannot_go_on(less_patient).startswith(f"ppo.patience=2 is too low for {partial}, ")
+    assert cannot_go_on(less_patient).startswith(
+        f"ppo.patience=2 is too low for {partial}, which was begun with 5; set"
+    )
 
 
 # --- models that were not kept ---------------------------------------------------------------------------------

@@ -666,9 +666,7 @@ def test_fewer_steps_than_are_done_are_refused_before_anything_starts(tmp_path):
     held = finish_all(ledger(config(ppo={"num_steps": 6}), tmp_path), but=("ppo", "evaluate"))
     begin(held, "ppo", steps=5)
     check_run(config(ppo={"num_steps": 5}), tmp_path, ("ppo",))
-    with pytest.raises(
-        UserError, match=r"^ppo\.num_steps=4 is too low for \S+, of which 5 steps are done; set it to 5"
-    ):
+    with pytest.raises(UserError, match=r"^ppo\.num_steps=4 is too low for \S+, which has 5 steps done; set it to 5"):
         check_run(config(ppo={"num_steps": 4}), tmp_path, ("ppo",))
 
 

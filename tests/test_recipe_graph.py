@@ -105,6 +105,11 @@ def test_nodes_run_in_order_on_what_the_others_made(run) -> None:
     assert seen.inputs["reward@v1"]["comparisons"].path.read_text() == "label@v1 of week 1"
     assert seen.made["policy"].path.read_text() == "ppo@v2 of week 2"
     assert seen.made["policy"].parents["helpfulness"] == seen.made["helpfulness"].key
+    recorded = RunDir("run").manifest()["artefacts"]
+    assert [made["scope"] for made in recorded.values() if made["kind"] == "policy"] == ["v1", "v2"]
+    assert len(recorded) == 2 * sum(len(STAGES[stage].makes) for stage in ROUND)
+    own = recorded[str(seen.made["policy"].path.relative_to(Path("run").resolve()))]
+    assert (own["key"], own["parents"]) == (seen.made["policy"].key, seen.made["policy"].parents)
 
 
 def test_a_node_is_run_with_its_own_settings(run) -> None:

@@ -245,9 +245,9 @@ def cannot_go_on(entry: Entry) -> str:
     for name, limit in step.length.items():
         least = steps if name.endswith("num_steps") else begun.get(name, limit)
         if limit < least:
-            what = f"{steps} steps are done" if name.endswith("num_steps") else f"it was begun with {least}"
+            what = f"has {steps} steps done" if name.endswith("num_steps") else f"was begun with {least}"
             return (
-                f"{name}={limit} is too low for {step.partial}, of which {what}; set it to {least} or more, or remove "
+                f"{name}={limit} is too low for {step.partial}, which {what}; set it to {least} or more, or remove "
                 "that directory"
             )
     return ""
