@@ -54,6 +54,13 @@ Temperature = Annotated[float, AfterValidator(sampling_temperature)]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
 
+def all_different(values: tuple[T, ...]) -> tuple[T, ...]:
+    """The values, where none stands twice."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("different", "must be different values")
+    return values
+
+
 class Section(BaseModel):
     """A frozen table of the config in which an unknown key or a wrong type is an error."""
 
@@ -427,7 +434,7 @@ class PPOSection(Section):
 class EvaluateSection(Section):
     """Final evaluation on prompts nothing else has seen."""
 
-    temperatures: Temperatures = (1.0, 0.0)
+    temperatures: Annotated[Temperatures, AfterValidator(all_different)] = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
     controls: ByContent[dict[str, FilePath]] = {}

@@ -40,7 +40,7 @@ def with_todays_names(raw: Mapping[str, Any], *, source: str) -> dict[str, Any]:
         if tables.get(section) == {}:
             del tables[section]
     if isinstance(run := tables.get("run"), dict) and isinstance(stages := run.get("stages"), list | tuple):
-        run["stages"] = [name for stage in stages for name in STAGES.get(stage, (stage,))]
+        run["stages"] = [name for s in stages for name in (STAGES.get(s, (s,)) if isinstance(s, str) else (s,))]
         told += [f"the stage {old} is {' and '.join(new)} now" for old, new in STAGES.items() if old in stages]
     if told:
         print(f"{source}: {'; '.join(told)}", file=sys.stderr)

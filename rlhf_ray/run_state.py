@@ -88,13 +88,11 @@ class RunDir:
         return found
 
     def record(self, **entries: Any) -> None:
-        """Merges entries into the manifest."""
+        """Puts entries in the manifest: steps and artefacts beside those there, others in the place of what was."""
         manifest = self.manifest()
         for key, value in entries.items():
-            if isinstance(value, dict) and isinstance(manifest.get(key), dict):
-                manifest[key].update(value)
-            else:
-                manifest[key] = value
+            gathers = key in ("steps", "artefacts")
+            manifest[key] = {**manifest.get(key, {}), **value} if gathers else value
         write_json(self.path / "manifest.json", manifest)
 
 
@@ -103,11 +101,12 @@ class Step:
 
     def __init__(self, run: RunDir, name: str, inputs: dict[str, Any], length: dict[str, int]):
         self.name, self.inputs, self.length = name, inputs, length
+        self._source = source_hash()
         self.key = digest(inputs)
         """Of its inputs, or of its trajectory where there is a length."""
         self.partial = run.steps / f"{name}-{self.key}.partial"
         self._run = run
-        self._start = time.time()
+        self._start = 0.0
 
     @property
     def done(self) -> bool:
@@ -129,12 +128,14 @@ class Step:
         """The directory to work in; holds the last checkpoint of an interrupted attempt, or goes on from that of a
         shorter one that was finished.
         """
+        self._start = self._start or time.time()
         self.partial.mkdir(parents=True, exist_ok=True)
         sweep(self.partial)
-        if read_facts(self.partial).get("length", self.length) != self.length:
+        shorter, begun = self._shorter(), read_facts(self.partial)
+        if begun.get("length") != self.length:
             drop_results(self.partial)  # of training that was to end elsewhere
+        self._source = joined(begun.get("source") or (read_facts(shorter).get("source") if shorter else None))
         write_json(self.partial / "step.json", self._identity())
-        shorter = self._shorter()
         if shorter is not None and not (self.partial / "metrics.jsonl").exists():
             copy_files(shorter, self.partial, link=True, only="metrics.jsonl")
         return self.partial
@@ -159,7 +160,7 @@ class Step:
             for part in ("state", "best"):
                 if (shorter / part).exists() and not (self.partial / part).exists():
                     os.rename(shorter / part, self.partial / part)
-        seconds = round(time.time() - self._start, 1)
+        seconds = round(time.time() - self._start, 1) if self._start else 0.0
         facts = {"machine": dict(self._run.machine), "seconds": seconds, **facts}
         write_json(self.partial / "step.json", {**self._identity(), **facts})
         sync_files(self.partial)
@@ -174,7 +175,7 @@ class Step:
         if not keep_state:
             drop_state(final)
         for other in self._of_trajectory():
-            if other != final:
+            if other != final and newest_state(other)[0] <= facts["steps"]:
                 drop_state(other)
         self._run.record(steps={final.name: {"inputs": self.inputs, "length": self.length, **facts}})
         return final
@@ -200,7 +201,7 @@ class Step:
             "key": self.key,
             "inputs": self.inputs,
             "length": self.length,
-            "source": source_hash(),
+            "source": self._source,
         }
 
     def _final(self, steps: int | None) -> Path:
@@ -221,12 +222,13 @@ class Step:
         return [path.parent for path in found if read_facts(path.parent).get("key") == self.key]
 
     def _shorter(self) -> Path | None:
-        """A finished step that has a checkpoint from which this one, which goes further, would have come."""
-        for path in reversed(self._of_trajectory()):
+        """The finished step with the newest checkpoint from which this one, which goes further, would have come."""
+        usable: list[tuple[int, Path]] = []
+        for path in self._of_trajectory():
             steps, state = newest_state(path)
             if state is not None and within(read_facts(path)["length"], self.length, steps=steps):
-                return path
-        return None
+                usable.append((steps, path))
+        return max(usable)[1] if usable else None
 
 
 def within(earlier: Mapping[str, int], length: Mapping[str, int], *, steps: int) -> bool:
@@ -257,13 +259,22 @@ def drop_state(directory: Path) -> None:
     """Removes what training would go on from, and only that."""
     for pattern in ("state", "*/state", "best"):
         for found in directory.glob(pattern):
-            shutil.rmtree(found, ignore_errors=True)
+            remove(found)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory; one that is not removed whole has another name already, which `sweep` knows."""
+    gone = directory.with_name(f".{directory.name}.partial-gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(directory, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def drop_results(directory: Path) -> None:
-    """Removes all but what training goes on from, and its metrics."""
-    for found in directory.iterdir():
-        if found.name not in ("state", "best", "metrics.jsonl", "tensorboard"):
+    """Removes all but what training goes on from, and its metrics; the record of whose they are goes last."""
+    kept = ("state", "best", "metrics.jsonl", "tensorboard")
+    for found in sorted(directory.iterdir(), key=lambda path: path.name == "step.json"):
+        if found.name not in kept:
             shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
@@ -395,6 +406,12 @@ def code_version(*packages: str) -> str:
         for file in files:
             total.update(file.read_bytes())
     return total.hexdigest()[:12]
+
+
+def joined(earlier: str | None) -> str:
+    """What a step is recorded to be made by that other source may have begun: all of them, in order."""
+    now = source_hash()
+    return now if earlier in (None, now) else str(earlier) if str(earlier).endswith(f"+{now}") else f"{earlier}+{now}"
 
 
 @cache

@@ -205,5 +205,10 @@ def test_names_of_earlier_versions_are_read_and_told(tmp_path, capsys):
     )
     with pytest.raises(UserError, match=r"collect.held_out is reward.held_out now, and both are given; leave out"):
         load_config(file, ["reward.held_out=0.2"])
+    for stages in ('[["a"]]', "[1]"):
+        with pytest.raises(UserError, match=r"run.stages=.* must be"):
+            load_config(file, [f"run.stages={stages}"])
+    with pytest.raises(UserError, match=r"evaluate.temperatures=.* must be different values"):
+        load_config(file, ["evaluate.temperatures=[1.0, 0.0, 1.0]"])
     with pytest.raises(UserError, match=r"collect is not a known key"):
         load_config(file, ["collect.other=1"])

@@ -210,11 +210,12 @@ def test_what_is_asked_for_anew_and_its_dependents_are_made_once_more(tmp_path):
     assert [entry.node.name for entry in ledger.entries() if not entry.done] == ["reward", "ppo", "evaluate"]
     asked = entry_of(ledger, "reward").step.key
     assert asked != before["reward"] and why(entry_of(ledger, "reward"), []) == "asked for anew"
-    ledger.redo(["reward"])  # as long as it is not done it stays the same
+    finish(ledger, "reward")  # the command is interrupted in what depends on it, and given again
     again = ledger_of(tmp_path)
     again.redo(["reward"])
-    assert entry_of(ledger, "reward").step.key == entry_of(again, "reward").step.key == asked
+    assert entry_of(again, "reward").step.key == asked and entry_of(again, "reward").done
     finish_all(again)
+    again.redo_is_over()
     after = keys(ledger_of(tmp_path))
     assert {name for name in ALL if after[name] != before[name]} == {"reward", "ppo", "evaluate"}
     assert RunDir(tmp_path).manifest()["redone"] == {"reward": 1}
@@ -281,6 +282,13 @@ def test_training_that_stopped_early_is_done_at_every_limit_beyond(tmp_path):
     assert done == [False, True, True]
     more_patient = entry_of(ledger_of(tmp_path, {"ppo.num_steps": 400, "ppo.patience": 6}), "ppo")
     assert not more_patient.done and more_patient.step.latest_state()[0] == 40
+
+
+def test_a_shorter_run_leaves_the_longer_ones_state(tmp_path):
+    longer = finish_all(ledger_of(tmp_path, {"ppo.num_steps": 40}))
+    state = entry_of(longer, "ppo").step.path / "state"
+    finish_all(ledger_of(tmp_path, {"ppo.num_steps": 10}))
+    assert state.is_dir() and entry_of(ledger_of(tmp_path, {"ppo.num_steps": 50}), "ppo").step.latest_state()[0] == 40
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):

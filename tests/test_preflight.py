@@ -695,6 +695,13 @@ def test_a_reward_that_is_given_is_not_missed_by_stages_that_come_later(tmp_path
         check_run(both, tmp_path, ("ppo",))
 
 
+def test_what_is_asked_for_anew_is_made_by_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"^--redo sft: this command runs ppo alone; give it to `rlhf-ray sft` or"):
+        check_run(config(), tmp_path / "run", ("ppo",), redo=["sft"])
+    with pytest.raises(UserError, match=r"^--redo sft@v1: the recipe makes no such thing; did you mean sft"):
+        check_run(config(), tmp_path / "run", redo=["sft@v1"])
+
+
 def test_a_stage_with_nothing_to_do_says_so(tmp_path, files, capsys):
     from rlhf_ray.recipe.run import run_recipe
 

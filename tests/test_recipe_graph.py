@@ -147,6 +147,13 @@ def test_one_round_made_anew_takes_with_it_what_depends_on_it(run) -> None:
     assert run().order == []
 
 
+def test_a_redo_that_is_interrupted_goes_on_and_a_later_one_starts_anew(run) -> None:
+    run()
+    assert run(redo=["label@v2"], fails_at="reward@v2").order == ORDER[5:7]
+    assert run(redo=["label@v2"]).order == ORDER[6:]
+    assert run(redo=["label@v2"]).order == ORDER[5:]
+
+
 def test_roles_stay_as_long_as_a_later_node_needs_them(run) -> None:
     kept = dict(run().kept)
     assert list(kept) == ORDER

@@ -348,3 +348,52 @@ def test_a_directory_is_made_where_work_begins_and_not_where_it_is_read(tmp_path
     assert list(tmp_path.iterdir()) == []
     with run.locked():
         assert run.steps.is_dir()
+
+
+def test_results_of_another_length_go_and_the_record_of_it_last(tmp_path, monkeypatch):
+    def step(limit):
+        return RunDir(tmp_path).step("ppo", {"stage": "ppo"}, length={"ppo.num_steps": limit})
+
+    work = step(10).begin()
+    for name in ("model", "last", "parts", "state", "best"):
+        (work / name).mkdir()
+    killed = []
+
+    def kill(path):
+        killed.append(path.name)
+        if len(killed) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_state.shutil, "rmtree", kill)
+        step(20).begin()
+    assert (work / "step.json").exists() and "step.json" not in killed  # the next start knows whose they are
+    step(20).begin()
+    assert sorted(path.name for path in work.iterdir()) == ["best", "state", "step.json"]
+
+
+def test_a_directory_that_is_not_removed_whole_has_another_name(tmp_path, monkeypatch):
+    state = tmp_path / "ppo-1" / "state" / "step-00000004"
+    state.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_state.shutil, "rmtree", lambda path, **_: None)  # killed at it
+        run_state.drop_state(tmp_path / "ppo-1")
+    assert run_state.newest_state(tmp_path / "ppo-1") == (0, None)
+    sweep(tmp_path / "ppo-1")
+    assert list((tmp_path / "ppo-1").iterdir()) == []
+
+
+def test_a_step_is_of_all_the_source_that_worked_on_it(tmp_path, monkeypatch):
+    sources = []
+    for source in ("a", "b", "b", "c"):
+        monkeypatch.setattr(run_state, "source_hash", lambda source=source: source)
+        step = RunDir(tmp_path).step("sft", INPUTS)
+        step.begin()
+        sources.append(run_state.read_facts(step.partial)["source"])
+    assert sources == ["a", "a+b", "a+b", "a+b+c"]
+
+
+def test_the_config_of_the_manifest_is_the_last_runs(tmp_path):
+    RunDir(tmp_path).record(config={"collect": {"held_out": 0.1}})
+    RunDir(tmp_path).record(config={"pairs": {}})
+    assert RunDir(tmp_path).manifest() == {"config": {"pairs": {}}}

@@ -21,7 +21,12 @@ def newest_model(run: Path, what: str) -> Path:
     """
     stage = STAGES[maker_of(what)]
     made = [file.parent / stage.makes[what] for file in finished_files(run, stage.name, "step.json")]
-    if not (there := [path for path in made if path.is_dir()]):
+    there = [path for path in made if path.is_dir()]
+    if made and not there:
+        raise UserError(
+            f"{run}: its {what} was not kept; name it in run.keep, and `--redo {stage.name}` makes it again"
+        )
+    if not there:
         raise UserError(
             f"{run}: holds no {what} of a finished {stage.name} step; run it first, or name another of --model"
         )

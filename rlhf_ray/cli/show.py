@@ -1,7 +1,9 @@
 """`rlhf-ray show` and `rlhf-ray clean`: what a recipe is, what of it is done, and what lies on disk."""
 
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +192,12 @@ def _short(source: str) -> str:
 
 def _size(directory: Path) -> int:
     """Bytes of a directory's files, each once whatever names it has."""
-    files = [file.stat() for file in directory.rglob("*") if file.is_file()] if directory.is_dir() else []
-    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
+    sizes = {}
+    for file in directory.rglob("*") if directory.is_dir() else ():
+        with suppress(FileNotFoundError):  # a run may be at work there
+            if stat.S_ISREG((found := file.lstat()).st_mode):
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def _bytes(number: float) -> str:

@@ -21,7 +21,7 @@ from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prom
 from rlhf_ray.recipe.scoring import READERS, SUMMARY_ROLES, ScoringSettings, load_frozen, score, summarize
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.records import PromptBatch
-from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.run_state import Step, digest, read_facts, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -87,9 +87,12 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
             label = model + temperature_suffix(temperature)
             with console.status(f"evaluate: {label}"):
                 make = partial(evaluate_model, context, checkpoint, prompts, table, temperature)
-                results[label], answers = step.kept(f"{len(results)}", make)
+                results[label], answers = step.kept(digest(label), make)
             rows += [answer_row(prompt, label, Answer(*made)) for prompt, made in zip(table, answers, strict=True)]
     judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
+    made_by = read_facts(inputs["prompts_test"].path.parent).get("testbed", TESTBED_VERSION)
+    if judged is not None and made_by != TESTBED_VERSION:  # prompts of one, judged by another: both are told
+        judged = f"{made_by}+{TESTBED_VERSION}"
     facts = {"testbed": judged, "prompts": len(table), "machine": context.run.machine}
     write_json(work / "evaluation.json", {**facts, "models": results})
     write_table(work / "answers.parquet", rows, ANSWERS)

@@ -45,7 +45,7 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     config = settled(config)
     wanted = wanted_stages(config, stages)
     nodes = recipe(config)
-    check_redo(nodes, redo)
+    check_redo(nodes, wanted, redo)
     running = stages_to_run(nodes, wanted)
     check_machine(config)
     check_cluster(config)
@@ -75,12 +75,17 @@ def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[
     return wanted
 
 
-def check_redo(nodes: Sequence[Node], redo: Sequence[str]) -> None:
-    """What is asked for anew is a part of the recipe."""
-    names = [node.name for node in nodes if node.makes]
+def check_redo(nodes: Sequence[Node], wanted: Sequence[str], redo: Sequence[str]) -> None:
+    """What is asked for anew is a part of the recipe, and this command makes it."""
+    stages = {node.name: node.stage.name for node in nodes if node.makes}
     for name in redo:
-        if name not in names:
-            raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, names)}")
+        if name not in stages:
+            raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, stages)}")
+        if stages[name] not in wanted:
+            raise UserError(
+                f"--redo {name}: this command runs {', '.join(wanted)} alone; give it to `rlhf-ray {stages[name]}` or "
+                "`rlhf-ray run`"
+            )
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:

@@ -77,9 +77,16 @@ class Context:
 
     def release(self, needed: set[str]) -> None:
         """Frees what roles hold, and ends those that no later node needs; to be called when a node is done."""
-        if self._roles is not None:
-            self._roles.release(needed)
+        from cluster.worker_group import WorkerError
+
+        if self._roles is None:
+            return
+        self._roles.release(needed)
+        try:
             self._roles.unload()
+        except WorkerError:
+            if not self._roles.drop_dead():  # one that died idle is started anew where it is needed
+                raise
 
     def close(self) -> None:
         """Ends the workers and Ray."""

@@ -59,7 +59,9 @@ class Ledger:
         self._by_name = {node.name: node for node in nodes}
         self._entries: dict[str, Entry] = {}
         self._given: dict[Given, Artefact | None] = {}
-        self._redone: Mapping[str, int] = run.manifest().get("redone", {})
+        manifest = run.manifest()
+        self._redone: Mapping[str, int] = manifest.get("redone", {})
+        self._redo_under_way: Sequence[str] = manifest.get("redo_under_way", ())
 
     def entry(self, node: Node) -> Entry:
         """Of one node; one that was not done is looked up anew."""
@@ -80,7 +82,7 @@ class Ledger:
     def redo(self, names: Sequence[str]) -> None:
         """Asks for nodes anew: from now on they are filed under other keys, and so is what depends on them.
 
-        One that has been asked for and is not done yet goes on.
+        Where a command that asked for one did not come to its end, the same one goes on.
 
         Raises:
             UserError: there is no such node.
@@ -88,11 +90,19 @@ class Ledger:
         for name in names:
             if name not in self._by_name:
                 raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, self._by_name)}")
-        done = [name for name in dict.fromkeys(names) if self.entry(self._by_name[name]).done]
+        new = [name for name in dict.fromkeys(names) if name not in self._redo_under_way]
+        done = [name for name in new if self.entry(self._by_name[name]).done]
         if done:
             self._redone = {**self._redone, **{name: self._redone.get(name, 0) + 1 for name in done}}
-            self.run.record(redone=self._redone)
+            self._redo_under_way = [*self._redo_under_way, *done]
+            self.run.record(redone=self._redone, redo_under_way=self._redo_under_way)
             self._entries.clear()
+
+    def redo_is_over(self) -> None:
+        """To be called when a command has come to its end: what is asked for anew from now on is made once more."""
+        if self._redo_under_way:
+            self._redo_under_way = ()
+            self.run.record(redo_under_way=[])
 
     def _look_up(self, node: Node) -> Entry:
         config = config_with(self._config, node.changes) if node.changes else self._config
@@ -270,7 +280,8 @@ def droppable(entries: Sequence[Entry], keep: Sequence[str]) -> list[Artefact]:
     """
     spare = set(get_args(Keepable)) - set(keep)
     used = {(s.node, s.output) for e in entries for s in e.node.inputs.values() if isinstance(s, Made)}
-    needed = {(s.node, s.output) for e in entries if not e.done for s in e.node.inputs.values() if isinstance(s, Made)}
+    to_do = [entry for entry in entries if entry.node.makes and not entry.done]
+    needed = {(s.node, s.output) for e in to_do for s in e.node.inputs.values() if isinstance(s, Made)}
     return [
         artefact
         for entry in entries

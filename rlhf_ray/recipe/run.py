@@ -1,7 +1,6 @@
 """Goes through a recipe: what is there is skipped, the rest is run or gone on with, dead workers are replaced."""
 
 import importlib
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from rlhf_ray.recipe.ledger import (
 )
 from rlhf_ray.recipe.remedies import what_helps
 from rlhf_ray.recipe.stages import STAGES, Artefact, Node, Stage, recipe
-from rlhf_ray.run_state import RunDir, package_versions, sweep, write_json
+from rlhf_ray.run_state import RunDir, package_versions, read_facts, remove, source_hash, sweep, write_json
 
 
 def runner(stage: Stage) -> Callable[..., dict[str, Any]]:
@@ -90,13 +89,15 @@ def run_nodes(
                 console.print(f"{node.name}: done before with the same inputs ({entry.directory}), skipped")
             made.update(entry.outputs)
             run.record(artefacts={str(a.path.relative_to(run.path)): record_of(a) for a in entry.outputs.values()})
+        drop_unneeded(ledger, config.run.keep)  # what an earlier command did not come to
+        ledger.redo_is_over()
     except WorkerError as error:
         dump_failure(run, error)
         raise
     finally:
         context.close()
-        for partial in run.steps.glob("*.partial"):  # no worker writes there any more
-            sweep(partial)
+        for step in run.steps.iterdir():  # no worker writes there any more
+            sweep(step)
     return made
 
 
@@ -141,6 +142,9 @@ def tell_start(entry: Entry) -> None:
     step = entry.step
     assert step is not None
     steps_done, state = step.latest_state()
+    begun = read_facts(step.continued() or step.partial).get("source", source_hash())
+    if begun != source_hash():
+        console.print(f"{step.name}: was begun by other source than this; --redo {step.name} makes it all anew")
     if state is not None:
         console.print(f"{step.name}: going on from step {steps_done} ({step.key})")
     elif step.partial.exists():
@@ -175,7 +179,7 @@ def record_of(artefact: Artefact) -> dict[str, Any]:
 def drop_unneeded(ledger: Ledger, keep: Sequence[str]) -> None:
     """Removes models that `run.keep` does not name and that no node needs which is not done yet."""
     for artefact in droppable(ledger.entries(), keep):
-        shutil.rmtree(artefact.path)
+        remove(artefact.path)
         console.print(f"{artefact.label}: removed, run.keep does not name {artefact.kind}", highlight=False)
 
 

@@ -138,8 +138,8 @@ class RolloutWorker(Worker):
     def _fetch(self, buckets: list[Any]) -> Iterator[WeightBucket]:
         for ref in buckets:
             bucket: WeightBucket = ray.get(ref, timeout=600)
-            self._version = bucket.version
             yield bucket
+        self._version = bucket.version
 
     @property
     def engine(self) -> Engine:
