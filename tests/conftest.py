@@ -12,10 +12,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that:
-# the tests of signals would wait for ever. A handler, unlike SIG_IGN, does not pass to a new program.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background has them ignore Ctrl-C, nohup has them ignore a hang-up, and what they
+# start would inherit that: the tests of signals would wait for ever. A handler, unlike SIG_IGN, does not pass to a new
+# program.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
