@@ -106,7 +106,7 @@ class Step:
         """Of its inputs, or of its trajectory where there is a length."""
         self.partial = run.steps / f"{name}-{self.key}.partial"
         self._run = run
-        self._start = 0.0
+        self._start = time.time()
 
     @property
     def done(self) -> bool:
@@ -124,11 +124,14 @@ class Step:
         """What was recorded when it was finished, or begun; empty before that."""
         return read_facts(self._finished() or self.partial)
 
+    def start_clock(self) -> None:
+        """The seconds that are recorded count from here on."""
+        self._start = time.time()
+
     def begin(self) -> Path:
         """The directory to work in; holds the last checkpoint of an interrupted attempt, or goes on from that of a
         shorter one that was finished.
         """
-        self._start = self._start or time.time()
         self.partial.mkdir(parents=True, exist_ok=True)
         sweep(self.partial)
         shorter, begun = self._shorter(), read_facts(self.partial)
@@ -160,7 +163,7 @@ class Step:
             for part in ("state", "best"):
                 if (shorter / part).exists() and not (self.partial / part).exists():
                     os.rename(shorter / part, self.partial / part)
-        seconds = round(time.time() - self._start, 1) if self._start else 0.0
+        seconds = round(time.time() - self._start, 1)
         facts = {"machine": dict(self._run.machine), "seconds": seconds, **facts}
         write_json(self.partial / "step.json", {**self._identity(), **facts})
         sync_files(self.partial)

@@ -115,6 +115,7 @@ def run_node(context: Context, entry: Entry) -> None:
     if problem := cannot_go_on(entry):
         raise UserError(problem)
     tell_start(entry)
+    step.start_clock()
     context.work_at(name, entry.config)
     repairs, limit = 0, entry.config.cluster.max_repairs
     places: list[tuple[Any, ...]] = []
