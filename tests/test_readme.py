@@ -69,7 +69,7 @@ def test_a_printed_command_parses(line: str) -> None:
     if arguments:  # else it is named, not shown
         context = command.make_context(command.name, arguments)
         config = context.params.get("config") or context.params.get("what")  # `show` takes a run's directory as well
-        if "out" in context.params and (ROOT / config).exists():
+        if "out" in context.params and (ROOT / config).is_file():
             load_config(ROOT / config, context.params["set_"])
 
 
