@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # Before torch is imported: its thread pools read these once. Ray's and vLLM's processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,3 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The entry point in this process: (code, stdout, stderr)."""
+    from rlhf_ray.cli import main as cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run

@@ -31,19 +31,6 @@ def config(tmp_path):
     return path
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """The entry point in this process: (code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
 def refused(result):
     """The one line of an outcome that is a refusal."""
     code, out, err = result

@@ -22,7 +22,6 @@ from tiny_inputs import PRETRAINING_RUN
 
 from cluster.jobs import Job
 from rlhf_ray.cli import jobs as cli_jobs
-from rlhf_ray.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -41,19 +40,12 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """The entry point in this process: (code, stdout, stderr)."""
+def call(call, monkeypatch):
+    """As elsewhere, with no cluster in the environment."""
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever is done to it
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
+    return call
 
 
 def refused(result):

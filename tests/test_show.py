@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 from fake_steps import SETTLED, begin, entry_of, finish, finish_all, ledger_of
@@ -10,26 +9,12 @@ from tiny_inputs import write_checkpoint
 
 from model.config import PRESETS
 from model.flops import num_parameters
-from rlhf_ray.cli import main as cli
 from rlhf_ray.cli.show import _size
 from rlhf_ray.config import Config, config_with
 from rlhf_ray.recipe.stages import STAGES
 from rlhf_ray.run_state import RunDir
 
 CONFIG = '[run]\ndevice = "cpu"\nprecision = "fp32"\n[cluster]\naddress = "local"\n'
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`rlhf-ray` in this process: (code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlhf-ray", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -47,9 +47,7 @@ DEMONSTRATIONS = pa.schema(
     [
         _field("messages", MESSAGES),  # ends in an assistant message
         _field("kind"),
-        _field(
-            "finished", pa.bool_(), optional=True
-        ),  # False: the last answer was cut off without EOS; null: it was not
+        _field("finished", pa.bool_(), optional=True),  # False: the last answer was cut off without EOS
         _field("learnt", pa.list_(pa.bool_()), optional=True),  # of each answer, in order; null: all are
     ]
 )

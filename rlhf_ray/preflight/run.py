@@ -25,7 +25,7 @@ from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import address_field, no_cluster
 from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, to_run
-from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, maker_of, node_of, recipe
+from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, maker_of, node_of, recipe, wanted_stages
 from rlhf_ray.run_state import RunDir
 
 TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
@@ -60,19 +60,6 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     if config.cluster.address == EMBEDDED and config.run.device == "cpu":
         names = running if redo else [entry.node.stage.name for entry in to_do]
         check_memory(config, names, models)
-
-
-def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The stages that are asked for; by default those that the config lists, or all.
-
-    Raises:
-        UserError: one is not known.
-    """
-    wanted = tuple(stages or config.run.stages or STAGES)
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
-    return wanted
 
 
 def check_redo(nodes: Sequence[Node], wanted: Sequence[str], redo: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from rlhf_ray.recipe.ledger import (
     to_run,
 )
 from rlhf_ray.recipe.remedies import what_helps
-from rlhf_ray.recipe.stages import STAGES, Artefact, Node, Stage, recipe
+from rlhf_ray.recipe.stages import Artefact, Node, Stage, recipe, wanted_stages
 from rlhf_ray.run_state import RunDir, package_versions, read_facts, remove, source_hash, sweep, write_json
 
 
@@ -50,7 +50,7 @@ def run_recipe(
         UserError: a stage needs what neither the run nor the config has, or another process works in `out`.
     """
     context = Context(config, RunDir(out))
-    wanted = tuple(stages or context.config.run.stages or STAGES)
+    wanted = wanted_stages(context.config, stages)
     with context.run.locked():
         return run_nodes(context, recipe(context.config), wanted, redo=redo)
 

@@ -4,11 +4,13 @@ A recipe is a list of nodes, each a stage with what it works on: what another no
 it can be printed, checked and planned before anything runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_ray.config import Config, DataSection, InputsSection
+from rlhf_ray.config_errors import similar
+from rlhf_ray.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,19 @@ def given_outputs(config: Config) -> dict[str, Given]:
         if name in found:
             found.setdefault("tokenizer", found[name])
     return found
+
+
+def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The stages that are asked for; by default those that the config lists, or all.
+
+    Raises:
+        UserError: one is not known.
+    """
+    wanted = tuple(stages or config.run.stages or STAGES)
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
+    return wanted
 
 
 def node_of(config: Config, stage: str) -> Node:
