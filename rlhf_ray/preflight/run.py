@@ -24,7 +24,7 @@ from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context
 from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import address_field, no_cluster
-from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, to_run
+from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, check_redo, to_run
 from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, maker_of, node_of, recipe, wanted_stages
 from rlhf_ray.run_state import RunDir
 
@@ -60,19 +60,6 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     if config.cluster.address == EMBEDDED and config.run.device == "cpu":
         names = running if redo else [entry.node.stage.name for entry in to_do]
         check_memory(config, names, models)
-
-
-def check_redo(nodes: Sequence[Node], wanted: Sequence[str], redo: Sequence[str]) -> None:
-    """What is asked for anew is a part of the recipe, and this command makes it."""
-    stages = {node.name: node.stage.name for node in nodes if node.makes}
-    for name in redo:
-        if name not in stages:
-            raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, stages)}")
-        if stages[name] not in wanted:
-            raise UserError(
-                f"--redo {name}: this command runs {', '.join(wanted)} alone; give it to `rlhf-ray {stages[name]}` or "
-                "`rlhf-ray run`"
-            )
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:

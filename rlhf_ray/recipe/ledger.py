@@ -83,13 +83,7 @@ class Ledger:
         """Asks for nodes anew: from now on they are filed under other keys, and so is what depends on them.
 
         Where a command that asked for one did not come to its end, the same one goes on.
-
-        Raises:
-            UserError: there is no such node.
         """
-        for name in names:
-            if name not in self._by_name:
-                raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, self._by_name)}")
         new = [name for name in dict.fromkeys(names) if name not in self._redo_under_way]
         done = [name for name in new if self.entry(self._by_name[name]).done]
         if done:
@@ -170,6 +164,23 @@ def _scheduled(config: Config, field: str) -> bool:
     section: Any = getattr(config, field, None)
     optimizers = [getattr(section, name, None) for name in ("optim", "value_optim")]
     return any(o is not None and (o.schedule != "constant" or o.warmup_ratio > 0) for o in optimizers)
+
+
+def check_redo(nodes: Sequence[Node], wanted: Sequence[str], redo: Sequence[str]) -> None:
+    """What is asked for anew is a part of the recipe, and this command makes it.
+
+    Raises:
+        UserError: not so.
+    """
+    stages = {node.name: node.stage.name for node in nodes if node.makes}
+    for name in redo:
+        if name not in stages:
+            raise UserError(f"--redo {name}: the recipe makes no such thing; {similar(name, stages)}")
+        if stages[name] not in wanted:
+            raise UserError(
+                f"--redo {name}: this command runs {', '.join(wanted)} alone; give it to `rlhf-ray {stages[name]}` or "
+                "`rlhf-ray run`"
+            )
 
 
 def to_run(entries: Sequence[Entry], wanted: Sequence[str]) -> list[Entry]:

@@ -16,6 +16,7 @@ from rlhf_ray.recipe.ledger import (
     Ledger,
     MissingInputError,
     cannot_go_on,
+    check_redo,
     difference,
     droppable,
     missing_inputs,
@@ -63,6 +64,7 @@ def run_nodes(
     Raises:
         As `run_recipe`.
     """
+    check_redo(nodes, wanted, redo)
     config, run = context.config, context.run
     run.record(config=config.model_dump(mode="json"), machine=run.machine, packages=package_versions())
     for line in opening_lines(config):
