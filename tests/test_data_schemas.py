@@ -59,7 +59,23 @@ PAIR = {
     "second_temperature": 1.25,
     "batch": 3,
 }
+SAMPLE = {
+    "prompt_id": "p0",
+    "messages": [SYSTEM, USER],
+    "is_safety": False,
+    "sample": 2,
+    "tokens": [5, 7, 2],
+    "text": "Good day.",
+    "finished": True,
+    "model": "sft-1a2b/model",
+    "temperature": 1.25,
+    "helpfulness": -0.5,
+    "safety": 2.5,
+    "combined": None,
+    "scope": "v2",
+}
 ROWS = {
+    "samples": SAMPLE,
     "prompts": PROMPT,
     "pairs": PAIR,
     "demonstrations": {"messages": [USER, ANSWER], "kind": "greeting", "finished": False, "learnt": [True]},
@@ -274,6 +290,32 @@ def test_broken_comparisons_are_named(change, message):
 def test_broken_pairs_are_named(change, message):
     [found] = problems("pairs", PAIR | {"pair_id": "first"}, PAIR | change)
     assert found.startswith(f"pairs row 1: {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": [USER, ANSWER]}, "messages[-1].role='assistant' must be 'user'"),
+        ({"sample": -1}, "sample=-1 must not be negative; number the answers to a prompt from 0"),
+        ({"tokens": []}, "tokens=[] must hold the answer's token ids; drop the row"),
+        ({"tokens": [3, -1]}, "tokens=[3, -1] must be token ids, none of them null or negative; correct it"),
+        ({"tokens": [3, None]}, "tokens=[3, None] must be token ids"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be finite and not negative"),
+        ({"safety": float("nan")}, "safety=nan must be finite, or null; score the answer again"),
+        (
+            {"sample": 0},
+            "scope='v2', model='sft-1a2b/model', temperature=1.25, prompt_id='p0', sample=0 is that of row 0 too",
+        ),
+    ],
+)
+def test_broken_samples_are_named(change, message):
+    [found] = problems("samples", SAMPLE | {"sample": 0}, SAMPLE | change)
+    assert found.startswith(f"samples row 1: {message}")
+
+
+def test_samples_of_another_round_model_or_temperature_may_have_the_same_number():
+    for change in ({"scope": "v3"}, {"model": "x"}, {"temperature": 1.0}, {"prompt_id": "p1"}):
+        assert problems("samples", SAMPLE, SAMPLE | change) == []
 
 
 def test_an_answer_cut_off_differs_from_the_same_text_finished_and_may_be_empty_if_rejected():

@@ -373,9 +373,10 @@ def test_other_reasons(tmp_path):
     testbed.step.begin()
     assert why(testbed, ["testbed"]) == "was begun"
     finish(ledger, "testbed"), finish(ledger, "tokenizer")
-    assert missing_inputs(entry_of(ledger, "pairs")).startswith("pairs needs model.0, model.1; run sft first")
-    assert missing_inputs(entry_of(ledger, "reward")) == (
-        "reward needs comparisons, chat; run label, sft first, or set data.comparisons, inputs.chat"
+    assert missing_inputs(entry_of(ledger, "pairs"), ledger.run).startswith("pairs needs previous, chat, which neither")
+    assert missing_inputs(entry_of(ledger, "reward"), ledger.run) == (
+        f"reward needs comparisons, chat, which neither the config names nor {ledger.run.path} holds; run label, sft "
+        "first, or set data.comparisons, inputs.chat"
     )
 
 

@@ -135,7 +135,7 @@ def test_an_interrupted_node_goes_on_and_those_before_it_are_not_run_again(run) 
 
 
 def test_a_node_whose_inputs_nothing_has_made_is_refused(run) -> None:
-    with pytest.raises(MissingInputError, match=r"pairs@v2 needs model\.1; run .*ppo.* first"):
+    with pytest.raises(MissingInputError, match=r"pairs@v2 needs policy, which .*; run .*ppo.* first"):
         run(wanted=("pairs", "label"))
     assert run().order == ORDER[2:]
 

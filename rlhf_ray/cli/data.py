@@ -75,7 +75,7 @@ def data_fetch(
 
 @data_app.command("check")
 def data_check(
-    kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus, pairs or comparisons.")],
+    kind: Annotated[str, typer.Argument(help="prompts, demonstrations, corpus, pairs, comparisons or samples.")],
     path: Annotated[Path, typer.Argument(help="A Parquet file.")],
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also checks rows against this tokenizer and its template.")

@@ -77,7 +77,9 @@ def token_problems(
 
 
 def _num_tokens(tokenizer: Any, row: Mapping[str, Any]) -> int:
-    """Tokens of the row with its longer answer, if it has any."""
+    """Tokens of the row with its answer, the longer of two."""
+    if "tokens" in row:
+        return len(encode_prompt(tokenizer, row["messages"])) + len(row["tokens"])
     if sides := _sides(row):
         answers = (encode_answer(tokenizer, row[side], finished=row[f"{side}_finished"]) for side in sides)
         return len(encode_prompt(tokenizer, row["messages"])) + max(map(len, answers))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rlhf_ray.errors import UserError
 
-Kind = Literal["prompts", "demonstrations", "corpus", "pairs", "comparisons"]
+Kind = Literal["prompts", "demonstrations", "corpus", "pairs", "comparisons", "samples"]
 
 STRENGTHS = ("significantly", "better", "slightly", "negligibly")
 """How much better the chosen answer is, strongest first."""
@@ -92,13 +92,38 @@ COMPARISONS = pa.schema(
         _field("time"),  # ISO 8601, "" if not known
     ]
 )
+SAMPLES = pa.schema(
+    [
+        _field("prompt_id"),
+        _field("messages", MESSAGES),  # the dialogue that is answered; ends in a user message
+        _field("is_safety", pa.bool_()),
+        _field("sample", pa.int32()),  # number among the answers to the prompt, from 0
+        _field("tokens", pa.list_(pa.int32())),  # of the answer as sampled, EOS included: what is trained on
+        _field("text"),  # for people
+        _field("finished", pa.bool_()),  # False: cut off without EOS
+        _field("model"),
+        _field("temperature", pa.float32()),
+        _field("helpfulness", pa.float32(), nullable=True),  # raw scores; null: not scored
+        _field("safety", pa.float32(), nullable=True),
+        _field("combined", pa.float32(), nullable=True),  # by the gate
+        _field("scope"),  # of the round that sampled it, e.g. "v2"; "" outside rounds
+    ]
+)
 SCHEMAS: dict[Kind, pa.Schema] = {
     "prompts": PROMPTS,
     "demonstrations": DEMONSTRATIONS,
     "corpus": CORPUS,
     "pairs": PAIRS,
     "comparisons": COMPARISONS,
+    "samples": SAMPLES,
 }
+IDENTIFIERS: dict[Kind, tuple[str, ...]] = {
+    "prompts": ("prompt_id",),
+    "pairs": ("pair_id",),
+    "comparisons": ("comparison_id",),
+    "samples": ("scope", "model", "temperature", "prompt_id", "sample"),
+}
+"""Columns that name a row."""
 
 
 def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -189,7 +214,8 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
     guideline and temperatures are as those of a comparison. What is learnt of a demonstration is said of each answer or
     not at all. A comparison has a chosen answer that differs from the rejected one (an empty rejected answer is fine: a
     model may stop at once), a known guideline, strength and safety bin, and temperatures that are finite and not
-    negative (all but the guideline may be null).
+    negative (all but the guideline may be null). A sample has a prompt as above, tokens (no negative ones), a number
+    that no other sample of its prompt, model, temperature and scope has, and scores that are finite or null.
 
     Args:
         kind: which rules.
@@ -198,14 +224,16 @@ def check_rows(kind: Kind, table: pa.Table) -> list[str]:
         Messages that name kind and row, field, value, rule and remedy; empty if all is well.
     """
     problems: list[str] = []
-    seen: dict[str, int] = {}
-    identifier = {"prompts": "prompt_id", "pairs": "pair_id", "comparisons": "comparison_id"}.get(kind)
+    seen: dict[tuple[Any, ...], int] = {}
+    identifier = IDENTIFIERS.get(kind, ())
     for number, row in enumerate(_rows(table)):
         found = list(row_problems(kind, row))
-        if identifier is not None:
-            first = seen.setdefault(row[identifier], number)
+        if identifier:
+            values = tuple(row[name] for name in identifier)
+            first = seen.setdefault(values, number)
             if first != number:
-                found.append(f"{identifier}={row[identifier]!r} is that of row {first} too; make it unique")
+                same = ", ".join(f"{name}={value!r}" for name, value in zip(identifier, values, strict=True))
+                found.append(f"{same} is that of row {first} too; make it unique")
         problems.extend(f"{kind} row {number}: {problem}" for problem in found)
     return problems
 
@@ -222,6 +250,7 @@ def row_problems(kind: Kind, row: Mapping[str, Any]) -> Iterator[str]:
         "corpus": _corpus_problems,
         "pairs": _pair_problems,
         "comparisons": _comparison_problems,
+        "samples": _sample_problems,
     }
     return rules[kind](row)
 
@@ -267,6 +296,20 @@ def _comparison_problems(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"rejected={answer} must differ from chosen; drop the row, it teaches nothing"
     yield from _unknown_words(row, [("guideline", GUIDELINES), ("strength", STRENGTHS), ("safety_bin", SAFETY_BINS)])
     yield from _bad_temperatures(row, ("chosen_temperature", "rejected_temperature"))
+
+
+def _sample_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    yield from _message_problems(row["messages"], last="user")
+    if row["sample"] < 0:
+        yield f"sample={row['sample']} must not be negative; number the answers to a prompt from 0"
+    if not row["tokens"]:
+        yield "tokens=[] must hold the answer's token ids; drop the row"
+    elif any(token is None or token < 0 for token in row["tokens"]):
+        yield f"tokens={row['tokens'][:8]} must be token ids, none of them null or negative; correct it"
+    yield from _bad_temperatures(row, ("temperature",))
+    for field in ("helpfulness", "safety", "combined"):
+        if row[field] is not None and not math.isfinite(row[field]):
+            yield f"{field}={row[field]} must be finite, or null; score the answer again"
 
 
 def _unknown_words(row: Mapping[str, Any], fields: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:

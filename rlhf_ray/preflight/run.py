@@ -24,8 +24,8 @@ from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context
 from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import address_field, no_cluster
-from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, check_redo, to_run
-from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, maker_of, node_of, recipe, wanted_stages
+from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, check_redo, missing_inputs, to_run
+from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, node_of, recipe, wanted_stages
 from rlhf_ray.run_state import RunDir
 
 TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
@@ -254,7 +254,8 @@ def check_needs(config: Config, out: Path, nodes: Sequence[Node], wanted: Sequen
     """What each wanted stage works on is given, made by a stage before it, or in the run directory; returns those of
     the nodes that will run.
     """
-    running = to_run(Ledger(config, nodes, RunDir(out)).entries(), wanted)
+    run = RunDir(out)
+    running = to_run(Ledger(config, nodes, run).entries(), wanted)
     names = {entry.node.name for entry in running}
     own_language = [name for name in ("corpus", "demonstrations") if name in given_outputs(config)]
     # Testbed prompts would ask a model trained on other texts about a world it has never read of.
@@ -269,23 +270,10 @@ def check_needs(config: Config, out: Path, nodes: Sequence[Node], wanted: Sequen
         sources = entry.node.inputs
         absent = [n for n in entry.missing if not (isinstance(made := sources[n], Made) and made.node in names)]
         if absent:
-            raise UserError(_missing_inputs(entry.node.name, absent, out))
+            raise UserError(missing_inputs(entry, run, absent))
         if problem := cannot_go_on(entry):
             raise UserError(problem)
     return running
-
-
-def _missing_inputs(node: str, missing: Sequence[str], out: Path) -> str:
-    # The model that answers in a place of `pairs.models` is a chat model.
-    missing = list(dict.fromkeys("chat" if name.startswith("model.") else name for name in missing))
-    makers = list(dict.fromkeys(maker_of(name) for name in missing))
-    others = [maker for maker in makers if list((out / "steps").glob(f"{maker}-*/step.json"))]
-    stale = f" (what {' and '.join(others)} left in {out} was made under other settings)" if others else ""
-    keys = _keys([name for name in missing if field_of(name)])
-    return (
-        f"{node} needs {', '.join(missing)}, which neither the config names nor {out} holds{stale}; "
-        f"run {', '.join(makers)} first" + (f", or set {keys}" if keys else "")
-    )
 
 
 def _keys(names: Sequence[str]) -> str:

@@ -274,14 +274,21 @@ def cannot_go_on(entry: Entry) -> str:
     return ""
 
 
-def missing_inputs(entry: Entry) -> str:
-    """What a node that cannot run is told by."""
-    sources = [entry.node.inputs[name] for name in entry.missing]
-    makers = list(dict.fromkeys(source.node for source in sources if isinstance(source, Made)))
-    lost = [f"{source.field}={source.path}: is not there" for source in sources if isinstance(source, Given)]
-    fields = [field for source in sources if isinstance(source, Made) and (field := field_of(source.output))]
-    first = f"run {', '.join(makers)} first" + (f", or set {', '.join(dict.fromkeys(fields))}" if fields else "")
-    return f"{entry.node.name} needs {', '.join(entry.missing)}; {'; '.join([first] * bool(makers) + lost)}"
+def missing_inputs(entry: Entry, run: RunDir, names: Sequence[str] = ()) -> str:
+    """What a node that cannot run is told by; `names` are of the inputs that it lacks, by default all missing ones."""
+    lacking = {name: entry.node.inputs[name] for name in names or entry.missing}
+    made = [source for source in lacking.values() if isinstance(source, Made)]
+    lost = [f"{s.field}={s.path}: is not there" for s in lacking.values() if isinstance(s, Given)]
+    if not made:
+        return f"{entry.node.name} needs {', '.join(lacking)}; {'; '.join(lost)}"
+    makers = list(dict.fromkeys(source.node.partition("@")[0] for source in made))
+    others = [maker for maker in makers if any(run.steps.glob(f"{maker}-*/step.json"))]
+    stale = f" (what {' and '.join(others)} left in {run.path} was made under other settings)" if others else ""
+    fields = dict.fromkeys(field for source in made if (field := field_of(source.output)))
+    remedy = f"run {', '.join(makers)} first" + (f", or set {', '.join(fields)}" if fields else "")
+    outputs = ", ".join(dict.fromkeys(source.output for source in made))
+    none = f"{entry.node.name} needs {outputs}, which neither the config names nor {run.path} holds{stale}"
+    return "; ".join([none, remedy, *lost])
 
 
 def droppable(entries: Sequence[Entry], keep: Sequence[str]) -> list[Artefact]:

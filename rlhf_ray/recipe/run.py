@@ -113,7 +113,7 @@ def run_node(context: Context, entry: Entry) -> None:
     """
     name, stage, step = entry.node.name, entry.node.stage, entry.step
     if step is None:
-        raise MissingInputError(missing_inputs(entry))
+        raise MissingInputError(missing_inputs(entry, context.run))
     if problem := cannot_go_on(entry):
         raise UserError(problem)
     tell_start(entry)
