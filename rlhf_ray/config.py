@@ -35,8 +35,8 @@ Length = Annotated[T, LENGTH]
 """A field that says how far training goes: a run goes on from where a shorter one ended."""
 ByContent = Annotated[T, CONTENT]
 """A field that names files, which stand in keys by what they hold."""
-OWN_MODELS = ("SFT", "PPO")
-"""How the evaluation names the run's own models."""
+VERSION_SECTIONS = ("pairs", "label", "reward", "rejection_sampling", "select", "sft", "ppo")
+"""Sections of which a version may have settings of its own."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -48,9 +48,17 @@ Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
 NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
+Method = Literal["rejection-sampling", "ppo"]
+Methods = Annotated[tuple[Method, ...], Strict(False), Field(min_length=1)]
 Keepable = Literal["base", "previous", "chat", "helpfulness", "safety", "last", "states"]
 Kept = Annotated[tuple[Keepable, ...], Strict(False)]
 Temperature = Annotated[float, AfterValidator(sampling_temperature)]
+SamplingTemperatures = Annotated[
+    tuple[Annotated[float, Field(ge=0.01, le=2.0)], ...],
+    Strict(False),
+    Field(min_length=1),
+    AfterValidator(lambda values: all_different(values)),
+]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 
 
@@ -200,6 +208,9 @@ class DataSection(Section):
     """Pairs of answers to be labelled, in place of what `pairs` would make."""
     comparisons: FilePath | None = None
     """Human comparisons for the reward models, in place of what `label` would make."""
+    selections: FilePath | None = None
+    """Chosen answers with their token ids that `sft` learns beside the demonstrations, in place of what `select` would
+    make."""
     comparisons_held_out: FilePath | None = None
     """Comparisons to measure accuracy on; none keeps a share of `comparisons` (`reward.held_out`)."""
     prompts_train: FilePath | None = None
@@ -319,6 +330,9 @@ class SFTSection(Section):
     """Passes over the demonstrations; the model after each is kept as a version."""
     held_out: HeldOut = 0.02
     """Share of demonstrations kept for the held-out loss."""
+    demonstration_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of demonstrations among the dialogues where answers chosen by rejection sampling are learnt beside them; 0
+    learns those alone. The paper does not say whether there were any."""
     save_every: Execution[PositiveInt] = 500
     """Steps between resumable checkpoints."""
 
@@ -333,6 +347,8 @@ class PairsSection(Section):
     """Who answers: "newest" (the chat model), "previous" (an SFT epoch earlier) or directories."""
     temperatures: Temperatures = (0.7, 1.0, 1.2)
     """Sampling temperatures, drawn per answer."""
+    num_prompts: PositiveInt | None = None
+    """Annotation prompts of a week, each week the next ones of the table in a drawn order; none for all, every week."""
     pairs_per_prompt: PositiveInt = 1
     """Pairs per annotation prompt."""
     max_new_tokens: PositiveInt = 512
@@ -370,6 +386,42 @@ class RewardSection(Section):
     """Tokens of dialogue and answer; longer pairs are an error, never cut in silence."""
     save_every: Execution[PositiveInt] = 500
     """Steps between resumable checkpoints."""
+
+
+class RejectionSamplingSection(Section):
+    """Rejection sampling (§3.2.3): the best of K answers, by the reward models, is what the next version learns.
+
+    K, the number of prompts and how many answers of a prompt are learnt, the paper does not say.
+    """
+
+    teacher: ByContent[FilePath | None] = None
+    """A checkpoint that samples in place of the newest model: the paper fine-tunes smaller models on the answers of
+    the largest."""
+    samples_per_prompt: Annotated[int, Field(ge=1, le=100)] = 20
+    """K."""
+    num_prompts: PositiveInt | None = None
+    """Prompts of a round, each round the next ones of `prompts_train` in a drawn order; none for all."""
+    temperatures: SamplingTemperatures = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
+    """Tried on held-out prompts in each round, for the best shifts (Figure 8); a single one is taken as it is."""
+    sweep_prompts: PositiveInt = 100
+    """Held-out prompts for that."""
+    sweep_samples: Annotated[int, Field(ge=1, le=100)] = 10
+    """Answers to each of them at each temperature."""
+    max_new_tokens: PositiveInt = 512
+    """Length limit of an answer, tokens."""
+    group_size: Execution[PositiveInt] = 256
+    """Prompts that are sampled, scored and written together; a run that is stopped goes on behind the last group."""
+    micro_batch_tokens: Execution[PositiveInt] = 16_384
+    """Padded tokens a rank passes through a reward model at once."""
+
+
+class SelectSection(Section):
+    """Which samples are learnt."""
+
+    per_prompt: PositiveInt = 1
+    """The best so many answers of a prompt."""
+    choice: Literal["best", "random"] = "best"
+    """"random" is the control: as many, whatever their scores."""
 
 
 class PPOSection(Section):
@@ -437,12 +489,47 @@ class EvaluateSection(Section):
     temperatures: Annotated[Temperatures, AfterValidator(all_different)] = (1.0, 0.0)
     """Sampling temperatures, each with its rows of the table; 0 is greedy. PPO sharpens a policy, and a lower
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
+    own_temperatures: SamplingTemperatures | None = None
+    """Each model is sampled at the best of these for itself as well, chosen on `prompts_early_stop` by its reward."""
     controls: ByContent[dict[str, FilePath]] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
     """Padded tokens a rank passes through a model at once."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
+
+
+class VersionSection(Section):
+    """One version of the chat model (§3.2.3)."""
+
+    methods: Methods = ("rejection-sampling",)
+    """How it is made, in this order."""
+    start: Literal["base", "chat", "newest"] = "base"
+    """What is fine-tuned on the selections: the base model, as the paper does, the SFT model or the version before."""
+    pool: Literal["last", "all"] = "last"
+    """Samples that are chosen from: this round's, or those of all rounds so far, scored anew."""
+    comparisons: FilePath | None = None
+    """A table of people's comparisons of this week's pairs; the version waits until it is there. None has the simulated
+    annotator compare them."""
+    settings: dict[str, Any] = {}
+    """Dotted settings that have another value for this version, such as "rejection_sampling.samples_per_prompt"."""
+
+
+class RoundsSection(Section):
+    """Versions of the chat model, each after a week of comparisons that renews both reward models (§3.2)."""
+
+    versions: Annotated[tuple[VersionSection, ...], Strict(False), Field(min_length=1)] = (
+        VersionSection(),
+        VersionSection(),
+        VersionSection(),
+        VersionSection(pool="all"),
+        VersionSection(methods=("rejection-sampling", "ppo"), pool="all"),
+    )
+    """V1, V2, ...; by default the paper's: answers of the last round alone made it forget skills, so from V4 on it
+    chooses among those of all rounds, and PPO follows on the last."""
+    referee: bool = True
+    """Whether one more reward model is trained apart, on comparisons that no other sees, and judges all versions at the
+    end. Where people compare, it is not."""
 
 
 class Config(Section):
@@ -461,8 +548,12 @@ class Config(Section):
     pairs: PairsSection = PairsSection()
     label: LabelSection = LabelSection()
     reward: RewardSection = RewardSection()
+    rejection_sampling: RejectionSamplingSection = RejectionSamplingSection()
+    select: SelectSection = SelectSection()
     ppo: PPOSection = PPOSection()
     evaluate: EvaluateSection = EvaluateSection()
+    rounds: RoundsSection | None = None
+    """None makes one version, by PPO on the SFT model."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Config:
@@ -512,13 +603,41 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         UserError: as `load_config`.
     """
     try:
-        return Config.model_validate(with_todays_names(raw, source=source))
+        config = Config.model_validate(with_todays_names(raw, source=source))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(key_path(first))
         from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
+    check_rounds(config, source=source)
+    return config
+
+
+def check_rounds(config: Config, *, source: str) -> None:
+    """What versions have of their own are settings of stages, and nothing given stands for what each of them makes.
+
+    Raises:
+        UserError: not so.
+    """
+    if config.rounds is None:
+        return
+    for place, version in enumerate(config.rounds.versions):
+        field = f"rounds.versions[{place}].settings"
+        for key in version.settings:
+            if key.partition(".")[0] not in VERSION_SECTIONS:
+                known = ", ".join(VERSION_SECTIONS)
+                raise UserError(f"{source}: {field} has {key}, which is the same in all versions; it may have {known}")
+        try:
+            config_with(config, version.settings)
+        except ValidationError as error:
+            raise UserError(f"{source}: {field}: {explain(error.errors()[0], Config())}") from error
+    for name in ("pairs", "selections"):
+        if getattr(config.data, name) is not None:
+            raise UserError(
+                f"{source}: data.{name} is for a single stage, and every version of [rounds] makes its own; leave one "
+                "of the two out"
+            )
 
 
 def settings_of(config: Config, fields: Sequence[str], *, marks: Collection[str]) -> dict[str, Any]:
@@ -554,7 +673,7 @@ def config_with(config: Config, settings: Mapping[str, object]) -> Config:
         *tables, name = key.split(".")
         table = raw
         for part in tables:
-            table = table[part]
+            table = table.setdefault(part, {})
         table[name] = value
     return Config.model_validate(raw)
 

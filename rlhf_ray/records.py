@@ -87,6 +87,18 @@ class Rollouts:
         return (self.response_mask * positions).amax(dim=1)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    tokens: list[int]
+    """Sampled token ids, the one that ended the answer included."""
+    logprobs: list[float]
+    """Log-prob of each token at the sampling temperature."""
+    finished: bool
+    """False where the length limit cut the answer off."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experience:
     """Rollouts with all that the policy and value updates need."""
@@ -182,5 +194,35 @@ def select_rows(experiences: Sequence[Experience], rows: Sequence[int]) -> Exper
         weights=padded("weights"),
         lengths=lengths,
         policy_version=version,
+        num_ids=num_ids,
+    )
+
+
+def to_rollouts(
+    prompts: PromptBatch,
+    completions: Sequence[Completion],
+    *,
+    policy_version: WeightVersion,
+    num_ids: int | None = None,
+) -> Rollouts:
+    """Token ids that were given, and what followed them, as one right-padded record."""
+    rows = [prompt + completion.tokens for prompt, completion in zip(prompts.tokens, completions, strict=True)]
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    logprobs = torch.zeros(len(rows), longest)
+    for i, (prompt, completion) in enumerate(zip(prompts.tokens, completions, strict=True)):
+        tokens[i, : len(rows[i])] = torch.tensor(rows[i])
+        mask[i, len(prompt) : len(rows[i])] = True
+        logprobs[i, len(prompt) : len(rows[i])] = torch.tensor(completion.logprobs)
+    return Rollouts(
+        tokens=tokens,
+        response_mask=mask,
+        rollout_logprobs=logprobs,
+        finished=torch.tensor([completion.finished for completion in completions]),
+        is_safety=torch.tensor(prompts.is_safety),
+        prompt_ids=prompts.ids,
+        messages=prompts.messages,
+        policy_version=policy_version,
         num_ids=num_ids,
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rlhf_ray.config import Config, config_with
 from rlhf_ray.recipe.ledger import Entry, Ledger
-from rlhf_ray.recipe.stages import Node, recipe
+from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.stages import Node
 from rlhf_ray.run_state import RunDir
 
 SETTLED = {"run.device": "cpu", "run.precision": "fp32", "cluster.address": "local"}

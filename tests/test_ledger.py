@@ -20,7 +20,8 @@ from rlhf_ray.recipe.ledger import (
     to_run,
     why,
 )
-from rlhf_ray.recipe.stages import STAGES, Given, Node, recipe
+from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.stages import STAGES, Given, Node
 from rlhf_ray.run_state import RunDir
 
 OTHERS = (True, False, 1, 2, 3, 0.3, 0.5, "tiny", "fp32", "bf16", "cosine", "constant", "none", "large", "k2")

@@ -66,7 +66,9 @@ def test_a_corpus_is_every_document_between_bos_and_eos(tmp_path, tokenizer_dire
 
 def test_dialogues_are_learnt_on_answers_only(tmp_path, tokenizer_directory):
     rows = dialogues(40)
-    data = dialogue_rows(write_rows(tmp_path / "d", "demonstrations", rows), tokenizer_directory, 64, 0.25)
+    data = dialogue_rows(
+        {"demonstrations": write_rows(tmp_path / "d", "demonstrations", rows)}, tokenizer_directory, 64, 0.25
+    )
     tokenizer = load_tokenizer(tokenizer_directory)
     answer_tokens = sum(sum(encode_dialogue(tokenizer, row["messages"])[1]) for row in rows)
     everything = [(part, list(range(len(part)))) for part in (data.train, data.held_out)]
@@ -82,7 +84,9 @@ def test_turns_that_are_not_learnt_and_answers_that_were_cut_off(tmp_path, token
     changed = [{**row, "learnt": [False, True], "finished": False} for row in rows]
     tokenizer, targets, tokens = load_tokenizer(tokenizer_directory), [], []
     for name, table in (("all", rows), ("some", changed)):
-        data = dialogue_rows(write_rows(tmp_path / name, "demonstrations", table), tokenizer_directory, 64, 0.25)
+        data = dialogue_rows(
+            {"demonstrations": write_rows(tmp_path / name, "demonstrations", table)}, tokenizer_directory, 64, 0.25
+        )
         parts = [(part, list(range(len(part)))) for part in (data.train, data.held_out)]
         targets.append(sum(part.num_targets(numbers) for part, numbers in parts))
         tokens.append(sum(part.num_tokens(numbers) for part, numbers in parts))
@@ -92,7 +96,9 @@ def test_turns_that_are_not_learnt_and_answers_that_were_cut_off(tmp_path, token
 
 
 def test_selected_rows_are_cut_to_the_longest(tmp_path, tokenizer_directory):
-    data = dialogue_rows(write_rows(tmp_path / "d", "demonstrations", dialogues(40)), tokenizer_directory, 500, 0.25)
+    data = dialogue_rows(
+        {"demonstrations": write_rows(tmp_path / "d", "demonstrations", dialogues(40))}, tokenizer_directory, 500, 0.25
+    )
     batch = data.held_out.select([0], "cpu")
     assert batch.tokens.shape[1] == data.held_out.num_tokens([0]) < 500
 
@@ -102,7 +108,7 @@ def test_a_dialogue_that_is_too_long_is_named_by_its_row_in_the_file(tmp_path, t
     rows[17]["messages"][0]["content"] = "fish " * 60
     path = write_rows(tmp_path / "d", "demonstrations", rows)
     with pytest.raises(UserError, match=r"d row 17: the dialogue has \d+ tokens, sft.seq_len=64 is the limit"):
-        dialogue_rows(path, tokenizer_directory, 64, 0.25)
+        dialogue_rows({"demonstrations": path}, tokenizer_directory, 64, 0.25)
 
 
 @pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 4), (3, 4), (2, 64)])
@@ -110,7 +116,7 @@ def test_a_pass_trains_on_every_row_once_in_equally_many_micro_batches_a_rank(
     tmp_path, tokenizer_directory, num_ranks, batch_size
 ):
     path = write_rows(tmp_path / "d", "demonstrations", dialogues(40))
-    data = dialogue_rows(path, tokenizer_directory, 32, 0.3)
+    data = dialogue_rows({"demonstrations": path}, tokenizer_directory, 32, 0.3)
     assert len(data.train) % 4  # the last step of a pass has fewer
     steps, seen = -(-len(data.train) // batch_size), []
     for step in range(steps):
@@ -128,7 +134,7 @@ def test_a_pass_trains_on_every_row_once_in_equally_many_micro_batches_a_rank(
 
 def test_an_empty_selection_has_nothing_to_learn(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "d", "demonstrations", dialogues(40))
-    rows = dialogue_rows(path, tokenizer_directory, 32, 0.3).train
+    rows = dialogue_rows({"demonstrations": path}, tokenizer_directory, 32, 0.3).train
     nothing = rows.select([], "cpu")
     assert nothing.tokens.shape[0] == 1 and not nothing.target_mask.any()
     assert rows.select([0], "cpu").target_mask.any()

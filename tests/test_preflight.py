@@ -20,7 +20,7 @@ from rlhf_ray.preflight import run as preflight
 from rlhf_ray.preflight.run import SMALLEST_VOCABULARY, check_run, check_submission
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.ledger import Ledger
-from rlhf_ray.recipe.stages import recipe
+from rlhf_ray.recipe.rounds import recipe
 from rlhf_ray.recipe.tokenizer import train_tokenizer
 from rlhf_ray.run_state import RunDir
 

@@ -92,7 +92,7 @@ def test_broken_rows_are_named(tokenizer):
 
 def test_all_own_rows_once_and_the_share_of_the_others(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(60, 60))
-    data = reward_pairs(path, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
+    data = reward_pairs({"": path}, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
     drawn = Counter(data.train.guidelines[row] for row in data.order[0])
     own = [row for row in range(len(data.train)) if data.train.guidelines[row] == "safety"]
     assert sorted(row for row in data.order[0] if data.train.guidelines[row] == "safety") == own
@@ -116,7 +116,7 @@ def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(30, 0))
     shares = {"helpfulness": 1.0, "safety": 0.0}
     worker = RewardWorker("helpfulness", 0, 1)
-    worker._data = data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
+    worker._data = data = reward_pairs({"": path}, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
     assert len(data.train) % 4 and len(data.train) > 10  # a last step of an epoch has fewer
     steps = []
     engine: Any = SimpleNamespace(step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
@@ -133,7 +133,7 @@ def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory
 def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):
     rows = [comparison(n, messages=comparison(n % 20)["messages"]) for n in range(80)]
     path = write_rows(tmp_path / "c", "comparisons", rows)
-    data = reward_pairs(path, tokenizer_directory, shares={"helpfulness": 1.0, "safety": 0.0}, **OPTIONS)
+    data = reward_pairs({"": path}, tokenizer_directory, shares={"helpfulness": 1.0, "safety": 0.0}, **OPTIONS)
     # Each prompt has four rows, so that both parts are whole fours.
     assert len(data.train) % 4 == 0 and len(data.held_out) % 4 == 0
     assert data.sizes() == {"train": len(data.order[0]), "held_out": len(data.held_out)}
@@ -143,10 +143,10 @@ def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):
 
 def test_a_missing_guideline_is_made_up_for_by_the_other(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(40, 0))
-    data = reward_pairs(path, tokenizer_directory, shares={"helpfulness": 0.5, "safety": 0.5}, **OPTIONS)
+    data = reward_pairs({"": path}, tokenizer_directory, shares={"helpfulness": 0.5, "safety": 0.5}, **OPTIONS)
     assert sorted(data.order[0]) == list(range(len(data.train)))
     with pytest.raises(UserError, match=r"0 safety comparisons to train on"):
-        reward_pairs(path, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
+        reward_pairs({"": path}, tokenizer_directory, shares={"safety": 0.9, "helpfulness": 0.1}, **OPTIONS)
 
 
 def test_tensors_are_of_the_stated_types(tokenizer):
@@ -159,7 +159,7 @@ def test_a_table_of_its_own_is_held_out_whole(tokenizer_directory, tmp_path):
     path = write_rows(tmp_path / "c.parquet", "comparisons", mixed_rows(20, 5))
     rest = write_rows(tmp_path / "h.parquet", "comparisons", mixed_rows(3, 4))
     shares = {"helpfulness": 1.0, "safety": 0.0}
-    data = reward_pairs(path, tokenizer_directory, shares=shares, **{**OPTIONS, "held_out": rest})
+    data = reward_pairs({"": path}, tokenizer_directory, shares=shares, **{**OPTIONS, "held_out": rest})
     assert (len(data.train), len(data.held_out), sorted(data.order[0])) == (25, 7, list(range(20)))
 
 

@@ -36,7 +36,6 @@ from cluster.worker_group import WorkerGroup
 from model.checkpoint import save_checkpoint
 from model.checkpoint_files import expected_shapes
 from model.config import PRESETS
-from rlhf_ray.backends.vllm import Completion
 from rlhf_ray.config import Config, config_with
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.schemas import SAFETY_BINS, SCHEMAS, STRENGTHS, write_table
@@ -44,7 +43,7 @@ from rlhf_ray.metrics import read_metrics
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.run import runner
 from rlhf_ray.recipe.stages import STAGES, Artefact
-from rlhf_ray.records import Experience, WeightVersion
+from rlhf_ray.records import Completion, Experience, WeightVersion
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers import rollout
 from rlhf_ray.workers.roles import WORKER_CLASSES, Roles

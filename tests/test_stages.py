@@ -5,7 +5,8 @@ import inspect
 import pytest
 
 from rlhf_ray.config import CONTENT, EXECUTION, LENGTH, Config, RolesSection, TrainRole, config_with, settings_of
-from rlhf_ray.recipe.stages import MODELS, STAGES, Given, Made, field_of, maker_of, node_of, recipe
+from rlhf_ray.recipe.rounds import node_of, recipe
+from rlhf_ray.recipe.stages import MODELS, STAGES, Given, Made, field_of, maker_of
 from rlhf_ray.run_state import digest
 
 

@@ -7,7 +7,6 @@ and what they are given is pickled.
 import os
 import resource
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +16,11 @@ from model.checkpoint_files import expected_shapes
 from model.checkpoint_redundant import EMBEDDING, LM_HEAD
 from model.config import ModelConfig
 from rlhf_ray.backends.engine_limits import GIB, kv_cache_bytes
-from rlhf_ray.records import WeightBucket
+from rlhf_ray.records import Completion, WeightBucket
 
 _MANY_SEQUENCES = 4096
 """From here on vLLM's default of tokens a step may be less than one for each sequence, which it refuses."""
 _TOKENS_A_STEP = 16_384
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer."""
-
-    tokens: list[int]
-    """Sampled token ids, the one that ended the answer included."""
-    logprobs: list[float]
-    """Log-prob of each token at the sampling temperature."""
-    finished: bool
-    """False where the length limit cut the answer off."""
 
 
 class Engine:

@@ -19,7 +19,8 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
 from rlhf_ray.preflight.memory import model_shape
 from rlhf_ray.recipe.ledger import Entry, Ledger, length_of, to_run, why
-from rlhf_ray.recipe.stages import MODELS, Given, Source, recipe, wanted_stages
+from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.stages import MODELS, Given, Source, wanted_stages
 from rlhf_ray.run_state import RunDir, drop_state, source_hash
 
 STATE_BYTES = 12

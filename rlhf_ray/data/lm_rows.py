@@ -1,15 +1,17 @@
 """Packed rows for next-token training, from a corpus or from dialogues, with a held-out part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rlhf_ray.data.chat import encode_dialogue, load_tokenizer
+from rlhf_ray.data.chat import encode_dialogue, encode_prompt, load_tokenizer
 from rlhf_ray.data.packing import Packed, pack, pack_stream
-from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, read_table
-from rlhf_ray.data.shares import split_held_out
+from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, SAMPLES, read_table
+from rlhf_ray.data.shares import hash_share, split_held_out
 from rlhf_ray.errors import RowErrors, UserError
 
 
@@ -80,26 +82,65 @@ def corpus_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: flo
     return LMData(LMRows(pack_stream(train, seq_len=seq_len)), LMRows(pack_stream(rest, seq_len=seq_len)))
 
 
-def dialogue_rows(path: str, tokenizer_directory: str, seq_len: int, held_out: float) -> LMData:
-    """A demonstrations table as packed rows, with loss on the tokens of answers that are learnt.
+Example = tuple[list[int], list[bool]]
+"""Tokens of a dialogue, and which of them are learnt."""
 
+
+def dialogue_rows(
+    tables: Mapping[str, str], tokenizer_directory: str, seq_len: int, held_out: float, demonstration_share: float = 0.0
+) -> LMData:
+    """Dialogues as packed rows, with loss on the tokens of answers that are learnt.
+
+    Args:
+        tables: of "demonstrations", of "selections" (samples, learnt by their token ids), or both.
+        demonstration_share: share of demonstrations among the dialogues where there are both, as far as they suffice.
     Raises:
         UserError: a dialogue is longer than `seq_len` or cannot be encoded, or a part is empty.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    rows = read_table(path, DEMONSTRATIONS, columns=["messages", "finished", "learnt"]).to_pylist()
+    selected = _read(tables, "selections", SAMPLES, ["messages", "tokens", "text"])
+    shown = _read(tables, "demonstrations", DEMONSTRATIONS, ["messages", "finished", "learnt"])
+    if selected:
+        wanted = round(len(selected) * demonstration_share / (1 - demonstration_share))
+        shown = sorted(shown, key=lambda row: hash_share(f"mix {row['messages']}"))[:wanted]
+    encoded = _encode(
+        shown,
+        tables.get("demonstrations", ""),
+        lambda row: encode_dialogue(
+            tokenizer, row["messages"], learnt=row["learnt"], finished=row["finished"] is not False
+        ),
+        seq_len,
+    )
+    encoded += _encode(selected, tables.get("selections", ""), lambda row: _as_sampled(tokenizer, row), seq_len)
+    texts = [str(row["messages"]) for row in shown]
+    texts += [str([*row["messages"], {"role": "assistant", "content": row["text"]}]) for row in selected]
+    train, rest = split_held_out(encoded, texts, held_out, " and ".join(tables.values()))
+    return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
+
+
+def _read(tables: Mapping[str, str], kind: str, schema: pa.Schema, columns: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(tables[kind], schema, columns=columns).to_pylist() if kind in tables else []
+    return rows
+
+
+def _encode(
+    rows: Sequence[dict[str, Any]], path: str, encode: Callable[[dict[str, Any]], Example], seq_len: int
+) -> list[Example]:
     examples, errors = [], RowErrors(path)
     for number, row in enumerate(rows):
         with errors.of(f"row {number}"):
-            tokens, mask = encode_dialogue(
-                tokenizer, row["messages"], learnt=row["learnt"], finished=row["finished"] is not False
-            )
-            if len(tokens) > seq_len:
+            example = encode(row)
+            if len(example[0]) > seq_len:
                 raise UserError(
-                    f"the dialogue has {len(tokens)} tokens, sft.seq_len={seq_len} is the limit; raise it or shorten "
-                    "the row"
+                    f"the dialogue has {len(example[0])} tokens, sft.seq_len={seq_len} is the limit; raise it or "
+                    "shorten the row"
                 )
-            examples.append((tokens, mask))
+            examples.append(example)
     errors.raise_any()
-    train, rest = split_held_out(examples, [str(row["messages"]) for row in rows], held_out, path)
-    return LMData(LMRows(pack(train, seq_len=seq_len)), LMRows(pack(rest, seq_len=seq_len)))
+    return examples
+
+
+def _as_sampled(tokenizer: Any, row: Mapping[str, Any]) -> Example:
+    """The answer's own tokens: one that was cut off gains no EOS."""
+    prompt = encode_prompt(tokenizer, row["messages"])
+    return prompt + row["tokens"], [False] * len(prompt) + [True] * len(row["tokens"])

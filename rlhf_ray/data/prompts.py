@@ -1,5 +1,6 @@
 """Prompts as token ids, ready for an engine."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
         tokens=tuple(tokens),
         messages=tuple(dialogues),
         is_safety=tuple(table["is_safety"].to_pylist()),
+    )
+
+
+def as_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> PromptBatch:
+    """The prompts of rows that hold more, such as samples."""
+    return PromptBatch(
+        ids=tuple(row["prompt_id"] for row in rows),
+        tokens=tuple(encode_prompt(tokenizer, row["messages"]) for row in rows),
+        messages=tuple(row["messages"] for row in rows),
+        is_safety=tuple(row["is_safety"] for row in rows),
     )
 
 

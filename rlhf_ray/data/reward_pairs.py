@@ -11,7 +11,7 @@ from rlhf_ray.algo.ranking import safety_labels, strength_margin
 from rlhf_ray.data.batching import mixture_rows
 from rlhf_ray.data.chat import encode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.schemas import COMPARISONS, read_table
-from rlhf_ray.data.shares import check_mix, split_comparisons
+from rlhf_ray.data.shares import Rows, check_mix, split_comparisons
 from rlhf_ray.errors import RowErrors, UserError
 
 
@@ -54,6 +54,7 @@ class Pairs:
                 row has no strength.
         """
         self.guidelines = [row["guideline"] for row in rows]
+        self._weeks = [row.get("week", "") for row in rows]
         self._strengths = [row["strength"] for row in rows]
         self._sides: list[tuple[list[int], list[int]]] = []
         errors = RowErrors(path)
@@ -93,8 +94,8 @@ class Pairs:
 
     def groups(self, row: int) -> list[str]:
         """The accuracy groups the pair counts in."""
-        guideline, strength = self.guidelines[row], self._strengths[row]
-        return ["all", guideline] + ([f"{guideline}/{strength}"] if strength else [])
+        guideline, strength, week = self.guidelines[row], self._strengths[row], self._weeks[row]
+        return ["all", guideline, *(f"{guideline}/{part}" for part in (strength, week) if part)]
 
     def select(self, rows: Sequence[int], device: str) -> PairBatch:
         """The pairs as tensors; an empty selection gives one pair under a False mask."""
@@ -132,7 +133,7 @@ class RewardData:
 
 
 def reward_pairs(
-    path: str,
+    tables: Mapping[str, str],
     tokenizer_directory: str,
     *,
     model: str,
@@ -143,17 +144,18 @@ def reward_pairs(
     max_length: int,
     seed: int,
 ) -> RewardData:
-    """Reads a comparisons table, holds out by prompt (a share, or a table of its own), and mixes guidelines by share.
+    """Reads tables of comparisons, holds out by prompt (a share, or a table of its own), and mixes guidelines by share.
 
     The guideline with the largest share gives all its rows once an epoch; the other is drawn to fill its share, and
     repeated where it has too few (§3.2.2: all of one's own data, and a part of the other's).
 
+    Args:
+        tables: by the name of their week, "" for one that is of none.
     Raises:
         UserError: a part is empty, a row is too long, or a margin is asked for without strengths.
     """
-    tokenizer = load_tokenizer(tokenizer_directory)
-    elsewhere = read_table(held_out, COMPARISONS).to_pylist() if isinstance(held_out, str) else held_out
-    kept, rest = split_comparisons(read_table(path, COMPARISONS).to_pylist(), elsewhere)
+    tokenizer, path = load_tokenizer(tokenizer_directory), " and ".join(tables.values())
+    kept, rest = read_comparisons(tables, held_out)
     check_mix(model, shares, kept, rest, path)
     by_guideline = {name: [i for i, row in enumerate(kept) if row["guideline"] == name] for name in shares}
     main = max(shares, key=lambda name: shares[name])
@@ -166,3 +168,19 @@ def reward_pairs(
         names = list(used)
         order.append([by_guideline[names[source]][row] for source, row in mix])
     return RewardData(Pairs(kept, tokenizer, **options), order, Pairs(rest, tokenizer, **options))
+
+
+def held_out_pairs(
+    tables: Mapping[str, str], tokenizer_directory: str, *, held_out: float | str, max_length: int
+) -> RewardData:
+    """The held-out comparisons alone, of all weeks; see `reward_pairs`."""
+    options: dict[str, Any] = {"margin": "none", "max_length": max_length, "path": " and ".join(tables.values())}
+    tokenizer, rest = load_tokenizer(tokenizer_directory), read_comparisons(tables, held_out)[1]
+    return RewardData(Pairs([], tokenizer, **options), [], Pairs(rest, tokenizer, **options))
+
+
+def read_comparisons(tables: Mapping[str, str], held_out: float | str) -> tuple[Rows, Rows]:
+    """(train, held out) rows of all weeks, each with its "week"."""
+    rows = [{**r, "week": week} for week, path in tables.items() for r in read_table(path, COMPARISONS).to_pylist()]
+    elsewhere = read_table(held_out, COMPARISONS).to_pylist() if isinstance(held_out, str) else held_out
+    return split_comparisons(rows, elsewhere)

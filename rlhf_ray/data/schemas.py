@@ -196,6 +196,22 @@ def read_table(path: str | Path, schema: pa.Schema, *, columns: Sequence[str] | 
     return pa.table(found, schema=wanted)
 
 
+def read_groups(path: str | Path, schema: pa.Schema, *, rows: int = 1024) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a table that `write_table` wrote, so many at a time: memory does not grow with the table."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(rows, columns=schema.names):
+            yield batch.to_pylist()
+
+
+def join_tables(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+    """Puts tables that `write_table` wrote one behind the other, one in memory at a time."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part, schema=schema))
+    temporary.replace(path)
+
+
 def unused_columns(path: str | Path, schema: pa.Schema) -> list[str]:
     """Columns of a Parquet file, and fields of its messages, that the schema has no place for."""
     found = pq.read_schema(path)

@@ -1,6 +1,7 @@
 """Which rows are held out, and which comparisons a reward model learns from. Needs no torch: preflight asks too."""
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,20 @@ def split_held_out(items: Sequence[T], texts: Sequence[str], share: float, path:
             f"held_out={share:g}; give more rows or another share"
         )
     return train, rest
+
+
+def part_of_round(total: int, wanted: int | None, *, number: int, seed: int) -> list[int]:
+    """Rows of a table that a round works on: each round takes the next ones in a drawn order, from the start again at
+    its end.
+
+    Args:
+        wanted: rows of a round; all of them, in the table's order, where it is None or more than there are.
+        number: of the round, from 0.
+    """
+    if wanted is None or wanted >= total:
+        return list(range(total))
+    order = random.Random(f"{seed} rounds").sample(range(total), total)
+    return [order[(number * wanted + place) % total] for place in range(wanted)]
 
 
 def mix(name: str, section: RewardSection) -> dict[str, float]:

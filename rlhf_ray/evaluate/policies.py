@@ -1,4 +1,4 @@
-"""The final comparison: the chat model and the PPO policy on prompts that nothing else has seen."""
+"""The final comparison: all versions of the chat model on prompts that nothing else has seen."""
 
 import json
 import math
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.worker_group import collect
-from rlhf_ray.config import OWN_MODELS
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
 from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
 from rlhf_ray.metrics import console
@@ -100,18 +99,15 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
 
 
 def compared_models(inputs: Mapping[str, Artefact]) -> dict[str, Path]:
-    """Label -> checkpoint: the chat model, the policy, and the controls that the config names.
+    """Label -> checkpoint, of the run's own models and the controls that the config names.
 
     Raises:
-        UserError: a control has another shape than the chat model.
+        UserError: one has another shape than the SFT model.
     """
-    chat = inputs["chat"].path
-    models = dict(zip(OWN_MODELS, (chat, inputs["policy"].path), strict=True))
-    for name, control in inputs.items():
-        if name.startswith("control."):
-            check_swappable(f"evaluate.{name.replace('control', 'controls', 1)}", control.path, chat)
-            models[name.partition(".")[2]] = control.path
-    return models
+    models = {name.partition(".")[2]: inputs[name] for name in inputs if name.startswith("model.")}
+    for model in models.values():
+        check_swappable(model.maker, model.path, inputs["chat"].path)
+    return {label: model.path for label, model in models.items()}
 
 
 def answer_row(prompt: dict[str, Any], label: str, answer: Answer) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.machine import on_device
 from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.planning.memory import largest_matrix, scoring_memory, training_memory, training_work
-from rlhf_ray.recipe.stages import STAGES, node_of
+from rlhf_ray.recipe.rounds import node_of
+from rlhf_ray.recipe.stages import STAGES
 
 TRAINING = tuple(stage.name for stage in STAGES.values() if stage.trains)
 FROZEN = ("reference", "helpfulness", "safety")

@@ -14,7 +14,7 @@ from model.checkpoint_files import check_checkpoint, stray_files
 from model.checkpoint_values import check_finite
 from model.config import ModelConfig
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import OWN_MODELS, Config, RolloutRole, sampling_temperature
+from rlhf_ray.config import Config, RolloutRole, sampling_temperature
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.metrics import console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
-SCORED = ("ppo", "evaluate")
+SCORED = ("rejection-sample", "ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
 WIDE_GAP = 1024
@@ -67,10 +67,9 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
             if model not in ("previous", "newest")
         }
     if "evaluate" in running:
-        for label in OWN_MODELS:
-            if label in config.evaluate.controls:
-                raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
         named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
+    if "rejection-sample" in running:
+        named["rejection_sampling.teacher"] = config.rejection_sampling.teacher
     functions = check_functions(config, running)
     return {
         field: Model(
@@ -282,6 +281,8 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
 
 def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
+    if name == "selections":
+        return "samples"
     return "prompts" if name.startswith("prompts_") else name.removeprefix("public_").removesuffix("_held_out")
 
 
@@ -332,6 +333,7 @@ def token_limit(
     lengths = {
         "demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
         "public_demonstrations": ("sft", "sft.seq_len", config.sft.seq_len),
+        "selections": ("sft", "sft.seq_len", config.sft.seq_len),
         "comparisons": ("reward", "reward.max_length", config.reward.max_length),
         "comparisons_held_out": ("reward", "reward.max_length", config.reward.max_length),
     }

@@ -25,7 +25,8 @@ from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import address_field, no_cluster
 from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, check_redo, missing_inputs, to_run
-from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, node_of, recipe, wanted_stages
+from rlhf_ray.recipe.rounds import node_of, recipe
+from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, wanted_stages
 from rlhf_ray.run_state import RunDir
 
 TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")

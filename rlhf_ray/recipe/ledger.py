@@ -79,6 +79,10 @@ class Ledger:
         """Of all nodes."""
         return [self.entry(node) for node in self.nodes]
 
+    def made(self, source: Made) -> Artefact | None:
+        """What a node has made; None before that."""
+        return self.entry(self._by_name[source.node]).outputs.get(source.output)
+
     def redo(self, names: Sequence[str]) -> None:
         """Asks for nodes anew: from now on they are filed under other keys, and so is what depends on them.
 
@@ -134,7 +138,7 @@ class Ledger:
 
     def _artefact(self, source: Given | Made) -> Artefact | None:
         if isinstance(source, Made):
-            return self.entry(self._by_name[source.node]).outputs.get(source.output)
+            return self.made(source)
         if source not in self._given:
             self._given[source] = _given(source)
         return self._given[source]
@@ -183,8 +187,22 @@ def check_redo(nodes: Sequence[Node], wanted: Sequence[str], redo: Sequence[str]
             )
 
 
+def waiting(entries: Sequence[Entry]) -> tuple[Entry, Given] | None:
+    """The first node that lacks what people are to write, and that; None where there is no such node."""
+    for entry in entries:
+        for name in entry.missing:
+            source = entry.node.inputs[name]
+            if isinstance(source, Given) and source.answers is not None:
+                return entry, source
+    return None
+
+
 def to_run(entries: Sequence[Entry], wanted: Sequence[str]) -> list[Entry]:
-    """Those of the wanted stages that are not done, and those done before whose models were dropped and are needed."""
+    """Those of the wanted stages that are not done, and those done before whose models were dropped and are needed; up
+    to the first that waits for people.
+    """
+    if (stop := waiting(entries)) is not None:
+        entries = entries[: entries.index(stop[0])]
     by_name = {entry.node.name: entry for entry in entries}
     running = {e.node.name for e in entries if e.node.stage.name in wanted and e.node.makes and not e.done}
     for entry in reversed(entries):

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.worker_group import collect
 from rlhf_ray.config import PairsSection
 from rlhf_ray.data.schemas import COMPARISONS, PAIRS, PROMPTS, read_table, write_table
+from rlhf_ray.data.shares import part_of_round
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.recipe.context import Context
@@ -50,10 +51,10 @@ def sample_pairs(context: Context, step: Step, inputs: Mapping[str, Artefact]) -
         check_swappable(f"pairs.models[{place}]", model.path, models[0].path)
     work = step.begin()
     prompts = read_table(inputs["prompts_annotation"].path, PROMPTS).to_pylist()
-    rng = random.Random(f"{seed} {step.name}")
+    number, rng = week(step.name), random.Random(f"{seed} {step.name}")
     draws = [
-        draw_pair(row, prompt, rng, section)
-        for row, prompt in enumerate(prompts)
+        draw_pair(row, prompts[row], rng, section)
+        for row in part_of_round(len(prompts), section.num_prompts, number=number, seed=seed)
         for _ in range(section.pairs_per_prompt)
     ]
     with console.status("pairs: starting the engine"):
@@ -66,12 +67,14 @@ def sample_pairs(context: Context, step: Step, inputs: Mapping[str, Artefact]) -
         for place, model in enumerate(models):
             context.roles["rollout"].call(RolloutWorker.load_checkpoint, str(model.path), step=step.name)
             for temperature in temperatures:
-                made = step.kept(f"{place}-{temperature:g}", partial(sample, context, batch, draws, place, temperature))
+                made = step.kept(
+                    f"{place}-{temperature:g}", partial(sample, context, batch, draws, place, temperature, number)
+                )
                 answers |= {(index, side): (text, finished) for index, side, text, finished in made}
                 bar.advance(f"{section.models[place]} at temperature {temperature:g}")
     labels = [model.label for model in models]
     rows = [
-        pair_row(index, draw, (answers[index, 0], answers[index, 1]), labels, week(step.name))
+        pair_row(index, draw, (answers[index, 0], answers[index, 1]), labels, number)
         for index, draw in enumerate(draws)
         if answers[index, 0] != answers[index, 1]
     ]
@@ -100,9 +103,9 @@ def draw_pair(row: int, prompt: dict[str, Any], rng: random.Random, section: Pai
 
 
 def sample(
-    context: Context, prompts: PromptBatch, draws: list[Draw], model: int, temperature: float
+    context: Context, prompts: PromptBatch, draws: list[Draw], model: int, temperature: float, number: int
 ) -> list[tuple[int, int, str, bool]]:
-    """Answers of one model at one temperature: (draw, side, text, finished)."""
+    """Answers of one model at one temperature: (draw, side, text, finished); `number` is the week's."""
     wanted = [
         (index, side)
         for index, draw in enumerate(draws)
@@ -112,13 +115,15 @@ def sample(
     engines = context.roles["rollout"]
     parts = [wanted[rank :: engines.num_ranks] for rank in range(engines.num_ranks)]
     section, seed = context.config.pairs, context.config.run.seed
+    model_of_week = number * len(section.models) + model
     sampled = {
         rank: engines.submit_one(
             rank,
             RolloutWorker.generate,
             prompts.select([draws[index].row for index, _ in part]),
             seeds=[
-                request_seed(seed, model, draws[index].prompt["prompt_id"], 2 * index + side) for index, side in part
+                request_seed(seed, model_of_week, draws[index].prompt["prompt_id"], 2 * index + side)
+                for index, side in part
             ],
             temperature=temperature,
             max_new_tokens=section.max_new_tokens,
@@ -148,7 +153,7 @@ def pair_row(
         **{f"{side}_temperature": t for side, t in zip(SIDES, draw.temperatures, strict=True)},
     }
     return {
-        "pair_id": f"{prompt['prompt_id']}-{index}",
+        "pair_id": f"{prompt['prompt_id']}-{index}" + (f"-week{batch}" if batch else ""),
         "prompt_id": prompt["prompt_id"],
         "messages": prompt["messages"],
         "is_safety": prompt["is_safety"],

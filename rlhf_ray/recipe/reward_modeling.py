@@ -5,16 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from cluster.worker_group import collect
 from rlhf_ray.config import RewardSection
 from rlhf_ray.data.batching import steps_per_epoch
-from rlhf_ray.data.reward_pairs import reward_pairs
+from rlhf_ray.data.reward_pairs import held_out_pairs, reward_pairs
+from rlhf_ray.data.schemas import STRENGTHS
 from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter, console, progress_bar
 from rlhf_ray.recipe.context import Context, add_tokenizer
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.run_state import Due, StateWriter, Step, newest_state, write_json
 from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 GUIDELINES = ("helpfulness", "safety")
@@ -99,14 +103,13 @@ def _begin(
         name: roles[name].submit(
             TrainerWorker.open_data,
             reward_pairs,
-            str(inputs["comparisons"].path),
+            tables_of(inputs),
             str(inputs["tokenizer"].path),
             model=name,
             shares=mix(name, section),
             margin=section.margin,
             epochs=section.epochs,
-            # A table of its own, or a share of the table trained on.
-            held_out=str(inputs[HELD_OUT].path) if HELD_OUT in inputs else section.held_out,
+            held_out=held_out(inputs, section),
             max_length=section.max_length,
             seed=config.run.seed,
         )
@@ -120,6 +123,73 @@ def _begin(
         begun += roles.begin_training(name, optim=section.optim, num_steps=total, state=state)
     collect(begun, timeout_s=timeout_s, step="reward start")
     return sizes
+
+
+def tables_of(inputs: Mapping[str, Artefact]) -> dict[str, str]:
+    """Tables of comparisons by week; "" for one outside rounds."""
+    tables = {name.partition(".")[2]: name for name in inputs if name.partition(".")[0] == "comparisons"}
+    return {week: str(inputs[name].path) for week, name in tables.items()}
+
+
+def held_out(inputs: Mapping[str, Artefact], section: RewardSection) -> float | str:
+    """A table of its own, or the share of each week's."""
+    return str(inputs[HELD_OUT].path) if HELD_OUT in inputs else section.held_out
+
+
+def measure_reward_models(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Every version of both reward models on every week's held-out comparisons: reward_accuracy.json.
+
+    Models are renewed because older ones err on what newer chat models answer (§3.2.1).
+    """
+    roles, section = context.roles, context.config.reward
+    work = step.begin()
+    versions = {name: inputs[name] for name in inputs if name.partition(".")[0] in GUIDELINES and "." in name}
+    results: dict[str, dict[str, float]] = {}
+    with progress_bar(step.name, total=len(versions)) as bar:
+        for name, model in versions.items():
+
+            def measure(role: str = name.partition(".")[0], checkpoint: str = str(model.path)) -> dict[str, float]:
+                roles.work_together(role)
+                roles[role].call(
+                    ScorerWorker.load_frozen, checkpoint, head="scalar", runtime=roles.runtime, step=step.name
+                )
+                roles[role].call(
+                    TrainerWorker.open_data,
+                    held_out_pairs,
+                    tables_of(inputs),
+                    str(inputs["tokenizer"].path),
+                    held_out=held_out(inputs, section),
+                    max_length=section.max_length,
+                    step=step.name,
+                )
+                budget = section.micro_batch_tokens
+                found: dict[str, float] = roles[role].call(
+                    RewardWorker.evaluate_reward, micro_batch_tokens=budget, step=step.name
+                )[0]
+                return found
+
+            results[name] = step.kept(name, measure)
+            bar.advance(name)
+    write_json(work / "reward_accuracy.json", results)
+    for guideline in GUIDELINES:
+        print_accuracies(results, guideline)
+    return {"accuracy": results}
+
+
+def print_accuracies(results: Mapping[str, Mapping[str, float]], guideline: str) -> None:
+    """A table for people: a guideline's own models by version, on its comparisons by week."""
+    prefix = f"accuracy/{guideline}/"
+    models = [name for name in results if name.partition(".")[0] == guideline]
+    groups = [key.removeprefix(prefix) for name in models[:1] for key in results[name] if key.startswith(prefix)]
+    weeks = [group for group in groups if group not in STRENGTHS]
+    table = Table(title=f"{guideline}: held-out accuracy by week")
+    for column in ("reward model", *weeks, STRENGTHS[0], "all"):
+        table.add_column(column, justify="left" if column == "reward model" else "right")
+    for name in models:
+        row = results[name]
+        cells = [row.get(f"{prefix}{group}") for group in (*weeks, STRENGTHS[0])] + [row.get(prefix.rstrip("/"))]
+        table.add_row(name.partition(".")[2], *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+    console.print(table)
 
 
 def accuracy_line(accuracy: dict[str, float], name: str) -> str:

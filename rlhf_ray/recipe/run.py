@@ -22,9 +22,11 @@ from rlhf_ray.recipe.ledger import (
     missing_inputs,
     of_other_source,
     to_run,
+    waiting,
 )
 from rlhf_ray.recipe.remedies import what_helps
-from rlhf_ray.recipe.stages import Artefact, Node, Stage, recipe, wanted_stages
+from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.stages import Artefact, Given, Node, Stage, wanted_stages
 from rlhf_ray.run_state import RunDir, package_versions, read_facts, remove, source_hash, sweep, write_json
 
 
@@ -77,6 +79,9 @@ def run_nodes(
         for node in nodes:
             running = {entry.node.name for entry in to_run(ledger.entries(), wanted)}
             entry = ledger.entry(node)
+            if (stop := waiting(ledger.entries())) is not None and stop[0] is entry:
+                console.print(why_it_waits(ledger, *stop), highlight=False, soft_wrap=True)
+                break
             if not node.makes:
                 if node.stage.name in wanted:
                     names = ", ".join(node.stage.makes)
@@ -172,6 +177,17 @@ def tell_other_source(entries: Sequence[Entry]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def why_it_waits(ledger: Ledger, entry: Entry, source: Given) -> str:
+    """What people are to do before a run goes on."""
+    assert source.answers is not None
+    pairs = ledger.made(source.answers)
+    where = "" if pairs is None else f"; the pairs to be compared are {pairs.path}"
+    return (
+        f"{entry.node.name} waits for {source.field}={source.path}{where}; write the comparisons there, and the same "
+        "command goes on"
+    )
 
 
 def record_of(artefact: Artefact) -> dict[str, Any]:

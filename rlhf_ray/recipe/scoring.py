@@ -19,11 +19,12 @@ from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.value import ValueWorker
 
-FROZEN_ROLES = ("reference", "helpfulness", "safety")
+REWARDS = ("helpfulness", "safety")
+FROZEN_ROLES = ("reference", *REWARDS)
 SUMMARY_ROLES = ("policy", *FROZEN_ROLES)
 """Those that score answers nobody learns from."""
 SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
-READERS = ("chat", "helpfulness", "safety")
+READERS = ("chat", *REWARDS)
 """Inputs of a stage whose models read prompts and answers."""
 
 Scores = Mapping[str, Sequence[Call[Any]]]
@@ -44,7 +45,12 @@ class ScoringSettings:
     @property
     def gate(self) -> float:
         """The threshold as a raw score."""
-        return math.log(self.safety_threshold / (1 - self.safety_threshold))
+        return gate(self.safety_threshold)
+
+
+def gate(threshold: float) -> float:
+    """A sigmoid score as a raw one."""
+    return math.log(threshold / (1 - threshold))
 
 
 def load_frozen(

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (Llama 2 §3.1): packed dialogues, loss on answer tokens only.
 
 The paper starts with public instruction data and goes on with its own, fewer and better: two nodes of this stage where
-`data.public_demonstrations` names the first.
+`data.public_demonstrations` names the first. In rejection sampling the chosen answers are learnt in the same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,11 @@ from rlhf_ray.run_state import Step
 
 
 def sft(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
-    """Fine-tunes the base model: `model` in the step's directory, and `epoch-N` after each earlier pass."""
+    """Fine-tunes the base model on demonstrations, selections or both: `model` in the step's directory, and `epoch-N`
+    after each earlier pass.
+    """
     section, tokenizer = context.config.sft, inputs["tokenizer"].path
+    tables = {name: str(inputs[name].path) for name in ("demonstrations", "selections") if name in inputs}
     return train_language_model(
         context,
         step,
@@ -27,7 +30,7 @@ def sft(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
         draw=epoch_rows,
         checkpoints=epoch_names(section.epochs),
         builder=dialogue_rows,
-        builder_args=(str(inputs["demonstrations"].path), str(tokenizer), section.seq_len, section.held_out),
+        builder_args=(tables, str(tokenizer), section.seq_len, section.held_out, section.demonstration_share),
         tokenizer=tokenizer,
     )
 

@@ -1,7 +1,7 @@
-"""The one table of stages, and the graph that a config makes of them. Imports no torch.
+"""The one table of stages, and what a recipe is made of. Imports no torch.
 
-A recipe is a list of nodes, each a stage with what it works on: what another node makes, or what the config names. So
-it can be printed, checked and planned before anything runs.
+A recipe (`recipe/rounds.py`) is a list of nodes, each a stage with what it works on: what another node makes, or what
+the config names. So it can be printed, checked and planned before anything runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,6 +82,7 @@ _TABLE = (
         name="sft",
         does="Supervised fine-tuning.",
         needs=("demonstrations", "tokenizer", "base"),
+        may_need=("selections",),
         makes={"chat": "model"},
         roles=("policy",),
         trains=("policy",),
@@ -108,7 +109,7 @@ _TABLE = (
     Stage(
         name="reward",
         does="Train the helpfulness and the safety reward model.",
-        needs=("comparisons", "tokenizer", "chat"),
+        needs=("comparisons", "tokenizer", "chat"),  # of comparisons a table of each week
         may_need=("comparisons_held_out",),
         makes={"helpfulness": "helpfulness/model", "safety": "safety/model"},
         in_part=True,
@@ -116,6 +117,24 @@ _TABLE = (
         trains=("helpfulness", "safety"),
         settings=("reward", *RUN),
         runner="rlhf_ray.recipe.reward_modeling:train_reward_models",
+    ),
+    Stage(
+        name="rejection-sample",
+        does="Sample many answers to each prompt, and score them.",
+        needs=("tokenizer", "chat", "helpfulness", "safety", "prompts_train", "prompts_early_stop"),
+        makes={"samples": "samples.parquet"},
+        roles=("helpfulness", "safety", "rollout"),
+        settings=("rejection_sampling", "ppo.safety_threshold", ENGINES, *RUN),
+        runner="rlhf_ray.recipe.rejection_sampling:rejection_sample",
+    ),
+    Stage(
+        name="select",
+        does="Choose among samples the answers to be learnt.",
+        needs=("tokenizer", "samples", "helpfulness", "safety"),  # and samples of earlier rounds
+        makes={"selections": "selections.parquet"},
+        roles=("helpfulness", "safety"),
+        settings=("select", "ppo.safety_threshold", *RUN),
+        runner="rlhf_ray.recipe.rejection_sampling:select",
     ),
     Stage(
         name="ppo",
@@ -128,9 +147,20 @@ _TABLE = (
         runner="rlhf_ray.recipe.ppo:ppo",
     ),
     Stage(
+        name="reward-accuracy",
+        does="Measure every version of the reward models on the held-out comparisons of every week.",
+        needs=("tokenizer",),  # and the comparisons and models of all weeks
+        may_need=("comparisons_held_out",),
+        makes={"reward_accuracy": "reward_accuracy.json"},
+        roles=("helpfulness", "safety"),
+        settings=("reward.held_out", "reward.max_length", *RUN),
+        runner="rlhf_ray.recipe.reward_modeling:measure_reward_models",
+    ),
+    Stage(
         name="evaluate",
-        does="Compare the SFT model and the PPO policy.",
-        needs=("tokenizer", "helpfulness", "safety", "prompts_test", "chat", "policy"),  # and `evaluate.controls`
+        does="Compare all versions of the chat model.",
+        needs=("tokenizer", "helpfulness", "safety", "prompts_test", "chat"),  # and the models
+        may_need=("referee",),
         makes={"evaluation": "evaluation.json"},
         roles=("policy", "reference", "helpfulness", "safety", "rollout"),
         settings=("evaluate", "ppo.safety_threshold", ENGINES, *RUN),
@@ -140,6 +170,8 @@ _TABLE = (
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _TABLE}
 """By name, in the recipe's order."""
 
+ROUNDS_ONLY = ("rejection-sample", "select", "reward-accuracy")
+"""Stages that a recipe without rounds goes through only when it is asked to."""
 MODELS = ("base", "previous", "chat", "helpfulness", "safety", "policy", "last")
 """Outputs that are checkpoints."""
 
@@ -167,19 +199,21 @@ class Artefact:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the config names."""
-
-    field: str
-    path: str
-
-
-@dataclass(frozen=True)
 class Made:
     """What another node makes."""
 
     node: str
     output: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the config names."""
+
+    field: str
+    path: str
+    answers: Made | None = None
+    """What people write it about: until it is there, a recipe waits."""
 
 
 Source = Given | Made
@@ -209,57 +243,6 @@ class Node:
         return tuple(role for role in self.stage.roles if role in self.makes or role not in self.stage.makes)
 
 
-def recipe(config: Config) -> list[Node]:
-    """The nodes of a config's recipe, each after those it works on; one whose outputs the config all names makes
-    nothing.
-    """
-    sources: dict[str, Source] = dict(given_outputs(config))
-    nodes: list[Node] = []
-
-    def add(
-        name: str, inputs: Mapping[str, Source], *, scope: str = "", makes: Mapping[str, str] | None = None
-    ) -> Node:
-        stage = STAGES[name]
-        wanted = {o: place for o, place in (makes or stage.makes).items() if not isinstance(sources.get(o), Given)}
-        taken = [*stage.needs, *(need for need in stage.may_need if need in sources)]
-        node = Node(stage, {need: sources[need] for need in taken} | dict(inputs), wanted, scope)
-        nodes.append(node)
-        return node
-
-    def add_next(name: str, inputs: Mapping[str, Source], *, makes: Mapping[str, str] | None = None) -> None:
-        """A node that later ones work on by the names of its outputs."""
-        node = add(name, inputs, makes=makes)
-        sources.update((output, Made(node.name, output)) for output in node.makes)
-
-    for name in ("testbed", "tokenizer", "pretrain"):
-        add_next(name, {})
-    start: dict[str, Source] = {}
-    if "public_demonstrations" in sources and not isinstance(sources.get("chat"), Given):
-        public = add("sft", {"demonstrations": sources["public_demonstrations"]}, scope="public")
-        start = {"base": Made(public.name, "chat")}
-    epochs = config.sft.epochs
-    earlier = {"previous": f"epoch-{epochs - 1}"} if epochs > 1 and "chat" not in sources else {}
-    add_next("sft", start, makes={"chat": "model", **earlier})
-    if isinstance(chat := sources["chat"], Given):  # the user's own: what stands beside it is none of ours
-        sources["previous"] = chat
-    names = {"newest": chat, "previous": sources.get("previous", chat)}
-    answering = {
-        f"model.{place}": names.get(name) or Given(f"pairs.models[{place}]", name)
-        for place, name in enumerate(config.pairs.models)
-    }
-    if isinstance(sources.get("comparisons"), Given):
-        sources.setdefault("pairs", sources["comparisons"])  # nobody needs them
-    add_next("pairs", answering)
-    for name in ("label", "reward", "ppo"):
-        add_next(name, {})
-    controls = {
-        f"control.{label}": Given(f"evaluate.controls.{label}", path)
-        for label, path in config.evaluate.controls.items()
-    }
-    add_next("evaluate", controls)
-    return nodes
-
-
 def given_outputs(config: Config) -> dict[str, Given]:
     """What the config names, by the output in whose place it stands; a checkpoint's own tokenizer goes with it."""
     found = {
@@ -275,21 +258,17 @@ def given_outputs(config: Config) -> dict[str, Given]:
 
 
 def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The stages that are asked for; by default those that the config lists, or all.
+    """The stages that are asked for; by default those that the config lists, or all that its recipe goes through.
 
     Raises:
         UserError: one is not known.
     """
-    wanted = tuple(stages or config.run.stages or STAGES)
+    every = tuple(name for name in STAGES if config.rounds is not None or name not in ROUNDS_ONLY)
+    wanted = tuple(stages or config.run.stages or every)
     for stage in wanted:
         if stage not in STAGES:
             raise UserError(f"run.stages={stage!r} is no stage; {similar(stage, STAGES)}")
     return wanted
-
-
-def node_of(config: Config, stage: str) -> Node:
-    """The recipe's last node of a stage."""
-    return next(node for node in reversed(recipe(config)) if node.stage.name == stage)
 
 
 def maker_of(output: str) -> str:

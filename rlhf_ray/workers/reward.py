@@ -49,9 +49,9 @@ class RewardWorker(TrainerWorker):
         return self.engine.step(plan[self.rank], loss)
 
     def evaluate_reward(self, *, micro_batch_tokens: int) -> dict[str, float]:
-        """Accuracy on held-out comparisons: overall, by guideline and by strength; ties count half.
+        """Accuracy on held-out comparisons: overall, by guideline, and of each by strength and week; ties count half.
 
-        Each rank goes through its share of them.
+        Each rank goes through its share of them. The model is the one in training, or frozen.
         """
         pairs = self._data.held_out
         groups = sorted({group for row in range(len(pairs)) for group in pairs.groups(row)})
@@ -61,7 +61,7 @@ class RewardWorker(TrainerWorker):
         for rows in plan[self.rank]:  # empty ones too: a sharded model's ranks must stay together
             batch = pairs.select(rows, self._runtime.device)
             with torch.no_grad():
-                chosen, rejected = self._pair_scores(self.engine.module, batch)
+                chosen, rejected = self._pair_scores(self._model, batch)
             hits = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
             for row, hit in zip(rows, hits[: len(rows)].tolist(), strict=True):
                 own = [groups.index(group) for group in pairs.groups(row)]

@@ -11,12 +11,13 @@ from torch import Tensor
 from cluster.worker_group import Worker
 from model.checkpoint import iterate_tensors
 from model.checkpoint_files import read_config
-from rlhf_ray.backends.vllm import Completion, Engine
+from rlhf_ray.algo.reward import combine_rewards
+from rlhf_ray.backends.vllm import Engine
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.special_ids import special_ids
-from rlhf_ray.records import PromptBatch, Rollouts, WeightBucket, WeightVersion
+from rlhf_ray.records import Completion, PromptBatch, Rollouts, WeightBucket, WeightVersion, to_rollouts
 
 _PROBED_PROMPTS = 8
 
@@ -84,6 +85,22 @@ class RolloutWorker(Worker):
             answers.append((decode_answer(self._tokenizer, tokens[mask].tolist()), finished))
         return answers
 
+    def samples(self, rollouts: Rollouts, helpfulness: Tensor, safety: Tensor, *, gate: float) -> list[dict[str, Any]]:
+        """Each answer as the columns of `SAMPLES` that are about it.
+
+        Args:
+            helpfulness, safety: (B,) float32 raw scores.
+            gate: raw safety score below which the safety score rules.
+        """
+        combined = combine_rewards(helpfulness, safety, rollouts.is_safety, threshold=gate)
+        scores = zip(helpfulness.tolist(), safety.tolist(), combined.tolist(), strict=True)
+        answers = zip(rollouts.tokens, rollouts.response_mask, self.decode(rollouts), scores, strict=True)
+        names = ("helpfulness", "safety", "combined")
+        return [
+            {"tokens": tokens[mask].tolist(), "text": text, "finished": finished, **dict(zip(names, raw, strict=True))}
+            for tokens, mask, (text, finished), raw in answers
+        ]
+
     def chat(self, messages: list[dict[str, str]], *, seed: int, temperature: float, max_new_tokens: int) -> str:
         """One answer to a dialogue."""
         [completion] = self.engine.generate(
@@ -146,33 +163,3 @@ class RolloutWorker(Worker):
         """The vLLM engine."""
         assert self._engine is not None, f"{self.role}: start comes first"
         return self._engine
-
-
-def to_rollouts(
-    prompts: PromptBatch,
-    completions: Sequence[Completion],
-    *,
-    policy_version: WeightVersion,
-    num_ids: int | None = None,
-) -> Rollouts:
-    """Token ids that were given, and what followed them, as one right-padded record."""
-    rows = [prompt + completion.tokens for prompt, completion in zip(prompts.tokens, completions, strict=True)]
-    longest = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    logprobs = torch.zeros(len(rows), longest)
-    for i, (prompt, completion) in enumerate(zip(prompts.tokens, completions, strict=True)):
-        tokens[i, : len(rows[i])] = torch.tensor(rows[i])
-        mask[i, len(prompt) : len(rows[i])] = True
-        logprobs[i, len(prompt) : len(rows[i])] = torch.tensor(completion.logprobs)
-    return Rollouts(
-        tokens=tokens,
-        response_mask=mask,
-        rollout_logprobs=logprobs,
-        finished=torch.tensor([completion.finished for completion in completions]),
-        is_safety=torch.tensor(prompts.is_safety),
-        prompt_ids=prompts.ids,
-        messages=prompts.messages,
-        policy_version=policy_version,
-        num_ids=num_ids,
-    )

@@ -20,7 +20,7 @@ from rlhf_ray.data.batching import plan_micro_batches
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_function import find_function, score_with
 from rlhf_ray.errors import located
-from rlhf_ray.records import Rollouts
+from rlhf_ray.records import Completion, PromptBatch, Rollouts, WeightVersion, to_rollouts
 
 logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -115,6 +115,15 @@ class ScorerWorker(Worker):
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores
+
+    def score_answers(
+        self, prompts: PromptBatch, answers: Sequence[Completion], *, micro_batch_tokens: int
+    ) -> list[float]:
+        """Raw scores of answers that are no rollouts of this run's engines, one to each prompt."""
+        version = WeightVersion("", 0)
+        rollouts = to_rollouts(prompts, answers, policy_version=version)
+        scores: list[float] = self.score(rollouts, micro_batch_tokens=micro_batch_tokens)[1].tolist()
+        return scores
 
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""

@@ -1,0 +1,324 @@
+"""Rejection sampling (Llama 2 §3.2.3): the newest model answers each prompt K times, and the answer that the reward
+models like best is what the next version learns.
+
+The temperature is found anew in each round, because training shifts the best one (Figure 8). Every answer is kept with
+its token ids: what was sampled is what is trained on.
+"""
+
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from cluster.worker_group import Call, collect
+from rlhf_ray.algo.best_of_k import best_first, expected_best
+from rlhf_ray.config import RejectionSamplingSection
+from rlhf_ray.data.light_tokenizer import LightTokenizer
+from rlhf_ray.data.prompts import as_prompts
+from rlhf_ray.data.schemas import SAMPLES, join_tables, read_groups, write_table
+from rlhf_ray.data.shares import part_of_round
+from rlhf_ray.metrics import console, progress_bar
+from rlhf_ray.recipe.context import Context
+from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
+from rlhf_ray.recipe.preference_collection import week
+from rlhf_ray.recipe.scoring import READERS, REWARDS, ScoringSettings, gate, load_frozen, score
+from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import Completion, PromptBatch
+from rlhf_ray.run_state import Step, write_json
+from rlhf_ray.workers.rollout import RolloutWorker
+from rlhf_ray.workers.scorer import ScorerWorker
+
+SAMPLE_SEED, SWEEP_SEED = 2_000_003, 3_000_017
+"""Where the rounds' sampling seeds begin, away from those of PPO's iterations."""
+SELECT_ROWS = 8192
+"""Samples that are scored anew together."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What each group of answers is sampled and scored with."""
+
+    context: Context
+    settings: ScoringSettings
+    max_new_tokens: int
+    seed: tuple[int, int]
+    samples: int
+    """Answers to a prompt."""
+
+
+def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Samples K answers to each of the round's prompts, and scores them: samples.parquet, and sweep.json."""
+    section, number = context.config.rejection_sampling, week(step.name)
+    work = step.begin()
+    with console.status(f"{step.name}: starting workers, loading models"):
+        roles = context.roles
+        roles.start("rollout", *REWARDS)
+        roles.work_together(*REWARDS)
+        collect(load_frozen(context, inputs, REWARDS), timeout_s=roles.timeout_s, step=step.name)
+        start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
+        read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
+        prompts, held_out = read("prompts_train"), read("prompts_early_stop")
+    sweep = temperature_sweep(context, step, held_out.select(range(min(section.sweep_prompts, len(held_out)))))
+    temperature = best_temperature(sweep, section)
+    write_json(work / "sweep.json", {"temperature": temperature, "curves": sweep})
+    rows = part_of_round(len(prompts), section.num_prompts, number=number, seed=context.config.run.seed)
+    sampling = sampling_at(context, temperature, (SAMPLE_SEED, number), section.samples_per_prompt)
+    groups = [rows[start : start + section.group_size] for start in range(0, len(rows), section.group_size)]
+    parts = [work / "parts" / f"samples-{index:06}.parquet" for index in range(len(groups))]
+    parts[0].parent.mkdir(exist_ok=True)
+    made = [part.exists() for part in parts]
+    to_do = [prompts.select(group) for group, there in zip(groups, made, strict=True) if not there]
+    columns = {"model": inputs["chat"].label, "scope": step.name.partition("@")[2]}
+    with progress_bar(step.name, total=len(groups), done=sum(made)) as bar:
+        sampled = sample_groups(sampling, to_do)
+        for part in (part for part, there in zip(parts, made, strict=True) if not there):
+            group = [{**row, **columns} for row in next(sampled)]
+            write_table(part, group, SAMPLES)
+            bar.advance(f"T={temperature:g}  mean reward {statistics.fmean(row['combined'] for row in group):+.3f}")
+    join_tables(parts, work / "samples.parquet", SAMPLES)
+    curve = best_of_k_curve(by_prompt(read_groups(work / "samples.parquet", SAMPLES)), sampling.settings.gate)
+    best = curve[max(curve)]
+    console.print(
+        f"{step.name}: {len(rows)} prompts x {section.samples_per_prompt} answers at temperature {temperature:g}; "
+        f"mean reward {best['mean']:+.3f}, of the best {best['best']:+.3f}",
+        highlight=False,
+    )
+    return {"prompts": len(rows), "temperature": temperature, "curve": curve, "sweep": sweep}
+
+
+def temperature_sweep(context: Context, step: Step, prompts: PromptBatch) -> dict[str, dict[int, dict[str, float]]]:
+    """For each temperature the curve of `best_of_k_curve` on held-out prompts (Figures 7 and 8); none where there is
+    no choice.
+    """
+    section, number = context.config.rejection_sampling, week(step.name)
+    if len(section.temperatures) == 1:
+        return {}
+    curves = {}
+    with progress_bar(f"{step.name} temperature", total=len(section.temperatures)) as bar:
+        for temperature in section.temperatures:
+
+            def curve(temperature: float = temperature) -> dict[int, dict[str, float]]:
+                sampling = sampling_at(context, temperature, (SWEEP_SEED, number), section.sweep_samples)
+                return best_of_k_curve(by_prompt(sample_groups(sampling, [prompts])), sampling.settings.gate)
+
+            curves[f"{temperature:g}"] = step.kept(f"sweep-{temperature:g}", curve)
+            bar.advance(f"T={temperature:g}")
+    return {t: {int(k): values for k, values in curve.items()} for t, curve in curves.items()}
+
+
+def best_temperature(
+    sweep: Mapping[str, Mapping[int, Mapping[str, float]]], section: RejectionSamplingSection
+) -> float:
+    """The temperature whose best of K has the highest mean reward, for as large a K as was tried."""
+    if not sweep:
+        return section.temperatures[0]
+    tried = min(section.samples_per_prompt, section.sweep_samples)
+
+    def reward(temperature: float) -> float:
+        curve = sweep[f"{temperature:g}"]
+        return curve[max(k for k in curve if k <= tried)]["best"]
+
+    return max(section.temperatures, key=reward)
+
+
+def sampling_at(context: Context, temperature: float, seeds: tuple[int, int], samples: int) -> Sampling:
+    """The round's settings at one temperature; `seeds` are a kind of draw and the round's number."""
+    section, first = context.config.rejection_sampling, seeds[0]
+    settings = ScoringSettings(
+        temperature=temperature,
+        micro_batch_tokens=section.micro_batch_tokens,
+        safety_threshold=context.config.ppo.safety_threshold,
+    )
+    seed = (context.config.run.seed, first + seeds[1])
+    return Sampling(context, settings, section.max_new_tokens, seed, samples)
+
+
+def sample_groups(sampling: Sampling, groups: Sequence[PromptBatch]) -> Iterator[list[Row]]:
+    """Rows of each group's answers, all of a prompt in turn.
+
+    On CPU sampling and scoring take turns; on GPUs the engines go on with the next group while one is scored.
+    """
+    roles = sampling.context.roles
+    on_gpu = roles.runtime.device == "cuda"
+    begun: list[list[Call[Any]]] = []
+    for index, prompts in enumerate(groups):
+        if not on_gpu:
+            roles.work_together("rollout")
+        for following in groups[index + len(begun) : index + (2 if on_gpu else 1)]:
+            begun.append(start_group(sampling, following))
+        rollouts = begun.pop(0)
+        if not on_gpu:
+            collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
+            roles.work_together(*REWARDS)
+        yield finish_group(sampling, prompts, rollouts)
+
+
+def start_group(sampling: Sampling, prompts: PromptBatch) -> list[Call[Any]]:
+    """Has the engines start on a group's answers."""
+    roles = sampling.context.roles
+    repeated = prompts.select([row for row in range(len(prompts)) for _ in range(sampling.samples)])
+    return generate(
+        roles,
+        repeated,
+        num_chunks=min(roles["rollout"].num_ranks, len(repeated)),
+        seed=sampling.seed,
+        temperature=sampling.settings.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+
+
+def finish_group(sampling: Sampling, prompts: PromptBatch, rollouts: Sequence[Call[Any]]) -> list[Row]:
+    """Scores a group's answers; rows of `SAMPLES`, but for model and scope."""
+    roles, settings = sampling.context.roles, sampling.settings
+    scores = score(roles, settings, rollouts, roles_used=REWARDS)
+    engines = roles["rollout"]
+    calls = [
+        engines.submit_one(
+            chunk % engines.num_ranks,
+            RolloutWorker.samples,
+            call.data[0],
+            *(scores[name][chunk].data[0] for name in REWARDS),
+            gate=settings.gate,
+        )
+        for chunk, call in enumerate(rollouts)
+    ]
+    made = [*rollouts, *(call for name in REWARDS for call in scores[name]), *calls]
+    chunks = collect(made, timeout_s=roles.timeout_s, step=roles.step)[-len(calls) :]
+    answers = [answer for chunk in chunks for answer in chunk]
+    return [
+        {
+            "prompt_id": prompts.ids[row],
+            "messages": prompts.messages[row],
+            "is_safety": prompts.is_safety[row],
+            "sample": sample,
+            "temperature": settings.temperature,
+            **answers[row * sampling.samples + sample],
+        }
+        for row in range(len(prompts))
+        for sample in range(sampling.samples)
+    ]
+
+
+def by_prompt(groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """All answers to a prompt at a time; they stand together."""
+    held: list[Row] = []
+    for group in groups:
+        for row in group:
+            if held and held[0]["prompt_id"] != row["prompt_id"]:
+                yield held
+                held = []
+            held.append(row)
+    if held:
+        yield held
+
+
+def best_of_k_curve(prompts: Iterator[list[Row]], threshold: float) -> dict[int, dict[str, float]]:
+    """Mean over prompts of the best of K answers' reward, for K = 1, 2, 4, ... and all (Figure 7); beside it the mean
+    and the median of all answers.
+    """
+    sums: dict[int, dict[str, float]] = {}
+    count = 0
+    for rows in prompts:
+        values = [rows[place]["combined"] for place in ranking(rows, threshold)]
+        for k in powers(len(values)):
+            of_k = {"best": expected_best(values, k), "mean": statistics.fmean(values)}
+            of_k["median"] = statistics.median(values)
+            sums[k] = {name: value + sums.get(k, {}).get(name, 0.0) for name, value in of_k.items()}
+        count += 1
+    return {k: {name: value / count for name, value in of_k.items()} for k, of_k in sums.items()}
+
+
+def powers(limit: int) -> list[int]:
+    """1, 2, 4, ... below the limit, and the limit."""
+    return [2**power for power in range(limit.bit_length()) if 2**power < limit] + [limit]
+
+
+def ranking(rows: Sequence[Row], threshold: float) -> list[int]:
+    """Places of a prompt's answers, the best first."""
+    helpfulness, safety = ([row[name] for row in rows] for name in REWARDS)
+    return best_first(helpfulness, safety, is_safety=rows[0]["is_safety"], threshold=threshold)
+
+
+def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
+    """Chooses of each prompt the best answers of all rounds at hand: selections.parquet.
+
+    Samples of earlier rounds are scored anew: the newest reward models choose.
+    """
+    section, threshold = context.config.select, context.config.ppo.safety_threshold
+    work = step.begin()
+    pools = {name: inputs[name] for name in inputs if name.partition(".")[0] == "samples"}
+    stale = [n for n, pool in pools.items() if any(pool.parents.get(r) != inputs[r].key for r in REWARDS)]
+    if stale:
+        with console.status(f"{step.name}: loading reward models"):
+            context.roles.work_together(*REWARDS)
+            calls = load_frozen(context, inputs, REWARDS)
+            collect(calls, timeout_s=context.roles.timeout_s, step=step.name)
+    chosen: dict[str, list[Row]] = {}
+    rng = random.Random(f"{context.config.run.seed} {step.name}")
+    for name, pool in pools.items():
+        rows = read_groups(pool.path, SAMPLES, rows=SELECT_ROWS)
+        if name in stale:
+            rows = scored_anew(context, inputs, rows)
+        for candidates in by_prompt(rows):
+            held = chosen.get(candidates[0]["prompt_id"], []) + candidates
+            if section.choice == "random":
+                best = rng.sample(range(len(held)), min(section.per_prompt, len(held)))
+            else:
+                best = ranking(held, gate(threshold))[: section.per_prompt]
+            chosen[candidates[0]["prompt_id"]] = [held[place] for place in best]
+    selected = [row for rows in chosen.values() for row in rows]
+    write_table(work / "selections.parquet", selected, SAMPLES)
+    reward = statistics.fmean(row["combined"] for row in selected)
+    scopes = {scope: sum(row["scope"] == scope for row in selected) for scope in sorted({r["scope"] for r in selected})}
+    of_rounds = ", ".join(f"{count} of {scope}" for scope, count in scopes.items()) if len(scopes) > 1 else ""
+    console.print(
+        f"{step.name}: {len(selected)} answers, mean reward {reward:+.3f}{f'; {of_rounds}' if of_rounds else ''}",
+        highlight=False,
+    )
+    return {"selected": len(selected), "reward": reward, "scopes": scopes}
+
+
+def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """The samples with the scores that the loaded reward models give them."""
+    tokenizer, limit = LightTokenizer(inputs["tokenizer"].path), gate(context.config.ppo.safety_threshold)
+    for rows in groups:
+        prompts = as_prompts(rows, tokenizer)
+        answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in rows]
+        calls = {name: start_scoring(context, name, prompts, answers) for name in REWARDS}
+        helpfulness, safety = (
+            [value for part in collect(calls[name], timeout_s=context.roles.timeout_s) for value in part]
+            for name in REWARDS
+        )
+        yield [
+            {
+                **row,
+                "helpfulness": helpful,
+                "safety": safe,
+                "combined": safe if row["is_safety"] or safe < limit else helpful,
+            }
+            for row, helpful, safe in zip(rows, helpfulness, safety, strict=True)
+        ]
+
+
+def start_scoring(
+    context: Context, role: str, prompts: PromptBatch, answers: Sequence[Completion]
+) -> list[Call[list[float]]]:
+    """Starts a reward model's ranks on their shares of some answers."""
+    group, budget = context.roles[role], context.config.rejection_sampling.micro_batch_tokens
+    bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
+    return [
+        group.submit_one(
+            rank,
+            ScorerWorker.score_answers,
+            prompts.select(range(start, end)),
+            answers[start:end],
+            micro_batch_tokens=budget,
+        )
+        for rank, (start, end) in enumerate(pairwise(bounds))
+        if start < end
+    ]

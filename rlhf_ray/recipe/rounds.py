@@ -1,0 +1,215 @@
+"""The recipe as a graph: what comes before the SFT model, then versions V1, V2, ... (Llama 2 §3.2.3). Imports no torch.
+
+A version begins with a week of comparisons between the newest model and the one before it, which renew both reward
+models. The newest model answers prompts, the reward models choose, and a new model learns what was chosen; on the last
+version follows PPO.
+"""
+
+from collections.abc import Mapping
+
+from rlhf_ray.config import Config, VersionSection, config_with
+from rlhf_ray.errors import UserError
+from rlhf_ray.recipe.stages import STAGES, Given, Made, Node, Source, given_outputs
+
+REWARDS = ("helpfulness", "safety")
+REFEREE = "referee"
+
+
+class Graph:
+    """Nodes, each after those it works on."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.nodes: list[Node] = []
+        self.sources: dict[str, Source] = dict(given_outputs(config))
+        """Where outputs are from that later nodes work on by their names."""
+
+    def add(
+        self,
+        name: str,
+        inputs: Mapping[str, Source],
+        *,
+        scope: str = "",
+        makes: Mapping[str, str] | None = None,
+        without: tuple[str, ...] = (),
+        changes: Mapping[str, object] | None = None,
+    ) -> Node:
+        """One more node of a stage.
+
+        Args:
+            inputs: those that are not from where their names say, or are no needs of the stage.
+            makes: other outputs than the stage's; what the config names is left out.
+            without: needs of the stage that this node has not.
+            changes: settings that have another value for it.
+        """
+        stage = STAGES[name]
+        wanted = {o: place for o, place in (makes or stage.makes).items() if not self.is_given(o)}
+        taken = [*stage.needs, *(need for need in stage.may_need if need in self.sources)]
+        found = {need: self.sources[need] for need in taken if need not in (*inputs, *without)}
+        node = Node(stage, {**found, **inputs}, wanted, scope, changes or {})
+        self.nodes.append(node)
+        return node
+
+    def add_next(self, name: str, inputs: Mapping[str, Source] | None = None, **options: object) -> None:
+        """A node whose outputs later ones work on by their names."""
+        node = self.add(name, inputs or {}, **options)  # type: ignore[arg-type]
+        self.sources.update((output, Made(node.name, output)) for output in node.makes)
+
+    def is_given(self, output: str) -> bool:
+        """Whether the config names it."""
+        return isinstance(self.sources.get(output), Given)
+
+
+def recipe(config: Config) -> list[Node]:
+    """The nodes of a config's recipe, each after those it works on; one whose outputs the config all names makes
+    nothing.
+    """
+    graph = Graph(config)
+    chat_model(graph)
+    if config.rounds is None:
+        one_version(graph)
+    else:
+        versions(graph)
+    return graph.nodes
+
+
+def node_of(config: Config, stage: str) -> Node:
+    """The recipe's last node of a stage, or what one would be where the recipe has none."""
+    for node in reversed(recipe(config)):
+        if node.stage.name == stage:
+            return node
+    return Node(STAGES[stage], {}, STAGES[stage].makes)
+
+
+def chat_model(graph: Graph) -> None:
+    """Pretraining and supervised fine-tuning (§2, §3.1)."""
+    sources = graph.sources
+    for name in ("testbed", "tokenizer", "pretrain"):
+        graph.add_next(name)
+    start: dict[str, Source] = {}
+    if "public_demonstrations" in sources and not graph.is_given("chat"):
+        public = graph.add("sft", {"demonstrations": sources["public_demonstrations"]}, scope="public")
+        start = {"base": Made(public.name, "chat")}
+    epochs = graph.config.sft.epochs
+    earlier = {"previous": f"epoch-{epochs - 1}"} if epochs > 1 and "chat" not in sources else {}
+    graph.add_next("sft", start, makes={"chat": "model", **earlier})
+    if graph.is_given("chat"):  # the user's own: what stands beside it is none of ours
+        sources["previous"] = sources["chat"]
+    sources.update(start)
+
+
+def one_version(graph: Graph) -> None:
+    """One round of comparisons and reward models, and PPO on the SFT model; rejection sampling alone, on demand."""
+    sources = graph.sources
+    if graph.is_given("comparisons"):
+        sources.setdefault("pairs", sources["comparisons"])  # nobody needs them
+    graph.add_next("pairs", answering(graph, sources["chat"], sources.get("previous", sources["chat"])))
+    for name in ("label", "reward", "rejection-sample", "select", "ppo"):
+        graph.add_next(name)
+    evaluate(graph, {"SFT": sources["chat"], "PPO": sources["policy"]})
+
+
+def versions(graph: Graph) -> None:
+    """V1, V2, ..., and their comparison at the end."""
+    sources, rounds = graph.sources, graph.config.rounds
+    assert rounds is not None
+    base, first = sources.get("base", sources["chat"]), sources["chat"]
+    newest, previous = first, sources.get("previous", first)
+    models = {"SFT": first}
+    weeks = {"given": sources.pop("comparisons")} if graph.is_given("comparisons") else {}
+    rewards: dict[str, Source] = {}
+    pool: dict[str, Source] = {}
+    by_people = False
+    for number, version in enumerate(rounds.versions, start=1):
+        scope, changes = f"v{number}", version.settings
+        if not all(map(graph.is_given, REWARDS)):
+            sources["chat"] = newest  # reward models start from it: they know what it knows (§3.2.2)
+            if version.comparisons is None:
+                weeks[scope] = compared(graph, newest, previous, scope=scope, changes=changes)
+            else:
+                pairs = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
+                field = f"rounds.versions[{number - 1}].comparisons"
+                weeks[scope], by_people = Given(field, version.comparisons, Made(pairs.name, "pairs")), True
+            graph.add_next("reward", of_weeks(weeks), scope=scope, without=("comparisons",), changes=changes)
+            rewards |= {f"{name}.{scope}": sources[name] for name in REWARDS if not graph.is_given(name)}
+        previous = newest
+        if "rejection-sampling" in version.methods:
+            start = {"base": base, "chat": first, "newest": newest}[version.start]
+            newest = models[f"V{number}"] = rejection_sampling(graph, version, start, newest, pool, scope)
+        if "ppo" in version.methods:
+            node = graph.add("ppo", {"chat": newest}, scope=scope, changes=changes)
+            newest = Made(node.name, "policy")
+            models[f"V{number} + PPO" if f"V{number}" in models else f"V{number}"] = newest
+    sources["chat"] = first
+    if rewards:
+        graph.add("reward-accuracy", of_weeks(weeks) | rewards)
+    if rounds.referee and not by_people:
+        apart = compared(graph, newest, first, scope=REFEREE)
+        place = {"helpfulness": STAGES["reward"].makes["helpfulness"]}
+        judge = graph.add("reward", {"comparisons": apart}, scope=REFEREE, makes=place)
+        sources[REFEREE] = Made(judge.name, "helpfulness")
+    evaluate(graph, models)
+
+
+def compared(
+    graph: Graph, newest: Source, previous: Source, *, scope: str, changes: Mapping[str, object] | None = None
+) -> Source:
+    """A week of comparisons by the simulated annotator (§3.2.1)."""
+    pairs = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
+    label = graph.add("label", {"pairs": Made(pairs.name, "pairs")}, scope=scope, changes=changes)
+    return Made(label.name, "comparisons")
+
+
+def rejection_sampling(
+    graph: Graph, version: VersionSection, start: Source, newest: Source, pool: dict[str, Source], scope: str
+) -> Source:
+    """A model that has learnt the best of the newest one's answers (§3.2.3); `pool` takes in the round's samples."""
+    changes = version.settings
+    config = config_with(graph.config, changes) if changes else graph.config
+    sampler = {"chat": newest} if config.rejection_sampling.teacher is None else {"chat": teacher(config)}
+    sampled = graph.add("rejection-sample", sampler, scope=scope, changes=changes)
+    older = {f"samples.{name}": samples for name, samples in pool.items() if version.pool == "all"}
+    pool[scope] = Made(sampled.name, "samples")
+    chosen = graph.add("select", {"samples": pool[scope], **older}, scope=scope, changes=changes)
+    learnt = {"base": start, "selections": Made(chosen.name, "selections")}
+    without = () if config.sft.demonstration_share else ("demonstrations",)
+    tuned = graph.add("sft", learnt, scope=scope, makes={"chat": "model"}, without=without, changes=changes)
+    return Made(tuned.name, "chat")
+
+
+def evaluate(graph: Graph, models: Mapping[str, Source]) -> None:
+    """All models side by side, with those that the config names."""
+    for label in graph.config.evaluate.controls:
+        if label in models:
+            raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
+    controls = {
+        f"model.{label}": Given(f"evaluate.controls.{label}", path)
+        for label, path in graph.config.evaluate.controls.items()
+    }
+    tuned_on = {} if graph.config.evaluate.own_temperatures is None else early_stop_prompts(graph)
+    graph.add("evaluate", {f"model.{label}": model for label, model in models.items()} | controls | tuned_on)
+
+
+def early_stop_prompts(graph: Graph) -> dict[str, Source]:
+    """As an input."""
+    return {"prompts_early_stop": graph.sources["prompts_early_stop"]}
+
+
+def answering(graph: Graph, newest: Source, previous: Source) -> dict[str, Source]:
+    """Who answers: the inputs model.0, model.1, ... by `pairs.models`."""
+    names = {"newest": newest, "previous": previous}
+    return {
+        f"model.{place}": names.get(name) or Given(f"pairs.models[{place}]", name)
+        for place, name in enumerate(graph.config.pairs.models)
+    }
+
+
+def of_weeks(weeks: Mapping[str, Source]) -> dict[str, Source]:
+    """Tables of comparisons as inputs of the reward models."""
+    return {f"comparisons.{week}": comparisons for week, comparisons in weeks.items()}
+
+
+def teacher(config: Config) -> Given:
+    """The model that samples in place of the newest one."""
+    assert config.rejection_sampling.teacher is not None
+    return Given("rejection_sampling.teacher", config.rejection_sampling.teacher)
