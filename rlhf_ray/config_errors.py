@@ -67,10 +67,17 @@ def _remedy_for_key(path: Sequence[str], root: type[BaseModel]) -> str:
 
 def _section(path: Sequence[str], section: type[BaseModel]) -> type[BaseModel]:
     for name in path:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+        found = _section_in(section.model_fields[name].annotation)
+        assert found is not None
+        section = found
     return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, one that may be missing, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
 
 
 def _may_be_none(path: Sequence[str], root: type[BaseModel]) -> bool:
@@ -80,16 +87,19 @@ def _may_be_none(path: Sequence[str], root: type[BaseModel]) -> bool:
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+        if (below := _section_in(field.annotation)) is not None:
+            yield from _all_keys(below, f"{prefix}{name}.")
 
 
 def _default(path: Sequence[str], value: Any) -> Any:
     """The default of a key; of the whole list for a place in one."""
-    for name in path:
+    for place, name in enumerate(path):
         if not isinstance(value, BaseModel):
             break
+        below = _section_in(type(value).model_fields[name].annotation)
         value = getattr(value, name)
+        if value is None and below is not None and place + 1 < len(path):
+            value = below()
     return value
 
 
@@ -97,4 +107,6 @@ def _toml(value: Any) -> str:
     """A value as one writes it in TOML."""
     if value is None:
         return "none"
+    if isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
+        value = tuple(item.model_dump(exclude_defaults=True) for item in value)
     return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)

@@ -16,8 +16,11 @@ from rlhf_ray.run_state import write_json
 def models(tmp_path: Path, **controls: Path) -> dict[str, Path]:
     """What is compared in a run whose chat model and policy are alike."""
     chat = write_checkpoint(tmp_path / "chat")
-    places = {"chat": chat, "policy": chat, **{f"control.{label}": path for label, path in controls.items()}}
-    return compared_models({name: Artefact(name, path, name, "") for name, path in places.items()})
+    places = {"chat": chat, "model.SFT": chat, "model.PPO": chat}
+    places |= {f"model.{label}": path for label, path in controls.items()}
+    return compared_models(
+        {name: Artefact(name, path, name, "evaluate.controls.longer") for name, path in places.items()}
+    )
 
 
 def test_controls_stand_after_the_runs_own_models(tmp_path: Path) -> None:

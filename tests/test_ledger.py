@@ -21,14 +21,16 @@ from rlhf_ray.recipe.ledger import (
     why,
 )
 from rlhf_ray.recipe.rounds import recipe
-from rlhf_ray.recipe.stages import STAGES, Given, Node
+from rlhf_ray.recipe.stages import ON_DEMAND, STAGES, Given, Node
 from rlhf_ray.run_state import RunDir
 
 OTHERS = (True, False, 1, 2, 3, 0.3, 0.5, "tiny", "fp32", "bf16", "cosine", "constant", "none", "large", "k2")
-OTHERS += ("penalty", "policy", "keep", (0.5,), (0.7, 0.8), ("newest", "elsewhere"), {"longer": "elsewhere"})
+OTHERS += ("penalty", "policy", "keep", (0.5,), (0.7, 0.8), ("newest", "elsewhere"), {"longer": "elsewhere"}, "random")
 """Values among which every field has a valid one that is not its default."""
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
-ALL = list(STAGES)
+ALL = [name for name in STAGES if name not in (*ON_DEMAND, "reward-accuracy")]
+SAMPLING = {"pairs", "rejection-sample", "ppo", "evaluate"}
+"""Stages whose results depend on the engine."""
 
 
 def with_another(field):
@@ -85,11 +87,11 @@ def test_every_kind_of_mark_is_there_to_be_tested():
 @pytest.mark.parametrize(
     ("settings", "changed"),
     [
-        ({"run.seed": 1}, {"pretrain", "sft", "pairs", "label", "reward", "ppo", "evaluate"}),
-        ({"run.precision": "bf16"}, {"pretrain", "sft", "pairs", "reward", "ppo", "evaluate"}),
-        ({"roles.rollout.max_num_seqs": 8}, {"pairs", "ppo", "evaluate"}),
-        ({"roles.rollout.tensor_parallel_size": 2}, {"pairs", "ppo", "evaluate"}),
-        ({"ppo.safety_threshold": 0.5}, {"ppo", "evaluate"}),
+        ({"run.seed": 1}, set(STAGES) - {"testbed", "tokenizer"}),
+        ({"run.precision": "bf16"}, set(STAGES) - {"testbed", "tokenizer", "label"}),
+        ({"roles.rollout.max_num_seqs": 8}, SAMPLING),
+        ({"roles.rollout.tensor_parallel_size": 2}, SAMPLING),
+        ({"ppo.safety_threshold": 0.5}, {"rejection-sample", "select", "ppo", "evaluate"}),
         ({"roles.rollout.num_engines": 2, "roles.rollout.kv_cache_gib": 1.0}, set()),
         ({f"roles.{role}.num_ranks": 2 for role in ("policy", "value", "helpfulness", "reference")}, set()),
         ({"roles.policy.zero_stage": 3, "roles.value.activation_checkpointing": True}, set()),

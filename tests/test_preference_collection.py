@@ -66,7 +66,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
     """Has the side of a pair, the first or the second, answered by that whatever the prompt but the first one."""
 
     def sample(
-        context: Any, prompts: Any, draws: Any, model: int, temperature: float
+        context: Any, prompts: Any, draws: Any, model: int, temperature: float, number: int
     ) -> list[tuple[int, int, str, bool]]:
         return [
             (index, side, texts[collection.SIDES[side]] if index else "the same.", True)

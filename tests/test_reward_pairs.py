@@ -102,9 +102,8 @@ def test_all_own_rows_once_and_the_share_of_the_others(tmp_path, tokenizer_direc
 
 def test_epochs_repeat_the_mix_in_another_order(tmp_path, tokenizer_directory):
     path = write_rows(tmp_path / "c", "comparisons", mixed_rows(30, 0))
-    data = reward_pairs(
-        path, tokenizer_directory, shares={"helpfulness": 1.0, "safety": 0.0}, **{**OPTIONS, "epochs": 2}
-    )
+    shares = {"helpfulness": 1.0, "safety": 0.0}
+    data = reward_pairs({"": path}, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
     first, second = data.order
     assert sorted(first) == sorted(second) == list(range(len(data.train)))
     assert first != second

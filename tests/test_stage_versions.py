@@ -86,6 +86,13 @@ SETTINGS = {
     "ppo.kl_coef": 0.1,
     "ppo.truncated": "penalty",
     "ppo.max_logprob_gap": 100.0,
+    "rejection_sampling.samples_per_prompt": 3,
+    "rejection_sampling.temperatures": (0.7, 1.1),
+    "rejection_sampling.sweep_prompts": 4,
+    "rejection_sampling.sweep_samples": 2,
+    "rejection_sampling.group_size": 10,
+    "rejection_sampling.micro_batch_tokens": 400,
+    "rejection_sampling.max_new_tokens": 80,
     "evaluate.max_new_tokens": 80,
     **{
         f"{section}.{name}": value
@@ -96,6 +103,9 @@ SETTINGS = {
 OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "pairs": {"pairs.models": ["newest"], "pairs.pairs_per_prompt": 2},
     "label": {"label.noise": 1.0},
+    "sft": {"sft.demonstration_share": 0.4},
+    "rejection-sample": {"rejection_sampling.num_prompts": 5, "rejection_sampling.temperatures": (0.9,)},
+    "select": {"select.per_prompt": 2, "select.choice": "random"},
     "reward": {"reward.margin": "large", "reward.epochs": 2, "reward.helpfulness_share": 0.8},
     "ppo": {
         "ppo.kl_estimator": "k3",
@@ -112,6 +122,15 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Stages with a second output, by other rules than the default ones."""
+MORE = {
+    "pairs": ("model.0", "model.1"),
+    "select": ("samples.v1",),
+    "reward-accuracy": ("comparisons.v1", "comparisons.v2", "helpfulness.v1", "safety.v1"),
+    "evaluate": ("model.SFT", "model.PPO", "model.other"),
+}
+"""Inputs beside those that a stage always needs."""
+MORE_OTHERWISE = {"sft": ("selections",), "reward": ("comparisons.v1",)}
+"""Inputs for the second output alone."""
 
 # --- inputs: none of them is made by a stage ---------------------------------------------------------------------
 
@@ -171,6 +190,7 @@ def write_inputs(directory: Path) -> dict[str, Artefact]:
         "prompts": prompts,
         "pairs": [pair(number, row) for row in prompts[: len(PROMPTS)] for number in range(len(ANSWERS))],
         "comparisons": [comparison(number) for number in range(48)],
+        "samples": [sample(number, row) for row in prompts for number in range(4)],
     }
     for name, rows in tables.items():
         write_table(directory / f"{name}.parquet", rows, SCHEMAS[name])  # type: ignore[index]
@@ -180,9 +200,16 @@ def write_inputs(directory: Path) -> dict[str, Artefact]:
         **{f"prompts_{use}": "prompts.parquet" for use in ("train", "early_stop", "annotation", "test")},
         "model.0": "previous",
         "model.1": "chat",
-        "control.other": "control",
+        **{"model.SFT": "chat", "model.PPO": "policy", "model.other": "control"},
+        **{"helpfulness.v1": "helpfulness", "safety.v1": "safety"},
+        **{f"comparisons.v{week}": "comparisons.parquet" for week in (1, 2)},
+        **dict.fromkeys(("samples", "samples.v1", "selections"), "samples.parquet"),
     }
-    return {name: Artefact(name, directory / place, name, name) for name, place in places.items()}
+    parents = {"samples": {"helpfulness": "helpfulness", "safety": "safety"}}  # those of others are not known
+    return {
+        name: Artefact(name, directory / place, name, name, parents=parents.get(name, {}))
+        for name, place in places.items()
+    }
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -236,6 +263,16 @@ def pair(number: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         row |= {side: text, f"{side}_finished": finished, f"{side}_model": side}
         row[f"{side}_temperature"] = {"first": 0.5, "second": 1.5}[side]
     return row
+
+
+def sample(number: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Four in turn of the answers."""
+    text, finished = ANSWERS[(number + int(asked["prompt_id"][1:])) % len(ANSWERS)]
+    row = {name: asked[name] for name in ("prompt_id", "messages", "is_safety")}
+    tokens = [VOCABULARY[letter] for letter in text.replace(" ", "▁")] + [VOCABULARY["</s>"]] * finished
+    row |= {"sample": number, "tokens": tokens, "text": text, "finished": finished, "model": "m", "temperature": 1.0}
+    scores = {"helpfulness": number - 1.0, "safety": 2.0 - 3 * (number % 2), "combined": number - 1.0}
+    return {**row, **scores, "scope": "v2"}
 
 
 def comparison(number: int) -> dict[str, Any]:
@@ -349,8 +386,10 @@ def write_outputs(to: str, directory: str) -> None:
         gc.freeze()  # collections, of which unloading asks for many, do not go through what was there before
         found: dict[str, Any] = {}
         for case, changes in enumerate([{}, OTHERWISE[name]] if name in OTHERWISE else [{}]):
+            taken = [*STAGES[name].needs, *MORE.get(name, ()), *(MORE_OTHERWISE.get(name, ()) if case else ())]
+            given = {need: inputs[need] for need in taken}
             found |= {
-                f"{case}/{key}": value for key, value in output_of(name, changes, inputs, Path(directory) / str(case))
+                f"{case}/{key}": value for key, value in output_of(name, changes, given, Path(directory) / str(case))
             }
         outputs[name] = found
     Path(to).write_text(json.dumps(outputs), encoding="utf-8")
@@ -412,6 +451,8 @@ def data_of(worker: Any) -> dict[str, Any]:
     found = {"order": hashed(data.order)} if hasattr(data, "order") else {}
     for part in ("train", "held_out"):
         rows = getattr(data, part)
+        if not len(rows):
+            continue
         everything = rows.select(range(len(rows)), "cpu")
         found |= {f"{part} {f.name}": hashed(getattr(everything, f.name).tolist()) for f in fields(everything)}
     return found

@@ -5,9 +5,12 @@ import inspect
 import pytest
 
 from rlhf_ray.config import CONTENT, EXECUTION, LENGTH, Config, RolesSection, TrainRole, config_with, settings_of
+from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.rounds import node_of, recipe
-from rlhf_ray.recipe.stages import MODELS, STAGES, Given, Made, field_of, maker_of
+from rlhf_ray.recipe.stages import MODELS, ON_DEMAND, STAGES, Given, Made, field_of, maker_of
 from rlhf_ray.run_state import digest
+
+IN_ROUNDS = (*ON_DEMAND, "reward-accuracy")
 
 
 def graph(**settings):
@@ -33,7 +36,7 @@ def test_what_a_stage_needs_is_made_before_it_or_named_by_the_config():
         assert name == stage.name
         before = {output for earlier in list(STAGES.values())[:place] for output in earlier.makes}
         assert before.issuperset(stage.needs), name
-        assert all(field_of(need) for need in stage.may_need), name
+        assert all(field_of(need) for need in stage.may_need if need != "referee"), name  # a model of [rounds] alone
         assert all(maker_of(need) in STAGES for need in stage.needs), name
 
 
@@ -53,7 +56,7 @@ def test_roles_and_settings_of_a_stage_are_those_of_the_config(stage):
 
 
 def test_every_section_of_the_recipe_stands_in_the_key_of_a_stage():
-    sections = set(Config.model_fields) - {"run", "cluster", "roles", "data", "inputs"}
+    sections = set(Config.model_fields) - {"run", "cluster", "roles", "data", "inputs", "rounds"}
     assert sections <= {name for stage in STAGES.values() for name in stage.settings}
 
 
@@ -69,8 +72,8 @@ def test_the_runner_of_a_stage_is_a_function_of_context_step_and_inputs(stage):
 
 def test_the_default_recipe_is_every_stage_once_in_order():
     nodes = graph()
-    assert [node.name for node in nodes] == list(STAGES)
-    assert made(nodes) == {name: list(stage.makes) for name, stage in STAGES.items()} | {"sft": ["chat", "previous"]}
+    assert [node.name for node in nodes] == [name for name in STAGES if name not in IN_ROUNDS]
+    assert made(nodes) == {name: list(STAGES[name].makes) for name in made(nodes)} | {"sft": ["chat", "previous"]}
     assert named(nodes, "sft").makes == {"chat": "model", "previous": "epoch-1"}
     assert named(nodes, "pairs").inputs["model.0"] == Made("sft", "previous")
     assert named(nodes, "pairs").inputs["model.1"] == Made("sft", "chat")
@@ -147,5 +150,7 @@ def test_public_demonstrations_are_learnt_first():
 
 def test_controls_stand_beside_the_runs_own_models():
     inputs = named(graph(evaluate__controls={"longer": "/m"}), "evaluate").inputs
-    assert inputs["control.longer"] == Given("evaluate.controls.longer", "/m")
-    assert set(inputs) == {*STAGES["evaluate"].needs, "control.longer"}
+    assert inputs["model.longer"] == Given("evaluate.controls.longer", "/m")
+    assert list(inputs) == [*STAGES["evaluate"].needs, "model.SFT", "model.PPO", "model.longer"]
+    with pytest.raises(UserError, match=r"evaluate.controls.PPO: the label is taken by this run's own"):
+        graph(evaluate__controls={"PPO": "/m"})

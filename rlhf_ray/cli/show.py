@@ -50,8 +50,9 @@ def recipe_facts(what: Path, *, out: Path | None, overrides: Sequence[str]) -> d
     else:
         config = settled(load_config(what, overrides))
     run = RunDir(out if out is not None else "/nonexistent")
-    entries = Ledger(config, recipe(config), run).entries()
-    running = to_run(entries, wanted_stages(config))
+    wanted = wanted_stages(config)
+    entries = Ledger(config, recipe(config, wanted), run).entries()
+    running = to_run(entries, wanted)
     names = [entry.node.name for entry in running]
     nodes = [_node(entry, names) for entry in entries]
     return {

@@ -45,7 +45,7 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     """
     config = settled(config)
     wanted = wanted_stages(config, stages)
-    nodes = recipe(config)
+    nodes = recipe(config, wanted)
     check_redo(nodes, wanted, redo)
     running = stages_to_run(nodes, wanted)
     check_machine(config)
@@ -83,7 +83,8 @@ def check_submission(config: Config, out: Path) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    running = stages_to_run(recipe(config), wanted_stages(config))
+    wanted = wanted_stages(config)
+    running = stages_to_run(recipe(config, wanted), wanted)
     check_batches(config, running)
     check_model(config, running)
     if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there

@@ -5,11 +5,11 @@ models. The newest model answers prompts, the reward models choose, and a new mo
 version follows PPO.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from rlhf_ray.config import Config, VersionSection, config_with
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe.stages import STAGES, Given, Made, Node, Source, given_outputs
+from rlhf_ray.recipe.stages import ON_DEMAND, STAGES, Given, Made, Node, Source, given_outputs
 
 REWARDS = ("helpfulness", "safety")
 REFEREE = "referee"
@@ -60,14 +60,17 @@ class Graph:
         return isinstance(self.sources.get(output), Given)
 
 
-def recipe(config: Config) -> list[Node]:
+def recipe(config: Config, wanted: Collection[str] = ()) -> list[Node]:
     """The nodes of a config's recipe, each after those it works on; one whose outputs the config all names makes
     nothing.
+
+    Args:
+        wanted: stages that are asked for; those of `ON_DEMAND` have a node outside rounds only if they are among them.
     """
     graph = Graph(config)
     chat_model(graph)
     if config.rounds is None:
-        one_version(graph)
+        one_version(graph, wanted)
     else:
         versions(graph)
     return graph.nodes
@@ -98,14 +101,18 @@ def chat_model(graph: Graph) -> None:
     sources.update(start)
 
 
-def one_version(graph: Graph) -> None:
-    """One round of comparisons and reward models, and PPO on the SFT model; rejection sampling alone, on demand."""
+def one_version(graph: Graph, wanted: Collection[str]) -> None:
+    """One round of comparisons and reward models, and PPO on the SFT model."""
     sources = graph.sources
     if graph.is_given("comparisons"):
         sources.setdefault("pairs", sources["comparisons"])  # nobody needs them
     graph.add_next("pairs", answering(graph, sources["chat"], sources.get("previous", sources["chat"])))
-    for name in ("label", "reward", "rejection-sample", "select", "ppo"):
+    for name in ("label", "reward"):
         graph.add_next(name)
+    if any(stage in wanted for stage in ON_DEMAND):
+        for name in ON_DEMAND:
+            graph.add_next(name)
+    graph.add_next("ppo")
     evaluate(graph, {"SFT": sources["chat"], "PPO": sources["policy"]})
 
 

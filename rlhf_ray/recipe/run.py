@@ -55,7 +55,7 @@ def run_recipe(
     context = Context(config, RunDir(out))
     wanted = wanted_stages(context.config, stages)
     with context.run.locked():
-        return run_nodes(context, recipe(context.config), wanted, redo=redo)
+        return run_nodes(context, recipe(context.config, wanted), wanted, redo=redo)
 
 
 def run_nodes(

@@ -170,7 +170,7 @@ _TABLE = (
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _TABLE}
 """By name, in the recipe's order."""
 
-ROUNDS_ONLY = ("rejection-sample", "select", "reward-accuracy")
+ON_DEMAND = ("rejection-sample", "select")
 """Stages that a recipe without rounds goes through only when it is asked to."""
 MODELS = ("base", "previous", "chat", "helpfulness", "safety", "policy", "last")
 """Outputs that are checkpoints."""
@@ -263,7 +263,7 @@ def wanted_stages(config: Config, stages: Sequence[str] | None = None) -> tuple[
     Raises:
         UserError: one is not known.
     """
-    every = tuple(name for name in STAGES if config.rounds is not None or name not in ROUNDS_ONLY)
+    every = tuple(name for name in STAGES if config.rounds is not None or name not in ON_DEMAND)
     wanted = tuple(stages or config.run.stages or every)
     for stage in wanted:
         if stage not in STAGES:
