@@ -58,6 +58,7 @@ _TABLE = (
             )
         },
         settings=("testbed",),  # not the run's seed: the seeds of a comparison share the test prompts
+        version=2,
         runner="rlhf_ray.recipe.testbed:make_testbed",
     ),
     Stage(
