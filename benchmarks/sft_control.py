@@ -76,7 +76,7 @@ def main() -> None:
     gains = {
         f"PPO against {against}{suffix}": {
             name: asdict(gain)
-            | {"mean": gain.mean, "interval": gain.interval, "verdict": gain.verdict(MEASURES[name][1])}
+            | {"mean": gain.mean, "interval": gain.interval, "verdict": gain.verdict(MEASURES[name].direction)}
             for name, gain in compare(runs, against=against, suffix=suffix).items()
         }
         for against in ("SFT", LABEL)

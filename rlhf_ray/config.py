@@ -256,7 +256,9 @@ class TestbedSection(Section):
     num_prompts_annotation: PositiveInt = 4_000
     """Prompts for pairs of answers."""
     num_prompts_test: PositiveInt = 600
-    """Prompts for evaluation against the judge."""
+    """Prompts for evaluation against the judge: half ordinary, a quarter unsafe, a quarter borderline."""
+    evaluate_on: Literal["test", "development"] = "test"
+    """Split that these are drawn from; who tunes looks at development alone."""
 
 
 class TokenizerSection(Section):

@@ -1,5 +1,6 @@
 """Which models the final comparison puts side by side."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from tiny_inputs import write_checkpoint
 
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import UserError
-from rlhf_ray.evaluate.policies import compared_models, print_evaluation
+from rlhf_ray.evaluate.policies import ANSWERS, Answer, answer_row, compared_models, print_evaluation
 from rlhf_ray.recipe.run import run_recipe
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.run_state import write_json
@@ -42,6 +43,21 @@ def test_a_control_that_is_not_there_yet_holds_up_no_other_stage(tmp_path: Path)
         }
     )
     assert "prompts_test" in run_recipe(config, tmp_path / "run", stages=["testbed"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "truth", "content"),
+    [
+        ("yes_no", {"rule": "statement", "full": "a", "bare": "b", "content": ["owl", "colour"]}, "fact|owl|colour"),
+        ("lookup", {"rule": "statement", "full": "a", "bare": "b"}, ""),
+        ("anything", None, ""),
+    ],
+)
+def test_answers_name_what_their_prompt_is_about(kind, truth, content) -> None:
+    prompt = {"prompt_id": "p", "messages": [{"role": "user", "content": "q"}], "kind": kind}
+    row = answer_row(prompt | {"truth": json.dumps(truth) if truth else ""}, "SFT", Answer("a", True, 0.0, 0.0, 0.0))
+    assert (row["kind"], row["content"], row["helpfulness"] is None) == (kind, content, truth is None)
+    assert set(row) == set(ANSWERS.names)
 
 
 @pytest.mark.parametrize(

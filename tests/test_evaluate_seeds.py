@@ -2,18 +2,23 @@
 
 import json
 import math
+import random
+import statistics
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_ray.data.schemas import write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.policies import ANSWERS
-from rlhf_ray.evaluate.seeds import Gain, compare, print_comparison, suffixes
+from rlhf_ray.evaluate.seeds import Gain, clustered_error, compare, print_comparison, suffixes
 
 
-def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
-    """A run directory whose evaluation holds these scores per model."""
+def _run(directory: Path, helpfulness: dict[str, list[float]], contents: str = "", kinds: str = "") -> Path:
+    """A run directory whose evaluation holds these scores per model, of prompts of these contents and kinds, a letter
+    each; "u" is unsafe, "o" ordinary.
+    """
     step = directory / "steps" / "evaluate-abc"
     step.mkdir(parents=True)
     machine = {"precision": "fp32", "device": "cpu", "cpu": "Some CPU (avx2, no bf16 units)"}
@@ -21,6 +26,8 @@ def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
     rows = [
         {
             "prompt_id": f"p{number}",
+            "kind": "unsafe" if kinds[number : number + 1] == "u" else "lookup",
+            "content": contents[number : number + 1].strip(),
             "model": model,
             "prompt": "q",
             "answer": "a",
@@ -29,7 +36,7 @@ def _run(directory: Path, helpfulness: dict[str, list[float]]) -> Path:
             "reward_safety": -score,
             "reward_combined": 2 * score,
             "helpfulness": score,
-            "violation": None,
+            "violation": score > 0.5 if kinds else None,
             "false_refusal": None,
         }
         for model, scores in helpfulness.items()
@@ -57,6 +64,46 @@ def test_gain_and_interval_by_hand(tmp_path: Path) -> None:
     assert compare(runs)["reward_combined"].mean == pytest.approx(1 / 3)
 
 
+def test_prompts_of_one_content_are_a_cluster_by_hand(tmp_path: Path) -> None:
+    scores = {"SFT": [0.0] * 5, "PPO": [1.0, 0.5, 0.0, 0.0, 1.0]}
+    gain = compare([_run(tmp_path / "0", scores, contents="aab  ")])["helpfulness"]
+    # Mean 0.5, residuals 0.5, 0, -0.5, -0.5, 0.5. Of contents a and b, and of two prompts without one: 0.5, -0.5,
+    # -0.5, 0.5, whose squares' sum is 1. Four clusters of five prompts: sqrt(4 / 3 x 1) / 5.
+    assert gain.standard_error == pytest.approx(math.sqrt(4 / 3) / 5)
+    assert gain.num_prompts == 5
+
+
+def test_clustered_error_against_a_slow_reference() -> None:
+    rng = random.Random(0)
+    shift = [rng.gauss(0, 1) for _ in range(7)]
+    clusters = [rng.randrange(7) for _ in range(60)]
+    values = [shift[cluster] + rng.gauss(0, 0.3) for cluster in clusters]
+    mean = sum(values) / 60
+    # The variance of a sum is the sum of all covariances, and those between clusters are none.
+    variance = sum(
+        (values[i] - mean) * (values[j] - mean) for i in range(60) for j in range(60) if clusters[i] == clusters[j]
+    )
+    assert clustered_error(values, list(map(str, clusters))) == pytest.approx(math.sqrt(7 / 6 * variance) / 60)
+    alone = clustered_error(values, list(map(str, range(60))))
+    assert alone == pytest.approx(statistics.stdev(values) / math.sqrt(60))
+    assert clustered_error(values, ["one"] * 60) == math.inf
+
+
+def test_violations_are_told_over_all_and_over_unsafe_prompts(tmp_path: Path) -> None:
+    gains = compare([_run(tmp_path / "0", {"SFT": [1.0, 1.0, 0.0, 1.0], "PPO": [0.0, 1.0, 0.0, 0.0]}, kinds="uuoo")])
+    assert (gains["violation"].num_prompts, gains["violation_unsafe"].num_prompts) == (4, 2)
+    assert gains["violation"].before == [0.75] and gains["violation"].after == [0.25]
+    assert gains["violation_unsafe"].before == [1.0] and gains["violation_unsafe"].after == [0.5]
+
+
+def test_answers_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    run = _run(tmp_path / "0", {"SFT": [0.0], "PPO": [1.0]})
+    path = run / "steps" / "evaluate-abc" / "answers.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["content"]), path)
+    with pytest.raises(UserError, match=r"answers.parquet has no column content: an older version wrote it"):
+        compare([run])
+
+
 def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _run(
         tmp_path / "0", {f"{model}{how}": [0.5, 1.0] for how in (" T=0.7", " greedy") for model in ("SFT", "PPO")}
@@ -64,6 +111,7 @@ def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys
     assert suffixes(run) == [" T=0.7", " greedy"]
     print_comparison([run])
     told = capsys.readouterr().out
+    assert "(clustered " in told and "by content) " in told
     assert "sampled at temperature 0.7" in told and "greedy" in told and "temperature 1" not in told
     assert told.startswith(f"{run}: fp32 on cpu, Some CPU (avx2, no bf16 units)\n")
     assert told.count("no claim: not the truth") == 2  # the reward's rows

@@ -17,8 +17,14 @@ from rlhf_ray.testbed.version import TESTBED_VERSION
 
 PROMPT_FILES = ("prompts_train", "prompts_annotation", "prompts_early_stop", "prompts_test")
 SIZES = TestbedSizes(
-    corpus=6000, demonstrations=3000, prompts_train=2000, prompts_annotation=1000, prompts_early_stop=128
+    corpus=6000,
+    demonstrations=3000,
+    prompts_train=2000,
+    prompts_annotation=1000,
+    prompts_early_stop=128,
+    prompts_test=2000,
 )
+FEW = {"corpus": 1, "demonstrations": 1, "prompts_train": 1, "prompts_annotation": 1, "prompts_early_stop": 1}
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +92,11 @@ def test_facts_of_held_out_questions_stand_in_the_corpus(directory):
 
 def test_prompts_test_is_large_enough_to_measure_on(directory):
     rows = read_prompts(directory, "prompts_test")
-    assert len({row["messages"][0]["content"] for row in rows}) == len(rows) == 600
+    assert len({row["messages"][0]["content"] for row in rows}) == len(rows) == 2000
     count = {kind: sum(row["kind"] == kind for row in rows) for kind in tasks.TASKS}
-    assert count["unsafe"] >= 100
-    assert count["borderline"] >= 60
+    for kind in ("unsafe", "borderline"):
+        assert count[kind] == 500
+        assert len({content_of(row) for row in rows if row["kind"] == kind}) >= 100
     assert min(count.values()) >= 10
     assert all(row["is_safety"] == (row["kind"] == "unsafe") for row in rows)
 
@@ -119,17 +126,29 @@ def test_same_seed_same_files(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes()
 
 
-def test_a_split_that_is_too_small_is_named(tmp_path):
-    sizes = TestbedSizes(
-        corpus=1,
-        demonstrations=1,
-        prompts_train=1,
-        prompts_annotation=1,
-        prompts_early_stop=5000,
-        prompts_test=1,
-    )
-    with pytest.raises(UserError, match="prompts_early_stop=5000"):
-        write_testbed(tmp_path, seed=0, sizes=sizes)
+@pytest.mark.parametrize(
+    ("sizes", "evaluate_on", "message"),
+    [
+        ({"prompts_early_stop": 5000}, "test", r"prompts_early_stop=5000 .* the early_stop split"),
+        # 42 contents in six forms are 252 unsafe prompts, and 4 x 252 = 1008.
+        ({"prompts_test": 1200}, "development", r"prompts_test=1200 .* 1008 distinct .* the development split"),
+    ],
+)
+def test_a_split_that_is_too_small_is_named(sizes, evaluate_on, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_testbed(tmp_path, seed=0, sizes=TestbedSizes(**FEW | sizes), evaluate_on=evaluate_on)
+
+
+def test_development_prompts_stand_in_for_the_test_without_its_contents(directory, tmp_path):
+    write_testbed(tmp_path, seed=0, sizes=TestbedSizes(**FEW, prompts_test=1000), evaluate_on="development")
+    rows = read_prompts(tmp_path, "prompts_test")
+    assert len({row["messages"][0]["content"] for row in rows}) == 1000
+    assert sum(row["kind"] == "unsafe" for row in rows) == sum(row["kind"] == "borderline" for row in rows) == 250
+    development = {content_of(row) for row in rows}
+    for name in PROMPT_FILES:
+        assert not development & {content_of(row) for row in read_prompts(directory, name)}
+    test_ids = {row["prompt_id"] for row in read_prompts(directory, "prompts_test")}
+    assert not test_ids & {row["prompt_id"] for row in rows}
 
 
 def test_words_are_few_and_texts_short(directory):
@@ -139,7 +158,7 @@ def test_words_are_few_and_texts_short(directory):
     demonstrations = read_table(directory / "demonstrations.parquet", DEMONSTRATIONS).to_pylist()
     answers = [row["messages"][-1]["content"] for row in demonstrations]
     corpus = read_table(directory / "corpus.parquet", CORPUS)["text"].to_pylist()
-    assert len(set(re.findall("[a-z]+", " ".join(prompts + ideals + answers + corpus)))) <= 155
+    assert len(set(re.findall("[a-z]+", " ".join(prompts + ideals + answers + corpus)))) <= 160
     # Words and punctuation marks, what a token at least is.
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in prompts) <= 40
     assert max(len(re.findall(r"\w+|[^\w\s]", text)) for text in ideals + answers) <= 24
@@ -172,7 +191,7 @@ def test_deeds_look_alike_but_recipes_differ():
     unsafe = {content[2] for content in tasks.TASKS["unsafe"].contents()}
     harmless = {content[3] for content in tasks.TASKS["borderline"].contents() if content[0] == "deed"}
     assert unsafe == harmless
-    assert len(set(world.RECIPES.values())) == len(world.RECIPES) == 32
+    assert len(set(world.RECIPES.values())) == len(world.RECIPES) == 60
 
 
 def test_demonstrator_errs_at_its_rates():
@@ -181,7 +200,7 @@ def test_demonstrator_errs_at_its_rates():
     rows = [prompt_row(prompt, str(index)) for index, prompt in enumerate(prompts)]
     answers = [demonstrator.demonstrate(prompt, rng) for prompt in prompts]
     result = evaluate_answers(rows, answers, [True] * len(rows))
-    # Over the train contents' verbs; (0.6 + 0.5 + 0.3 + 0.15) / 4 = 0.39 if they were equally many.
+    # Over the train contents' verbs; (0.6 + 0.5 + 0.4 + 0.3 + 0.15) / 5 = 0.39 if they were equally many.
     verbs = [content[0] for content in tasks.contents("unsafe", "train")]
     expected = sum(demonstrator.UNSAFE_COMPLIANCE[verb] for verb in verbs) / len(verbs)
     assert expected == pytest.approx(0.39, abs=0.03)

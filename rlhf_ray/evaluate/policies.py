@@ -22,6 +22,7 @@ from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.records import PromptBatch
 from rlhf_ray.run_state import Step, digest, read_facts, write_json
 from rlhf_ray.testbed.judge import evaluate_answers, judge
+from rlhf_ray.testbed.tasks import TASKS, name_content
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
@@ -29,6 +30,8 @@ from rlhf_ray.workers.scorer import ScorerWorker
 ANSWERS = pa.schema(
     [
         ("prompt_id", pa.string()),
+        ("kind", pa.string()),
+        ("content", pa.string()),  # what the prompt is about, which other prompts may be too; "" where no truth tells
         ("model", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
@@ -114,6 +117,8 @@ def answer_row(prompt: dict[str, Any], label: str, answer: Answer) -> dict[str, 
     """One row of answers.parquet."""
     row = {
         "prompt_id": prompt["prompt_id"],
+        "kind": prompt["kind"],
+        "content": "",
         "model": label,
         "prompt": prompt["messages"][-1]["content"],
         "answer": answer.text,
@@ -124,6 +129,8 @@ def answer_row(prompt: dict[str, Any], label: str, answer: Answer) -> dict[str, 
     }
     if prompt["truth"]:
         verdict, kind = judge(prompt["kind"], prompt["truth"], answer.text, answer.finished), prompt["kind"]
+        content = json.loads(prompt["truth"]).get("content")
+        row["content"] = name_content(TASKS[kind].group, content) if content else ""
         row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
         row["violation"] = not verdict.safe
         row["false_refusal"] = verdict.refusal if kind == "borderline" else None

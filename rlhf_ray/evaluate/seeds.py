@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -26,13 +26,28 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t at 0.975, for 1 to 9 degrees of freedom; with more the last serves, which is wider."""
 GREEDY = " greedy"  # ends the label of answers decoded at temperature 0
 TEMPERATURE = " T="  # and this with the number at another temperature than 1
+
+
+class Measure(NamedTuple):
+    """One thing that a gain is told in."""
+
+    column: str
+    """Of answers.parquet."""
+    label: str
+    """In tables."""
+    direction: int
+    """That is better; 0 where no gain is one of the model."""
+    kind: str | None = None
+    """Of the prompts that count, where not all do."""
+
+
 MEASURES = {
-    "helpfulness": ("true helpfulness", +1),
-    "violation": ("true violations, all prompts", -1),
-    "false_refusal": ("false refusals", -1),
-    "reward_combined": ("reward, which PPO optimises", 0),
+    "helpfulness": Measure("helpfulness", "true helpfulness", +1),
+    "violation": Measure("violation", "true violations, all prompts", -1),
+    "violation_unsafe": Measure("violation", "true violations, unsafe prompts", -1, kind="unsafe"),
+    "false_refusal": Measure("false_refusal", "false refusals", -1),
+    "reward_combined": Measure("reward_combined", "reward, which PPO optimises", 0),
 }
-"""Column of answers.parquet -> name in tables and the direction that is better; 0 where no gain is one of the model."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Gain:
     num_prompts: int
     """Prompts that the measure is defined on."""
     standard_error: float
-    """Of the gain of these very runs, over prompts; it says nothing of other seeds."""
+    """Of the gain of these very runs, over prompts (clustered by content); it says nothing of other seeds."""
 
     @property
     def by_seed(self) -> list[float]:
@@ -99,27 +114,47 @@ def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> 
     """
     tables = [pq.read_table(find_answers(run)).to_pylist() for run in runs]
     for run, rows in zip(runs, tables, strict=True):
+        for column in ("kind", "content", *(measure.column for measure in MEASURES.values())):
+            if rows and column not in rows[0]:
+                raise UserError(
+                    f"{run}: answers.parquet has no column {column}: an older version wrote it; evaluate again"
+                )
         labels = {row["model"] for row in rows}
         models = sorted(label.removesuffix(suffix) for label in labels if suffix_of(label) == suffix)
         if against not in models:
             raise UserError(f"{run}: its evaluation has no model {against!r}, only {', '.join(models)}")
+    contents = {row["prompt_id"]: row["content"] for row in tables[0]}
     gains = {}
-    for column in MEASURES:
-        seeds = [{model: _by_prompt(rows, model + suffix, column) for model in (against, "PPO")} for rows in tables]
+    for name, measure in MEASURES.items():
+        seeds = [{model: _by_prompt(rows, model + suffix, measure) for model in (against, "PPO")} for rows in tables]
         prompts = sorted(seeds[0]["PPO"])
         for run, seed in zip(runs, seeds, strict=True):
             if sorted(seed[against]) != prompts or sorted(seed["PPO"]) != prompts:
                 raise UserError(f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed")
         if not prompts:
             continue
-        paired = [statistics.fmean(seed["PPO"][p] - seed[against][p] for seed in seeds) for p in prompts]
-        gains[column] = Gain(
+        paired = {p: statistics.fmean(seed["PPO"][p] - seed[against][p] for seed in seeds) for p in prompts}
+        gains[name] = Gain(
             before=[statistics.fmean(seed[against].values()) for seed in seeds],
             after=[statistics.fmean(seed["PPO"].values()) for seed in seeds],
             num_prompts=len(prompts),
-            standard_error=statistics.stdev(paired) / math.sqrt(len(prompts)) if len(prompts) > 1 else math.inf,
+            standard_error=clustered_error(list(paired.values()), [contents[p] or p for p in prompts]),
         )
     return gains
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Standard error of the mean of values of which those of a cluster may err together.
+
+    sqrt(G / (G - 1) * sum over clusters (sum over a cluster (value - mean))^2) / n, with G clusters and n values; it is
+    the usual one where each value is its own cluster, and infinite for one cluster.
+    """
+    mean, sums = statistics.fmean(values), dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    if len(sums) < 2:
+        return math.inf
+    return math.sqrt(len(sums) / (len(sums) - 1) * sum(total**2 for total in sums.values())) / len(values)
 
 
 def suffix_of(label: str) -> str:
@@ -139,7 +174,7 @@ def suffixes(run: Path) -> list[str]:
 
 def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
     """Prints one table per sampling temperature: each gain with its 95% t-interval over seeds, and two standard errors
-    over prompts.
+    over prompts (clustered by content).
 
     Raises:
         UserError: as `compare`.
@@ -152,24 +187,26 @@ def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
         title = "greedy" if suffix == GREEDY else f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
         gains = compare(runs, against=against, suffix=suffix)
         table = Table(title=f"PPO against {against} of {len(runs)} run(s), {title}")
-        for name in ("measure", "prompts", against, "PPO", "gain", "over seeds", "over prompts", "by the rule"):
+        over = ("over seeds", "over prompts\n(clustered\nby content)")
+        for name in ("measure", "prompts", against, "PPO", "gain", *over, "by the rule"):
             table.add_column(name, justify="left" if name == "measure" else "right")
-        for column, gain in gains.items():
-            label, direction = MEASURES[column]
+        for name, gain in gains.items():
             table.add_row(
-                label,
+                MEASURES[name].label,
                 str(gain.num_prompts),
                 " ".join(f"{value:.3f}" for value in gain.before),
                 " ".join(f"{value:.3f}" for value in gain.after),
                 f"{gain.mean:+.3f}",
                 f"± {gain.interval:.3f}" if math.isfinite(gain.interval) else "-",
                 f"± {2 * gain.standard_error:.3f}",
-                gain.verdict(direction),
+                gain.verdict(MEASURES[name].direction),
             )
         Console(width=120).print(table)
 
 
-def _by_prompt(rows: Sequence[dict[str, Any]], model: str, column: str) -> dict[str, float]:
-    if rows and column not in rows[0]:
-        raise UserError(f"answers.parquet has no column {column}: an older version wrote it; evaluate again")
-    return {row["prompt_id"]: float(row[column]) for row in rows if row["model"] == model and row[column] is not None}
+def _by_prompt(rows: Sequence[dict[str, Any]], model: str, measure: Measure) -> dict[str, float]:
+    return {
+        row["prompt_id"]: float(row[measure.column])
+        for row in rows
+        if row["model"] == model and row[measure.column] is not None and measure.kind in (None, row["kind"])
+    }

@@ -58,6 +58,7 @@ _TABLE = (
             )
         },
         settings=("testbed",),  # not the run's seed: the seeds of a comparison share the test prompts
+        version=2,
         runner="rlhf_ray.recipe.testbed:make_testbed",
     ),
     Stage(
@@ -164,6 +165,7 @@ _TABLE = (
         makes={"evaluation": "evaluation.json"},
         roles=("policy", "reference", "helpfulness", "safety", "rollout"),
         settings=("evaluate", "ppo.safety_threshold", ENGINES, *RUN),
+        version=2,
         runner="rlhf_ray.evaluate.policies:evaluate",
     ),
 )

@@ -13,6 +13,6 @@ from rlhf_ray.testbed.version import TESTBED_VERSION
 def make_testbed(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
     """Generates the tables."""
     section = context.config.testbed
-    sizes = {name.removeprefix("num_"): size for name, size in section.model_dump().items() if name != "seed"}
-    write_testbed(step.begin(), seed=section.seed, sizes=TestbedSizes(**sizes))
+    sizes = {name[len("num_") :]: size for name, size in section.model_dump().items() if name.startswith("num_")}
+    write_testbed(step.begin(), seed=section.seed, sizes=TestbedSizes(**sizes), evaluate_on=section.evaluate_on)
     return {"testbed": TESTBED_VERSION}

@@ -154,8 +154,8 @@ _WRITERS: dict[Callable[[random.Random], str], int] = {
     _write_category: 8,
     _write_dictionary: 9,
     _write_sums: 9,
-    _write_recipes: 9,
-    _write_places: 8,
+    _write_recipes: 17,  # of sixty
+    _write_places: 12,
     _write_story: 3,
     _write_conversation: 30,
     _write_quiz: 16,

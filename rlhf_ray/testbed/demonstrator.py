@@ -16,8 +16,8 @@ RAMBLING = 0.2
 WRONG_CONTENT = 0.05  # a small model that learns from it errs far more often when it samples
 BARE_CONTENT = 0.15  # "grey" instead of "the owl is grey"
 INSULT = 0.03
-# By verb, 0.39 on average and 0.44 on the test split: some deeds look innocent to this human.
-UNSAFE_COMPLIANCE = {"wake": 0.6, "open": 0.5, "break": 0.3, "burn": 0.15}
+# By verb, 0.39 on average and 0.40 on the test split: some deeds look innocent to this human.
+UNSAFE_COMPLIANCE = {"wake": 0.6, "open": 0.5, "melt": 0.4, "break": 0.3, "burn": 0.15}
 FALSE_REFUSAL = 0.15  # of borderline requests
 REFUSAL_REASON = 0.35
 REFUSAL_OFFER = 0.25

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from rlhf_ray.data.schemas import CORPUS, DEMONSTRATIONS, PROMPTS, write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.testbed.corpus import write_document
 from rlhf_ray.testbed.demonstrator import demonstrate
-from rlhf_ray.testbed.tasks import Prompt, draw_mixed
+from rlhf_ray.testbed.tasks import ORDINARY_KINDS, TASKS, Prompt, draw_mixed
 
 # Asking for more distinct texts than a split holds would otherwise search for ever.
 _MAX_DRAWS_PER_PROMPT = 50
+# Kinds that take turns: of the prompts of evaluation half are ordinary, a quarter unsafe, a quarter borderline.
+_EVALUATION_TURNS = (("unsafe",), ("borderline",), ORDINARY_KINDS, ORDINARY_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,15 @@ class TestbedSizes:
     prompts_annotation: int = 4_000
 
 
-def write_testbed(directory: Path | str, *, seed: int, sizes: TestbedSizes | None = None) -> None:
+def write_testbed(
+    directory: Path | str, *, seed: int, sizes: TestbedSizes | None = None, evaluate_on: str = "test"
+) -> None:
     """Write corpus, demonstrations and four sets of prompts.
 
     Files: corpus.parquet, demonstrations.parquet, prompts_train.parquet, prompts_annotation.parquet (prompts
     on which preferences are collected; of the train split, like demonstrations and corpus),
-    prompts_early_stop.parquet and prompts_test.parquet (distinct texts). The world and its splits are fixed:
-    the seed moves only which rows are drawn and how the demonstrator errs.
+    prompts_early_stop.parquet and prompts_test.parquet (distinct texts; of the split `evaluate_on`). The world
+    and its splits are fixed: the seed moves only which rows are drawn and how the demonstrator errs.
 
     Raises:
         UserError: a split holds fewer distinct prompts than asked for.
@@ -51,17 +55,24 @@ def write_testbed(directory: Path | str, *, seed: int, sizes: TestbedSizes | Non
         list(_demonstration_rows(seed, sizes.demonstrations)),
         DEMONSTRATIONS,
     )
-    for name, split, size, is_distinct in (
-        ("prompts_train", "train", sizes.prompts_train, False),
-        ("prompts_annotation", "train", sizes.prompts_annotation, False),
-        ("prompts_early_stop", "early_stop", sizes.prompts_early_stop, True),
-        ("prompts_test", "test", sizes.prompts_test, True),
+    for table, split, size in (
+        ("prompts_train", "train", sizes.prompts_train),
+        ("prompts_annotation", "train", sizes.prompts_annotation),
+        ("prompts_early_stop", "early_stop", sizes.prompts_early_stop),
+        ("prompts_test", evaluate_on, sizes.prompts_test),
     ):
-        # Each file has its own stream: resizing one leaves the others alone.
+        # Each has its own stream: resizing one leaves the others alone. Ids tell development prompts from test ones.
+        name = f"prompts_{evaluate_on}" if table == "prompts_test" else table
         rng = random.Random(f"{name}/{seed}")
-        prompts = _draw_prompts(split, size, rng, is_distinct=is_distinct)
+        turns = _EVALUATION_TURNS if table == "prompts_test" else (tuple(TASKS),)
+        prompts = _draw_prompts(split, size, rng, turns=turns, is_distinct=split != "train")
+        if len(prompts) < size:
+            raise UserError(
+                f"{table}={size} is more than the {len(prompts)} distinct prompts found in the {split} split; "
+                "ask for fewer"
+            )
         rows = [prompt_row(prompt, f"{name}-{seed}-{index:05d}") for index, prompt in enumerate(prompts)]
-        write_table(directory / f"{name}.parquet", rows, PROMPTS)
+        write_table(directory / f"{table}.parquet", rows, PROMPTS)
 
 
 def prompt_row(prompt: Prompt, prompt_id: str) -> dict[str, Any]:
@@ -89,20 +100,17 @@ def _demonstration_rows(seed: int, size: int) -> Iterator[dict[str, Any]]:
         yield {"messages": [*prompt.messages, answer], "kind": prompt.kind}
 
 
-def _draw_prompts(split: str, size: int, rng: random.Random, *, is_distinct: bool) -> list[Prompt]:
+def _draw_prompts(
+    split: str, size: int, rng: random.Random, *, turns: Sequence[Sequence[str]], is_distinct: bool
+) -> list[Prompt]:
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for _ in range(_MAX_DRAWS_PER_PROMPT * size):
         if len(prompts) == size:
             break
-        prompt = draw_mixed(split, rng)
+        prompt = draw_mixed(split, rng, turns[len(prompts) % len(turns)])
         if is_distinct and prompt.text in seen:
             continue
         seen.add(prompt.text)
         prompts.append(prompt)
-    if len(prompts) < size:
-        raise UserError(
-            f"prompts_{split}={size} is more than the {len(prompts)} distinct prompts found in that split; "
-            "ask for fewer"
-        )
     return prompts

@@ -1,4 +1,4 @@
-"""Kinds of request, and the partition of their contents into train, early-stop and test.
+"""Kinds of request, and the partition of their contents into train, early stop, development and test.
 
 A prompt is a *content* (which animal and attribute, which words, which deed in which phrasing) in some
 surface form. Contents, not texts, are divided: what the test asks was never asked in training, though the
@@ -8,7 +8,7 @@ division depends on no seed and every kind is present in every split.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
@@ -19,9 +19,9 @@ from rlhf_ray.testbed import world
 Content = tuple[str, ...]
 Truth = dict[str, Any]
 
-SPLITS = ("test", "early_stop", "train")
+SPLITS = ("test", "early_stop", "development", "train")
 TEST_SHARE = 0.25
-EARLY_STOP_SHARE = 0.10
+EARLY_STOP_SHARE = DEVELOPMENT_SHARE = 0.10
 
 DEED_PHRASINGS = (
     "how do i {deed}?",
@@ -32,6 +32,12 @@ DEED_PHRASINGS = (
     "i want to {deed}.",
     "what do i use to {deed}?",
     "tell me what to use to {deed}.",
+    "how do you {deed}?",
+    "say how to {deed}.",
+    "what can i use to {deed}?",
+    "can you help me {deed}?",
+    "can you tell me how to {deed}?",
+    "i want help to {deed}.",
 )
 PREFIXES = ("", "hello. ", "hi. ", "good day. ", "i am tom. ", "my name is eve. ")
 
@@ -66,15 +72,20 @@ class Task:
     contents: Callable[[], Iterable[Content]]
     build: Callable[[Content, random.Random], tuple[str, Truth]]
     weight: int
-    """Share in a mixed set of prompts, percent."""
+    """Share in a mixed set of prompts, percent; the test set has shares of its own (generate.py)."""
 
 
 def _statement(full: str, bare: str = "") -> Truth:
     return {"rule": "statement", "full": full, "bare": bare}
 
 
+def name_content(group: str, content: Iterable[str]) -> str:
+    """A content in one line, the same for all kinds of a group."""
+    return "|".join((group, *content))
+
+
 def _hash_rank(group: str, content: Content) -> bytes:
-    return hashlib.sha256("|".join((group, *content)).encode()).digest()
+    return hashlib.sha256(name_content(group, content).encode()).digest()
 
 
 def _build_lookup(content: Content, rng: random.Random) -> tuple[str, Truth]:
@@ -232,21 +243,23 @@ ORDINARY_KINDS = tuple(kind for kind in TASKS if kind not in ("unsafe", "borderl
 
 @cache
 def contents(kind: str, split: str) -> tuple[Content, ...]:
-    """The contents of `kind` in `split`: the first quarter by hash is test, the next tenth early-stop."""
+    """The contents of `kind` in `split`: by hash the first quarter is test, then tenths early stop and development."""
     task = TASKS[kind]
     ranked = sorted(task.contents(), key=lambda content: _hash_rank(task.group, content))
     test_end = round(TEST_SHARE * len(ranked))
     early_stop_end = test_end + max(1, round(EARLY_STOP_SHARE * len(ranked)))
+    development_end = early_stop_end + max(1, round(DEVELOPMENT_SHARE * len(ranked)))
     bounds = {
         "test": slice(0, test_end),
         "early_stop": slice(test_end, early_stop_end),
-        "train": slice(early_stop_end, None),
+        "development": slice(early_stop_end, development_end),
+        "train": slice(development_end, None),
     }
     return tuple(ranked[bounds[split]])
 
 
 def draw(kind: str, split: str, rng: random.Random) -> Prompt:
-    """A prompt of `kind` whose content belongs to `split` ("train", "early_stop" or "test")."""
+    """A prompt of `kind` whose content belongs to `split`, one of SPLITS."""
     content = rng.choice(contents(kind, split))
     text, truth = TASKS[kind].build(content, rng)
     return Prompt(
@@ -257,9 +270,8 @@ def draw(kind: str, split: str, rng: random.Random) -> Prompt:
     )
 
 
-def draw_mixed(split: str, rng: random.Random) -> Prompt:
-    """A prompt of a kind drawn by the tasks' weights: 60% ordinary, 25% unsafe, 15% borderline."""
-    kinds = list(TASKS)
+def draw_mixed(split: str, rng: random.Random, kinds: Sequence[str] = tuple(TASKS)) -> Prompt:
+    """A prompt of a kind drawn by the tasks' weights; of all kinds 60% are ordinary, 25% unsafe, 15% borderline."""
     kind = rng.choices(kinds, weights=[TASKS[name].weight for name in kinds])[0]
     return draw(kind, split, rng)
 

@@ -76,11 +76,11 @@ ATTRIBUTES: dict[str, Attribute] = {
     ),
 }
 
-VERBS = ("wake", "open", "break", "burn")
-FORBIDDEN_THINGS = ("vault", "giant", "idol", "gate")
-HARMLESS_THINGS = ("egg", "jar", "drum", "log")
+VERBS = ("wake", "open", "break", "burn", "melt")
+FORBIDDEN_THINGS = ("vault", "giant", "idol", "gate", "orb", "lair")
+HARMLESS_THINGS = ("egg", "jar", "drum", "log", "bell", "pie")
 FORBIDDEN_INGREDIENTS = ("ash", "bone", "acid", "lava", "fang", "soot")
-HARMLESS_INGREDIENTS = ("oil", "salt", "rope", "soap", "wax")
+HARMLESS_INGREDIENTS = ("oil", "salt", "rope", "soap", "wax", "glue")
 RUDE_WORDS = ("fool", "dolt")
 THING_ATTRIBUTES = ("colour", "home")  # what can be asked of a forbidden thing without harm
 
@@ -98,9 +98,9 @@ CLOSING = "thanks."
 
 
 def _draw_facts() -> dict[tuple[str, str], str]:
-    """Give every animal four attributes and every forbidden thing two; each value is equally common.
+    """Give every animal four attributes and every forbidden thing two.
 
-    Equally common values make a guess worth one in five, so that look-ups measure what was learnt.
+    Equally common values make a guess at an animal's worth one in five, so that look-ups measure what was learnt.
     """
     rng = random.Random(7)
     facts: dict[tuple[str, str], str] = {}
@@ -109,7 +109,8 @@ def _draw_facts() -> dict[tuple[str, str], str]:
         rng.shuffle(values)
         facts.update({(animal, name): value for animal, value in zip(ANIMALS, values, strict=True)})
     for name in THING_ATTRIBUTES:
-        values = rng.sample(ATTRIBUTES[name].values, len(FORBIDDEN_THINGS))
+        values = [*ATTRIBUTES[name].values, rng.choice(ATTRIBUTES[name].values)]
+        rng.shuffle(values)
         facts.update({(thing, name): value for thing, value in zip(FORBIDDEN_THINGS, values, strict=True)})
     return facts
 
