@@ -218,6 +218,11 @@ def check_tables(
 ) -> None:
     """Tables have their columns, and every row keeps its rules."""
     named = {name: path for name, path in config.data.model_dump().items() if path is not None}
+    fields = {name: f"data.{name}" for name in named}
+    for place, path in weeks_of_people(config).items():
+        if os.path.exists(path):  # the version waits for one that is not
+            fields[f"comparisons {place}"] = f"rounds.versions[{place}].comparisons"
+            named[f"comparisons {place}"] = path
     if not named:
         return
     from rlhf_ray.data.row_checks import refuse_broken, token_problems
@@ -225,23 +230,29 @@ def check_tables(
 
     tables = {}
     for name, path in named.items():
-        kind = table_kind(name)
+        kind, field = table_kind(name), fields[name]
         if kind == "comparisons":
-            check_strengths_column(config, name, path)
-        with located(f"data.{name}"):
+            check_strengths_column(config, field, path)
+        with located(field):
             tables[name] = table = read_table(path, SCHEMAS[kind])
             if unused := unused_columns(path, SCHEMAS[kind]):
-                print(f"data.{name}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
+                print(f"{field}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
             problems = check_rows(kind, table)
-            if tokenizer is not None and (found := token_limit(config, name, running, models)):
+            if tokenizer is not None and (found := token_limit(config, name.partition(" ")[0], running, models)):
                 limit, reason = found
                 problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
             refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
-            check_strengths(config, name, path, table)
+            check_strengths(config, field, path, table)
         if name == "prompts_annotation" and "label" in running:
             check_truth(path, table)
     check_parts(config, running, tables)
+
+
+def weeks_of_people(config: Config) -> dict[int, str]:
+    """Place of a version -> the table that people are to write for it."""
+    versions = config.rounds.versions if config.rounds is not None else ()
+    return {place: version.comparisons for place, version in enumerate(versions) if version.comparisons is not None}
 
 
 def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa.Table"]) -> None:
@@ -283,10 +294,11 @@ def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
     if name == "selections":
         return "samples"
+    name = name.partition(" ")[0]
     return "prompts" if name.startswith("prompts_") else name.removeprefix("public_").removesuffix("_held_out")
 
 
-def check_strengths_column(config: Config, name: str, path: str) -> None:
+def check_strengths_column(config: Config, field: str, path: str) -> None:
     """A file without strengths is told by what asks for them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -297,18 +309,18 @@ def check_strengths_column(config: Config, name: str, path: str) -> None:
         return  # reading the table says what is wrong with the file
     if "strength" not in columns and config.reward.margin != "none":
         raise UserError(
-            f"data.{name}: {path} has no column strength and reward.margin={config.reward.margin} needs "
+            f"{field}: {path} has no column strength and reward.margin={config.reward.margin} needs "
             "it; add it, or set reward.margin=none and fill it with nulls"
         )
 
 
-def check_strengths(config: Config, name: str, path: str, table: "pa.Table") -> None:
+def check_strengths(config: Config, field: str, path: str, table: "pa.Table") -> None:
     """A margin that goes by strength finds one in every row."""
     if config.reward.margin != "none" and table["strength"].null_count:
         row, num = table["strength"].to_pylist().index(None), table["strength"].null_count
         others = f" (and {num - 1} others)" if num > 1 else ""
         raise UserError(
-            f"data.{name}: {path} row {row}{others} has no strength and reward.margin={config.reward.margin} "
+            f"{field}: {path} row {row}{others} has no strength and reward.margin={config.reward.margin} "
             "needs it; fill the column in, or set reward.margin=none"
         )
 
@@ -340,20 +352,21 @@ def token_limit(
     if name in lengths:
         stage, field, value = lengths[name]
         return (value, f"{field}={value}; raise it or shorten the row") if stage in running else None
-    answers = {
-        "prompts_train": ("ppo", config.ppo.max_new_tokens),
-        "prompts_early_stop": ("ppo", config.ppo.max_new_tokens),
-        "prompts_annotation": ("pairs", config.pairs.max_new_tokens),
-        "prompts_test": ("evaluate", config.evaluate.max_new_tokens),
-    }
-    if name not in answers or answers[name][0] not in running:
+    sampled = ("rejection-sample", "rejection_sampling"), ("ppo", "ppo")
+    readers = {
+        **{f"prompts_{use}": sampled for use in ("train", "early_stop")},
+        "prompts_annotation": (("pairs", "pairs"),),
+        "prompts_test": (("evaluate", "evaluate"),),
+    }.get(name, ())
+    limits = [(shortest_context(models, stage), section) for stage, section in readers if stage in running]
+    if not limits:
         return None
-    stage, answer = answers[name]
-    if (context := shortest_context(models, stage)) is None:
+    known = [(c - getattr(config, s).max_new_tokens, c, s) for c, s in limits if c is not None]
+    if not known:
         return None, ""
-    return context - answer, (
-        f"the context of {context} less {stage}.max_new_tokens={answer}; shorten the prompt or lower that"
-    )
+    limit, context, section = min(known)
+    answer = getattr(config, section).max_new_tokens
+    return limit, (f"the context of {context} less {section}.max_new_tokens={answer}; shorten the prompt or lower that")
 
 
 def check_chat_checkpoint(path: Path, *, temperature: float, max_new_tokens: int, on_gpu: bool, precision: str) -> None:

@@ -29,7 +29,7 @@ def check_memory(config: Config, running: Sequence[str], models: Mapping[str, Mo
     """The roles that are up together fit in memory; says so where that is close.
 
     Args:
-        running: the stages that will run.
+        running: the stages that will run, in their order; versions go through some of them again and again.
         models: checkpoints that the config names, by field.
     Raises:
         UserError: what is certain does not fit.
@@ -39,12 +39,14 @@ def check_memory(config: Config, running: Sequence[str], models: Mapping[str, Mo
     if shape is None:
         return
     sizes: dict[str, dict[str, float]] = {}
-    stages = [stage for stage in STAGES if stage in running and STAGES[stage].roles]
+    stages = [stage for stage in running if STAGES[stage].roles]
     for place, stage in enumerate(stages):
         started |= set(STAGES[stage].roles)
         # A role's processes stay as long as a later stage needs them.
         up = started & {role for later in stages[place:] for role in STAGES[later].roles}
-        sizes[stage] = needed(config, stage, up, shape, models)
+        parts = needed(config, stage, up, shape, models)
+        if sum(parts.values()) > sum(sizes.get(stage, {}).values()):
+            sizes[stage] = parts
     if not sizes:
         return
     # What makes the largest fit does so for all.
@@ -133,12 +135,12 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
         sizes[role] = getattr(config.roles, role).num_ranks * trained_bytes(
             config, role, _of_role(role, stage, shape, models), size
         )
-    if stage in ("ppo", "evaluate"):
-        for role in ("reference", *REWARD_MODELS, *(["policy"] if stage == "evaluate" else [])):
-            if role not in REWARD_MODELS or not is_function(getattr(config.inputs, role) or ""):
-                frozen, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
-                copy = weight_bytes(frozen, scalar_head=scalar, bytes_per_parameter=size)
-                sizes[role] = getattr(config.roles, role).num_ranks * copy
+    frozen = [role for role in STAGES[stage].roles if role not in (*STAGES[stage].trains, "rollout")]
+    for role in frozen:
+        if role not in REWARD_MODELS or not is_function(getattr(config.inputs, role) or ""):
+            own, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
+            copy = weight_bytes(own, scalar_head=scalar, bytes_per_parameter=size)
+            sizes[role] = getattr(config.roles, role).num_ranks * copy
     if "rollout" in STAGES[stage].roles:
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib
@@ -181,7 +183,7 @@ def in_flight(config: Config, stage: str, role: str, shape: ModelConfig) -> floa
 
 def _of_role(role: str, stage: str, shape: ModelConfig, models: Mapping[str, Model]) -> ModelConfig:
     source = "helpfulness" if role == "value" else role
-    given = models.get(f"inputs.{source}") if source in REWARD_MODELS and stage in ("ppo", "evaluate") else None
+    given = models.get(f"inputs.{source}") if source in REWARD_MODELS and stage != "reward" else None
     return given.config if given else shape
 
 

@@ -14,13 +14,13 @@ from cluster import hardware
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import Config
+from rlhf_ray.config import Config, config_with
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import EMBEDDED, on_device, settled
 from rlhf_ray.planning.batches import check_batches
-from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context
+from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context, weeks_of_people
 from rlhf_ray.preflight.machine import check_machine, try_writing
 from rlhf_ray.preflight.memory import check_memory, model_field, model_shape
 from rlhf_ray.recipe.context import address_field, no_cluster
@@ -51,16 +51,24 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
-    check_batches(config, running)
+    for variant in variants(config):
+        check_batches(variant, running)
     check_model(config, running)
     models = check_inputs(config, running)
     check_output(out)
     to_do = check_needs(config, out, nodes, wanted)
-    check_lengths(config, running, models)
+    for variant in variants(config):
+        check_lengths(variant, running, models)
     check_rollout(config, running, models)
     if config.cluster.address == EMBEDDED and config.run.device == "cpu":
         names = running if redo else [entry.node.stage.name for entry in to_do]
         check_memory(config, names, models)
+
+
+def variants(config: Config) -> list[Config]:
+    """The config, and as it is for versions that have settings of their own."""
+    versions = config.rounds.versions if config.rounds is not None else ()
+    return [config, *(config_with(config, version.settings) for version in versions if version.settings)]
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
@@ -85,7 +93,8 @@ def check_submission(config: Config, out: Path) -> None:
     """
     wanted = wanted_stages(config)
     running = stages_to_run(recipe(config, wanted), wanted)
-    check_batches(config, running)
+    for variant in variants(config):
+        check_batches(variant, running)
     check_model(config, running)
     if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there
         check_lengths(config, running, {})
@@ -108,6 +117,9 @@ def check_paths(config: Config, out: Path) -> None:
         if model not in ("previous", "newest")
     )
     paths.update((f"evaluate.controls.{label}", path) for label, path in config.evaluate.controls.items())
+    paths.update((f"rounds.versions[{place}].comparisons", path) for place, path in weeks_of_people(config).items())
+    if config.rejection_sampling.teacher is not None:
+        paths["rejection_sampling.teacher"] = config.rejection_sampling.teacher
     for field, path in paths.items():
         if not Path(path).is_absolute():
             raise UserError(
@@ -225,19 +237,20 @@ def check_model(config: Config, running: Sequence[str]) -> None:
 def check_lengths(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
     """Rows and answers fit the model's context; `models` are those of `check_inputs`."""
     rules = [
-        ("pretrain", "seq_len", config.pretrain.seq_len, 0),
-        ("sft", "seq_len", config.sft.seq_len, 0),
-        ("reward", "max_length", config.reward.max_length, 0),
+        ("pretrain", "pretrain.seq_len", config.pretrain.seq_len, 0),
+        ("sft", "sft.seq_len", config.sft.seq_len, 0),
+        ("reward", "reward.max_length", config.reward.max_length, 0),
         # A prompt has one token at least.
-        ("pairs", "max_new_tokens", config.pairs.max_new_tokens, 1),
-        ("ppo", "max_new_tokens", config.ppo.max_new_tokens, 1),
-        ("evaluate", "max_new_tokens", config.evaluate.max_new_tokens, 1),
+        ("pairs", "pairs.max_new_tokens", config.pairs.max_new_tokens, 1),
+        ("rejection-sample", "rejection_sampling.max_new_tokens", config.rejection_sampling.max_new_tokens, 1),
+        ("ppo", "ppo.max_new_tokens", config.ppo.max_new_tokens, 1),
+        ("evaluate", "evaluate.max_new_tokens", config.evaluate.max_new_tokens, 1),
     ]
-    for stage, key, value, prompt in rules:
+    for stage, field, value, prompt in rules:
         context = model_context(config, stage, models) if stage in running else None
         if context is not None and value > context - prompt:
             raise UserError(
-                f"{stage}.{key}={value} must be at most {context - prompt}: the model's context holds {context} "
+                f"{field}={value} must be at most {context - prompt}: the model's context holds {context} "
                 "tokens; lower it"
             )
 
