@@ -144,3 +144,48 @@ def test_versions_are_kept_at_the_ends_of_passes():
     # 100 rows in batches of 64 are two steps a pass.
     assert epoch_names(3)(6) == {2: "epoch-1", 4: "epoch-2", 6: "model"}
     assert epoch_names(2)(2) == {1: "epoch-1", 2: "model"}
+
+
+def selection(number, tokens, finished=True):
+    return {
+        "prompt_id": f"p{number}",
+        "messages": [{"role": "user", "content": f"question {number}"}],
+        "is_safety": False,
+        "sample": 0,
+        "tokens": tokens,
+        "text": f"answer {number}",
+        "finished": finished,
+        "model": "m",
+        "temperature": 1.0,
+        "scope": "v1",
+    }
+
+
+def test_selections_are_learnt_by_the_tokens_that_were_sampled(tmp_path, tokenizer_directory):
+    """Not by their text: an answer that was cut off gains no EOS, and other tokens of the same text stay."""
+    tokenizer = load_tokenizer(tokenizer_directory)
+    eos = tokenizer.eos_token_id
+    rows = [selection(n, [5, 6, 7 + n] + [eos] * (n % 2), finished=n % 2 == 1) for n in range(40)]
+    data = dialogue_rows({"selections": write_rows(tmp_path / "s", "samples", rows)}, tokenizer_directory, 64, 0.25)
+    learnt = []
+    for part in (data.train, data.held_out):
+        batch = part.select(range(len(part)), "cpu")
+        for tokens, segments, mask in zip(batch.tokens, batch.segment_ids, batch.target_mask, strict=True):
+            for segment in range(1, int(segments.max()) + 1):
+                learnt.append(tuple(tokens[(segments == segment) & mask].tolist()))
+    assert sorted(learnt) == sorted(tuple(row["tokens"]) for row in rows)
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.0, 0), (0.2, 10), (0.5, 30), (0.9, 30)])
+def test_demonstrations_stand_beside_selections_by_their_share_as_far_as_they_suffice(
+    tmp_path, tokenizer_directory, share, shown
+):
+    tables = {
+        "demonstrations": write_rows(tmp_path / "d", "demonstrations", dialogues(30)),
+        "selections": write_rows(tmp_path / "s", "samples", [selection(n, [999, 5, 6]) for n in range(40)]),
+    }
+    data = dialogue_rows(tables, tokenizer_directory, 64, 0.25, share)
+    tokens = [part.select(range(len(part)), "cpu") for part in (data.train, data.held_out)]
+    assert sum(int((batch.tokens == 999).sum()) for batch in tokens) == 40
+    dialogues_in_all = sum(int(batch.segment_ids.amax(dim=1).sum()) for batch in tokens)
+    assert dialogues_in_all == 40 + shown
