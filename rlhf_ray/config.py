@@ -554,6 +554,9 @@ class Config(Section):
     select: SelectSection = SelectSection()
     ppo: PPOSection = PPOSection()
     evaluate: EvaluateSection = EvaluateSection()
+    stage_roles: dict[str, dict[str, dict[str, Any]]] = {}
+    """Stage -> role -> settings of `[roles.ROLE]` that have another value in that stage: more ranks to train a reward
+    model than to score with it, for example."""
     rounds: RoundsSection | None = None
     """None makes one version, by PPO on the SFT model."""
 
@@ -612,8 +615,26 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         from_set = any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in set_here)
         more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{'--set' if from_set else source}: {explain(first, Config())}{more}") from error
+    check_stage_roles(config, source=source)
     check_rounds(config, source=source)
     return config
+
+
+def check_stage_roles(config: Config, *, source: str) -> None:
+    """Raises UserError where a role has settings for a stage that are none of a role's. The stages' names are checked
+    where they are known (`recipe/rounds.py`).
+    """
+    for stage in config.stage_roles:
+        try:
+            config_with(config, stage_settings(config, stage))
+        except ValidationError as error:
+            raise UserError(f"{source}: stage_roles.{stage}: {explain(error.errors()[0], Config())}") from error
+
+
+def stage_settings(config: Config, stage: str) -> dict[str, Any]:
+    """Dotted settings that have another value in a stage."""
+    roles = config.stage_roles.get(stage, {})
+    return {f"roles.{role}.{key}": value for role, settings in roles.items() for key, value in settings.items()}
 
 
 def check_rounds(config: Config, *, source: str) -> None:

@@ -166,12 +166,14 @@ def test_gpus_are_counted(tmp_path, gpus):
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line == "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
     gpus(2)
-    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"gpus_per_rank": 1.0}}
+    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"num_ranks": 2, "gpus_per_rank": 1.0}}
     on_gpu = config(run={"device": "auto"}, roles=roles)
     stages = ("testbed", "tokenizer", "pretrain", "sft", "pairs", "label", "reward")
     line = complaint(on_gpu, tmp_path / "new", *stages)
-    assert line.startswith("roles ask for 5 GPUs (helpfulness 1, policy 2, rollout 1, safety 1), this machine has 2")
-    check_run(on_gpu, tmp_path / "new", stages[:3])
+    assert line.startswith("roles ask for 3 GPUs (helpfulness 2, safety 1), this machine has 2")
+    check_run(on_gpu, tmp_path / "new", stages[:3])  # each stage has all GPUs: roles that it does not use are ended
+    fewer = config(run={"device": "auto"}, roles=roles, stage_roles={"reward": {"helpfulness": {"num_ranks": 1}}})
+    check_run(fewer, tmp_path / "new", stages)
 
 
 def test_only_models_that_a_stage_starts_take_gpus(gpus):

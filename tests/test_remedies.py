@@ -63,7 +63,7 @@ def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monke
     context = SimpleNamespace(
         run=RunDir(tmp_path),
         roles=SimpleNamespace(drop_dead=lambda: ["policy"]),
-        work_at=lambda name, config: None,
+        work_at=lambda name, config, roles: None,
     )
     step = context.run.step("ppo", {})
     step.begin()

@@ -125,12 +125,25 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
             "rounds.versions[0].settings: sft.epocs is not a known key; did you mean sft.epochs?",
         ),
         ({"rounds": {}, "data": {"selections": "/s"}}, "data.selections is for a single stage"),
+        (
+            {"stage_roles": {"sft": {"policy": {"ranks": 2}}}},
+            "stage_roles.sft: roles.policy.ranks is not a known key; did you mean roles.policy.num_ranks?",
+        ),
     ],
 )
 def test_wrong_rounds_are_named(raw: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse_config(raw)
     assert message in str(error.value)
+
+
+def test_a_stage_may_have_roles_of_another_size_whatever_the_version() -> None:
+    nodes = graph({}, {"settings": {"sft.epochs": 4}}, stage_roles={"sft": {"policy": {"num_ranks": 8}}})
+    size = {"roles.policy.num_ranks": 8}
+    assert nodes["sft"].changes == nodes["sft@v1"].changes == size
+    assert nodes["sft@v2"].changes == {**size, "sft.epochs": 4} and not nodes["reward@v1"].changes
+    with pytest.raises(UserError, match=r"stage_roles.stf: is no stage; did you mean sft\?"):
+        graph({}, stage_roles={"stf": {}})
 
 
 def test_a_version_waits_for_people_and_goes_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cluster import hardware
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import Config, config_with
+from rlhf_ray.config import Config, config_with, stage_settings
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
@@ -66,9 +66,13 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
 
 
 def variants(config: Config) -> list[Config]:
-    """The config, and as it is for versions that have settings of their own."""
+    """The config, and as it is for stages and versions that have settings of their own."""
     versions = config.rounds.versions if config.rounds is not None else ()
-    return [config, *(config_with(config, version.settings) for version in versions if version.settings)]
+    own = [
+        *(stage_settings(config, stage) for stage in config.stage_roles),
+        *(version.settings for version in versions),
+    ]
+    return [config, *(config_with(config, settings) for settings in own if settings)]
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
@@ -157,8 +161,9 @@ def check_cluster(config: Config) -> None:
 
 
 def check_ranks(config: Config, running: Sequence[str]) -> None:
-    """This machine has the cores or GPUs that the roles of an embedded cluster ask for."""
-    check_roles(config, sorted({role for stage in running for role in node_of(config, stage).roles}))
+    """This machine has the cores or GPUs that the roles of each stage of an embedded cluster ask for."""
+    for stage in running:
+        check_roles(config_with(config, stage_settings(config, stage)), sorted(node_of(config, stage).roles))
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:

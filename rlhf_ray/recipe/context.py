@@ -1,5 +1,6 @@
 """What the stages of one run share: its config, its directory and the workers."""
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,12 +69,17 @@ class Context:
             self._stack.callback(self._roles.stop)
         return self._roles
 
-    def work_at(self, name: str, config: Config) -> None:
-        """Turns to a node: messages are about it, and roles are of its config's size from now on."""
+    def work_at(self, name: str, config: Config, roles: Collection[str]) -> None:
+        """Turns to a node: messages are about it, and roles are of its config's size from now on.
+
+        Each stage has all GPUs for its own roles: those that it does not use are ended.
+        """
         self.config, self._at = config, name
         if self._roles is not None:
             self._roles.step = name
             self._roles.resize(config)
+            if config.run.device == "cuda":
+                self._roles.release(roles)
 
     def release(self, needed: set[str]) -> None:
         """Frees what roles hold, and ends those that no later node needs; to be called when a node is done."""

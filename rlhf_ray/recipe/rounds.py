@@ -7,7 +7,8 @@ version follows PPO.
 
 from collections.abc import Collection, Mapping
 
-from rlhf_ray.config import Config, VersionSection, config_with
+from rlhf_ray.config import Config, VersionSection, config_with, stage_settings
+from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.stages import ON_DEMAND, STAGES, Given, Made, Node, Source, given_outputs
 
@@ -46,7 +47,8 @@ class Graph:
         wanted = {o: place for o, place in (makes or stage.makes).items() if not self.is_given(o)}
         taken = [*stage.needs, *(need for need in stage.may_need if need in self.sources)]
         found = {need: self.sources[need] for need in taken if need not in (*inputs, *without)}
-        node = Node(stage, {**found, **inputs}, wanted, scope, changes or {})
+        own = stage_settings(self.config, name)
+        node = Node(stage, {**found, **inputs}, wanted, scope, {**own, **(changes or {})})
         self.nodes.append(node)
         return node
 
@@ -66,7 +68,12 @@ def recipe(config: Config, wanted: Collection[str] = ()) -> list[Node]:
 
     Args:
         wanted: stages that are asked for; those of `ON_DEMAND` have a node outside rounds only if they are among them.
+    Raises:
+        UserError: settings are for a stage that there is not, or a control has the label of one of the run's models.
     """
+    for stage in config.stage_roles:
+        if stage not in STAGES:
+            raise UserError(f"stage_roles.{stage}: is no stage; {similar(stage, STAGES)}")
     graph = Graph(config)
     chat_model(graph)
     if config.rounds is None:

@@ -123,7 +123,7 @@ def run_node(context: Context, entry: Entry) -> None:
         raise UserError(problem)
     tell_start(entry)
     step.start_clock()
-    context.work_at(name, entry.config)
+    context.work_at(name, entry.config, entry.node.roles)
     repairs, limit = 0, entry.config.cluster.max_repairs
     places: list[tuple[Any, ...]] = []
     while True:
