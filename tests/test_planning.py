@@ -330,3 +330,9 @@ def test_the_configs_of_the_paper_fit_where_they_say(call, model, gpus, gib):
     assert code == 0, json.loads(out)["verdict"]
     roles = json.loads(out)["roles"]
     assert roles["policy"]["num_ranks"] == load_config(path).roles.policy.num_ranks
+    for stage in ("sft", "reward"):
+        code, out, _ = call(
+            "--model", model, "--gpus", gpus, "--gpu-memory", gib, "--config", path, "--stage", stage, "--json"
+        )
+        assert code == 0, (stage, json.loads(out)["verdict"])
+        assert sum(role["num_ranks"] for role in json.loads(out)["roles"].values()) == gpus

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 from fake_steps import SETTLED, entry_of, finish, ledger_of
 
+from rlhf_ray.cli.show import recipe_facts
 from rlhf_ray.config import Config, config_with, parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.ledger import to_run, waiting
 from rlhf_ray.recipe.rounds import recipe
 from rlhf_ray.recipe.stages import Given, Made, Node, wanted_stages
+from rlhf_ray.run_state import RunDir
 
 PPO = {"methods": ["rejection-sampling", "ppo"], "pool": "all"}
 
@@ -146,6 +148,13 @@ def test_a_stage_may_have_roles_of_another_size_whatever_the_version() -> None:
         graph({}, stage_roles={"stf": {}})
 
 
+def facts_of(config: Config, run: Path) -> list[dict]:
+    """What `show` tells of the nodes."""
+    RunDir(run).record(config=config.model_dump(mode="json"))
+    nodes: list[dict] = recipe_facts(run, out=None, overrides=[])["nodes"]
+    return nodes
+
+
 def test_a_version_waits_for_people_and_goes_on(tmp_path: Path) -> None:
     table = tmp_path / "week2.parquet"
     settings = {"rounds": {"versions": [{}, {"comparisons": str(table)}, {}]}}
@@ -162,6 +171,13 @@ def test_a_version_waits_for_people_and_goes_on(tmp_path: Path) -> None:
     entry, source = waiting(ledger.entries()) or (None, None)
     assert entry is not None and (entry.node.name, source.path) == ("reward@v2", str(table))
     assert ledger.made(source.answers).path == entry_of(ledger, "pairs@v2").outputs["pairs"].path
+    shown = {node["node"]: node for node in facts_of(config, tmp_path / "run")}
+    assert (shown["pairs@v2"]["state"], shown["reward@v2"]["state"], shown["evaluate"]["state"]) == (
+        "done",
+        "waits",
+        "waits",
+    )
+    assert shown["evaluate"]["why"] == f"for rounds.versions[1].comparisons={table}"
     table.write_text("comparisons")
     ledger = ledger_of(tmp_path / "run", settings, nodes)
     assert waiting(ledger.entries()) is None

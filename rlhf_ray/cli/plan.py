@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.plan import GIB, Memory
 from model.checkpoint_files import read_config
 from model.config import PRESETS, ModelConfig
-from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml
+from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml, stage_settings
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
 from rlhf_ray.planning.plan import TRAINING, Plan, Request
@@ -69,6 +69,7 @@ def plan_request(
     if config.run.precision == "fp32":
         raise UserError("run.precision=fp32 is not planned for, bf16 is; leave it out, or --set run.precision=bf16")
     context = min(shape.max_seq_len, reward_shape.max_seq_len) if stage in ("reward", "ppo") else shape.max_seq_len
+    config = config_with(config, stage_settings(config, stage))
     config = _cut_to_context(config, stage, raw, context, batch, response_tokens)
     answer = config.ppo.max_new_tokens
     if stage == "ppo" and (prompt_tokens or 1) + answer > context:

@@ -18,7 +18,7 @@ from rlhf_ray.config import Config, load_config, parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import settled
 from rlhf_ray.preflight.memory import model_shape
-from rlhf_ray.recipe.ledger import Entry, Ledger, length_of, to_run, why
+from rlhf_ray.recipe.ledger import Entry, Ledger, length_of, to_run, waiting, why
 from rlhf_ray.recipe.rounds import recipe
 from rlhf_ray.recipe.stages import MODELS, Given, Source, wanted_stages
 from rlhf_ray.run_state import RunDir, drop_state, source_hash
@@ -54,7 +54,12 @@ def recipe_facts(what: Path, *, out: Path | None, overrides: Sequence[str]) -> d
     entries = Ledger(config, recipe(config, wanted), run).entries()
     running = to_run(entries, wanted)
     names = [entry.node.name for entry in running]
-    nodes = [_node(entry, names) for entry in entries]
+    stop = waiting(entries)
+    held_up = entries[entries.index(stop[0]) :] if stop is not None else []
+    told = "" if stop is None else f"for {stop[1].field}={stop[1].path}"
+    nodes = [
+        _node(entry, names, told if entry in held_up and entry.node.stage.name in wanted else "") for entry in entries
+    ]
     return {
         "config": str(what),
         "out": None if out is None else str(out),
@@ -67,7 +72,7 @@ def recipe_facts(what: Path, *, out: Path | None, overrides: Sequence[str]) -> d
     }
 
 
-def _node(entry: Entry, running: Sequence[str]) -> dict[str, Any]:
+def _node(entry: Entry, running: Sequence[str], waits: str) -> dict[str, Any]:
     node, step = entry.node, entry.step
     if not node.makes:
         state, reason = "given", "the config names what it would make"
@@ -75,6 +80,8 @@ def _node(entry: Entry, running: Sequence[str]) -> dict[str, Any]:
         state, reason = "to do", why(entry, running)
     elif entry.done:
         state, reason = "done", ""
+    elif waits:
+        state, reason = "waits", waits
     else:
         state, reason = "not asked for", ""
     facts = step.facts() if step is not None and entry.done else {}
