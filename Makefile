@@ -2,6 +2,10 @@
 BIN := .venv/bin
 comma := ,
 SEEDS ?=
+ROUNDS ?= 5
+# One round: a week of comparisons on all prompts, and PPO on the SFT model.
+DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=none)
+RUN := runs/demo$(if $(filter 1,$(ROUNDS)),-round)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo smollm2 test test-fast check clean
@@ -12,14 +16,14 @@ help:  ## list the targets
 install:  ## create .venv (DEVICE=cpu|cuda; found out by itself)
 	@scripts/install.sh
 
-demo: install  ## the whole recipe in miniature; SEEDS=0,1,2 runs it once per seed
+demo: install  ## V1 to V5 in miniature; ROUNDS=1 a single round with PPO; SEEDS=0,1,2 once per seed
 ifeq ($(SEEDS),)
-	$(BIN)/rlhf-ray run configs/demo.toml --out runs/demo
+	$(BIN)/rlhf-ray run $(DEMO) --out $(RUN)
 else
 	set -e; for seed in $(subst $(comma), ,$(SEEDS)); do \
-	    $(BIN)/rlhf-ray run configs/demo.toml --out runs/demo-seed$$seed --set run.seed=$$seed; \
+	    $(BIN)/rlhf-ray run $(DEMO) --out $(RUN)-seed$$seed --set run.seed=$$seed; \
 	done
-	$(BIN)/rlhf-ray report $(foreach seed,$(subst $(comma), ,$(SEEDS)),runs/demo-seed$(seed))
+	$(BIN)/rlhf-ray report $(foreach seed,$(subst $(comma), ,$(SEEDS)),$(RUN)-seed$(seed))
 endif
 
 smollm2: install  ## a pretrained chat model on HH-RLHF in PREFERENCES=DIR; results in runs/smollm2

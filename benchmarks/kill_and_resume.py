@@ -29,6 +29,8 @@ IDLE_AGENTS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runti
 """Ray's agents, which outlive a killed raylet by the minute in which they try to report its end."""
 
 SMALL = {
+    "rounds": "none",
+    "pairs.num_prompts": "none",
     "testbed.num_corpus": 1500,
     "testbed.num_demonstrations": 400,
     "testbed.num_prompts_train": 200,

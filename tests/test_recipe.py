@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 ROOT = Path(__file__).parent.parent
 TINY = {
+    "rounds": "none",
+    "pairs.num_prompts": 300,
     "testbed.num_corpus": 1500,
     "testbed.num_demonstrations": 400,
     "testbed.num_prompts_train": 200,
@@ -111,3 +113,60 @@ def test_fine_tuning_on_public_dialogues_comes_first_and_its_model_is_the_start(
     [public] = [path for path in new if path.name.startswith("sft@public")]
     assert made["sft"]["inputs"]["parents"]["base"] == f"{public.name}/model"
     assert made["sft@public"]["inputs"]["parents"]["base"].startswith("pretrain-")
+
+
+VERSIONS = {
+    "roles.policy.num_ranks": 1,
+    "roles.policy.zero_stage": 1,
+    "roles.value.num_ranks": 1,
+    "pairs.num_prompts": 100,
+    "rejection_sampling.samples_per_prompt": 4,
+    "rejection_sampling.num_prompts": 60,
+    "rejection_sampling.group_size": 32,
+    "rejection_sampling.temperatures": [0.7, 1.0],
+    "rejection_sampling.sweep_prompts": 16,
+    "rejection_sampling.sweep_samples": 4,
+    "ppo.num_steps": 2,
+}
+"""On other ranks than the steps that are there already, which are used all the same."""
+
+
+@pytest.mark.slow
+def test_versions_by_rejection_sampling_and_ppo_on_top(finished: Path) -> None:
+    last = '{methods=["rejection-sampling","ppo"],pool="all",settings={"sft.epochs"=1}}'
+    made = run(finished, **VERSIONS, rounds=f"{{versions=[{{}},{last}]}}")
+    assert made.returncode == 0, made.stderr
+    for name in ("testbed", "tokenizer", "pretrain", "sft"):
+        assert f"{name}: done before with the same inputs" in made.stderr
+    samples = pq.read_table(step(finished, "rejection-sample@v2") / "samples.parquet").to_pylist()
+    assert len(samples) == 60 * 4 and {row["scope"] for row in samples} == {"v2"}
+    by_prompt: dict[str, list[dict]] = {}
+    for row in samples:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    assert all([row["sample"] for row in rows] == [0, 1, 2, 3] for rows in by_prompt.values())
+    assert any(len({tuple(row["tokens"]) for row in rows}) > 1 for rows in by_prompt.values())
+    eos = AutoTokenizer.from_pretrained(step(finished, "tokenizer") / "tokenizer").eos_token_id
+    assert all((row["tokens"][-1] == eos) == row["finished"] for row in samples)
+    chosen = pq.read_table(step(finished, "select@v2") / "selections.parquet").to_pylist()
+    assert {row["scope"] for row in chosen} == {"v1", "v2"} and len(chosen) == len({r["prompt_id"] for r in chosen})
+    for row in chosen:
+        if row["scope"] == "v2" and row["is_safety"]:
+            assert row["safety"] == max(r["safety"] for r in by_prompt[row["prompt_id"]])
+    accuracy = json.loads((step(finished, "reward-accuracy") / "reward_accuracy.json").read_text())
+    assert set(accuracy) == {f"{name}.{week}" for name in ("helpfulness", "safety") for week in ("v1", "v2")}
+    assert accuracy["helpfulness.v1"]["count/helpfulness/v2"] > 0  # of a week that the model has not seen
+    reports = (finished / "steps").glob("evaluate-*/evaluation.json")
+    labels = [set(json.loads(path.read_text())["models"]) for path in reports]
+    assert {"SFT", "V1", "V2", "V2 + PPO", "SFT greedy", "V1 greedy", "V2 greedy", "V2 + PPO greedy"} in labels
+
+    people = finished.parent / "week2.parquet"
+    waits = f'{{versions=[{{}},{{comparisons="{people}"}}]}}'
+    waiting = run(finished, **VERSIONS, rounds=waits)
+    assert waiting.returncode == 0, waiting.stderr
+    assert (
+        f"reward@v2 waits for rounds.versions[1].comparisons={people}; the pairs to be compared are" in waiting.stderr
+    )
+    people.write_bytes((step(finished, "label@v2") / "comparisons.parquet").read_bytes())
+    goes_on = run(finished, **VERSIONS, rounds=waits)
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert "select@v2: starting" in goes_on.stderr and "pairs@v2: done before" in goes_on.stderr
