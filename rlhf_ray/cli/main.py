@@ -116,8 +116,24 @@ def _stage_command(stage: Stage) -> None:
     app.command(stage.name)(command)
 
 
+def _rejection_sample(
+    config: ConfigPath,
+    out: Out,
+    set_: Overrides = None,
+    redo: Redo = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A larger model that answers; the one that learns is fine-tuned on its answers.")
+    ] = None,
+) -> None:
+    given = [f"rejection_sampling.teacher={json.dumps(str(teacher))}"] if teacher is not None else []
+    _run(config, out, [*(set_ or []), *given], ("rejection-sample",), redo)
+
+
 for _stage in STAGES.values():
-    _stage_command(_stage)
+    if _stage.name == "rejection-sample":
+        app.command(_stage.name, help=_stage.does)(_rejection_sample)
+    else:
+        _stage_command(_stage)
 
 
 @app.command(hidden=True)

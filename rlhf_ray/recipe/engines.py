@@ -30,8 +30,11 @@ class WeightChannelError(RunFailure):
 
 
 def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
-    """Has every engine up with the weights of `checkpoint`; started once a run, later only reloaded."""
-    roles, config = context.roles, context.config
+    """Has every engine up with the weights of `checkpoint`; started once for models of a shape, later only reloaded."""
+    roles, config, shape = context.roles, context.config, read_config(checkpoint).shape()
+    if roles.engine_shape not in (None, shape):
+        roles.end("rollout")
+    roles.engine_shape = shape
     roles.work_together("rollout")
     settings = config.roles.rollout
     roles["rollout"].call(

@@ -117,8 +117,9 @@ def one_version(graph: Graph, wanted: Collection[str]) -> None:
     for name in ("label", "reward"):
         graph.add_next(name)
     if any(stage in wanted for stage in ON_DEMAND):
-        for name in ON_DEMAND:
-            graph.add_next(name)
+        given = graph.config.rejection_sampling.teacher is not None
+        graph.add_next("rejection-sample", teacher(graph.config) if given else {})
+        graph.add_next("select")
     graph.add_next("ppo")
     evaluate(graph, {"SFT": sources["chat"], "PPO": sources["policy"]})
 
@@ -180,7 +181,7 @@ def rejection_sampling(
     """A model that has learnt the best of the newest one's answers (§3.2.3); `pool` takes in the round's samples."""
     changes = version.settings
     config = config_with(graph.config, changes) if changes else graph.config
-    sampler = {"chat": newest} if config.rejection_sampling.teacher is None else {"chat": teacher(config)}
+    sampler = {"chat": newest} if config.rejection_sampling.teacher is None else teacher(config)
     sampled = graph.add("rejection-sample", sampler, scope=scope, changes=changes)
     older = {f"samples.{name}": samples for name, samples in pool.items() if version.pool == "all"}
     pool[scope] = Made(sampled.name, "samples")
@@ -223,7 +224,7 @@ def of_weeks(weeks: Mapping[str, Source]) -> dict[str, Source]:
     return {f"comparisons.{week}": comparisons for week, comparisons in weeks.items()}
 
 
-def teacher(config: Config) -> Given:
+def teacher(config: Config) -> dict[str, Source]:
     """The model that samples in place of the newest one."""
     assert config.rejection_sampling.teacher is not None
-    return Given("rejection_sampling.teacher", config.rejection_sampling.teacher)
+    return {"chat": Given("rejection_sampling.teacher", config.rejection_sampling.teacher)}

@@ -37,6 +37,8 @@ class Roles:
     def __init__(self, config: Config):
         self._config = config
         self._groups: dict[str, WorkerGroup] = {}
+        self.engine_shape: Any = None
+        """Of the model that the engines were started on; they take weights of no other."""
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
         self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
@@ -114,6 +116,10 @@ class Roles:
     def release(self, needed: Collection[str]) -> None:
         """Ends the roles that are not needed any more."""
         self._stop([role for role in self._groups if role not in needed])
+
+    def end(self, role: str) -> None:
+        """Ends a role, if it is up."""
+        self._stop([role] if role in self._groups else [])
 
     def unload(self) -> None:
         """Frees models, optimizers and data of all roles but the engines, whose weights later stages replace."""
