@@ -75,7 +75,7 @@ def test_a_printed_command_parses(line: str) -> None:
 
 @pytest.mark.parametrize("key", settings())
 def test_a_setting_that_is_named_exists(key: str) -> None:
-    section: object = Config()
+    section: object = parse_config({"rounds": {}})
     for name in key.split("."):
         assert isinstance(section, BaseModel) and name in type(section).model_fields, key
         section = getattr(section, name)
@@ -85,6 +85,12 @@ def test_the_example_config_is_valid() -> None:
     config = parse_config(tomllib.loads("\n".join(readme_block("Your own data and models", fence="```toml"))))
     assert config.run.stages == ("reward", "ppo", "evaluate")
     assert config.inputs.chat == "models/my-llama-chat"
+
+
+def test_the_config_of_the_walk_through_versions_is_valid() -> None:
+    text = (ROOT / "docs" / "versions.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    config = parse_config(tomllib.loads(text))
+    assert config.rounds is not None and [version.pool for version in config.rounds.versions] == ["last", "all"]
 
 
 def test_the_tree_names_what_exists() -> None:
