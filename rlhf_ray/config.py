@@ -493,6 +493,10 @@ class EvaluateSection(Section):
     temperature alone does so too: the SFT model at 0 is the comparator that tells the two apart."""
     own_temperatures: SamplingTemperatures | None = None
     """Each model is sampled at the best of these for itself as well, chosen on `prompts_early_stop` by its reward."""
+    diversity_prompts: Annotated[int, Field(ge=0)] = 20
+    """Test prompts, spread over the table, whose sampled answers are held against each other (self-BLEU); 0: none."""
+    diversity_samples: Annotated[int, Field(ge=2, le=100)] = 10
+    """Answers to each of them at each sampled temperature."""
     controls: ByContent[dict[str, FilePath]] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384

@@ -12,17 +12,25 @@ import pytest
 from rlhf_ray.data.schemas import write_table
 from rlhf_ray.errors import UserError
 from rlhf_ray.evaluate.policies import ANSWERS
-from rlhf_ray.evaluate.seeds import Gain, clustered_error, compare, print_comparison, suffixes
+from rlhf_ray.evaluate.seeds import Gain, clustered_error, compare, last_model, print_comparison, suffixes
 
 
-def _run(directory: Path, helpfulness: dict[str, list[float]], contents: str = "", kinds: str = "") -> Path:
+def _run(
+    directory: Path,
+    helpfulness: dict[str, list[float]],
+    contents: str = "",
+    kinds: str = "",
+    *,
+    controls: tuple[str, ...] | None = (),
+) -> Path:
     """A run directory whose evaluation holds these scores per model, of prompts of these contents and kinds, a letter
-    each; "u" is unsafe, "o" ordinary.
+    each; "u" is unsafe, "o" ordinary. An older version says nothing of controls.
     """
     step = directory / "steps" / "evaluate-abc"
     step.mkdir(parents=True)
     machine = {"precision": "fp32", "device": "cpu", "cpu": "Some CPU (avx2, no bf16 units)"}
-    (step / "evaluation.json").write_text(json.dumps({"machine": machine}))
+    told = {} if controls is None else {"controls": controls}
+    (step / "evaluation.json").write_text(json.dumps({"machine": machine, **told}))
     rows = [
         {
             "prompt_id": f"p{number}",
@@ -30,14 +38,17 @@ def _run(directory: Path, helpfulness: dict[str, list[float]], contents: str = "
             "content": contents[number : number + 1].strip(),
             "model": model,
             "prompt": "q",
+            "is_safety": False,
             "answer": "a",
             "finished": True,
             "reward_helpfulness": 2 * score,
             "reward_safety": -score,
             "reward_combined": 2 * score,
+            "reward_referee": None,
             "helpfulness": score,
             "violation": score > 0.5 if kinds else None,
             "false_refusal": None,
+            "utility": None,
         }
         for model, scores in helpfulness.items()
         for number, score in enumerate(scores)
@@ -106,15 +117,17 @@ def test_answers_of_an_older_version_are_refused(tmp_path: Path) -> None:
 
 def test_every_temperature_that_was_evaluated_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _run(
-        tmp_path / "0", {f"{model}{how}": [0.5, 1.0] for how in (" T=0.7", " greedy") for model in ("SFT", "PPO")}
+        tmp_path / "0",
+        {f"{model}{how}": [0.5, 1.0] for how in (" own", " T=0.7", " greedy") for model in ("SFT", "PPO")},
     )
-    assert suffixes(run) == [" T=0.7", " greedy"]
+    assert suffixes(run, "PPO") == [" own", " T=0.7", " greedy"]
     print_comparison([run])
     told = capsys.readouterr().out
     assert "(clustered " in told and "by content) " in told
     assert "sampled at temperature 0.7" in told and "greedy" in told and "temperature 1" not in told
     assert told.startswith(f"{run}: fp32 on cpu, Some CPU (avx2, no bf16 units)\n")
-    assert told.count("no claim: not the truth") == 2  # the reward's rows
+    assert "PPO against SFT of 1 run(s), each sampled at its own temperature" in told
+    assert told.count("no claim: not the truth") == 3  # the reward's rows
     with pytest.raises(UserError, match="no model 'long', only PPO, SFT"):
         print_comparison([run], against="long")
 
@@ -145,7 +158,23 @@ def test_runs_of_other_prompts_are_refused(tmp_path: Path) -> None:
 
 
 def test_against_a_control(tmp_path: Path) -> None:
-    runs = [_run(tmp_path / "0", {"SFT": [0.0, 0.0], "PPO": [0.5, 1.0], "SFT long": [0.5, 0.5]})]
+    scores = {"SFT": [0.0, 0.0], "PPO": [0.5, 1.0], "SFT long": [0.5, 0.5]}
+    runs = [_run(tmp_path / "0", scores, controls=("SFT long",))]
     assert compare(runs, against="SFT long")["helpfulness"].mean == pytest.approx(0.25)  # gains 0 and 0.5
     with pytest.raises(UserError, match="no model 'SFT longer', only PPO, SFT, SFT long"):
         compare(runs, against="SFT longer")
+
+
+def test_the_last_version_is_compared_unless_another_is_asked_for(tmp_path: Path, capsys) -> None:
+    scores = {"SFT": [0.0], "V1": [0.25], "V2": [0.5], "V2 + PPO": [0.75], "longer": [1.0]}
+    labels = {f"{model}{how}": values for how in ("", " greedy") for model, values in scores.items()}
+    runs = [_run(tmp_path / "0", labels, controls=("longer",))]
+    assert last_model(runs[0]) == "V2 + PPO"
+    assert compare(runs, suffix=" greedy")["helpfulness"].mean == 0.75
+    assert compare(runs, model="V1", against="V2")["helpfulness"].mean == -0.25
+    print_comparison(runs, model="longer", against="V2 + PPO")
+    assert "longer against V2 + PPO of 1 run(s), greedy" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no model 'V3', only SFT, V1, V2, V2 \+ PPO, longer"):
+        print_comparison(runs, model="V3")
+    older = _run(tmp_path / "older", {"SFT": [0.0], "PPO": [0.5], "longer": [1.0]}, controls=None)
+    assert last_model(older) == "PPO"

@@ -107,7 +107,8 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
     assert not any(name.startswith(("pairs", "label", "reward")) for name in nodes)
     assert nodes["select@v2"].inputs["safety"] == Given("inputs.safety", "/s")
     nodes = graph({}, inputs__helpfulness="/h")
-    assert set(nodes["reward@v1"].makes) == {"safety"}
+    assert set(nodes["reward@v1"].makes) == {"safety"} and set(nodes["reward@referee"].makes) == {"helpfulness"}
+    assert nodes["evaluate"].inputs["helpfulness"] == Given("inputs.helpfulness", "/h")
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., At
     def make(name: str, settings: dict[str, object] | None = None, *, makes: Any = None) -> Attempt:
         context = Context(config_with(parse_config(config), settings or {}), RunDir(tmp_path / "run"))
         context._roles = Roles(checkpoint)
-        needs = [*STAGES[name].needs, *(["model.0", "model.1"] if name == "pairs" else [])]
+        models = {"pairs": ["model.0", "model.1"], "evaluate": ["model.SFT", "model.PPO", "referee"]}
+        needs = [*STAGES[name].needs, *models.get(name, [])]
         inputs = {need: Given(f"data.{need}", data.get(need, str(checkpoint))) for need in needs}
         node = Node(STAGES[name], inputs, makes or STAGES[name].makes)
         return Attempt(context, Ledger(context.config, [node], context.run).entry(node))
@@ -293,12 +294,23 @@ def test_answers_are_sampled_once(attempt, monkeypatch, name, module, table) -> 
     sampled = []
     answers = itertools.count()
 
-    def evaluate_model(context: Any, checkpoint: Path, prompts: Any, rows: Any, temperature: float) -> Any:
-        sampled.append((checkpoint, temperature))
-        answer = policies.Answer(f"answer {next(answers)}", True, 0.1, 0.2, 0.3)
-        return {"reward_combined": 1 / 3}, [answer]
+    def evaluate_model(context: Any, checkpoint: Path, prompts: Any, early_stop: Any) -> Any:
+        sampled.append(checkpoint)
+        rewards = {"helpfulness": 0.1, "safety": 0.2, "combined": 0.3}
+        made = [
+            {
+                "metrics": {"reward_combined": 1 / 3},
+                "answers": [{"text": f"answer {next(answers)}", "finished": True, **rewards}],
+            }
+            for _ in range(2)
+        ]
+        return {"tried": {}, "decodings": dict(zip(("", " greedy"), made, strict=True))}
 
-    def sample(context: Any, prompts: Any, draws: list[Any], model: int, temperature: float) -> Any:
+    def referee_scores(context: Any, prompts: Any, decodings: Any) -> Any:
+        sampled.append(list(decodings))
+        return {suffix: [0.5] for suffix in decodings}
+
+    def sample(context: Any, prompts: Any, draws: list[Any], model: int, temperature: float, number: int) -> Any:
         sampled.append((model, temperature))
         return [
             (index, side, f"answer {next(answers)}", True)
@@ -309,12 +321,13 @@ def test_answers_are_sampled_once(attempt, monkeypatch, name, module, table) -> 
 
     monkeypatch.setattr(module, "start_engines", lambda *_, **__: None)
     monkeypatch.setattr(policies, "evaluate_model", evaluate_model)
+    monkeypatch.setattr(policies, "referee_scores", referee_scores)
     monkeypatch.setattr(preference_collection, "sample", sample)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(module, "write_table", full)
         attempt(name).run()
     once = list(sampled)
-    assert len(once) == {"evaluate": 2 * 2, "pairs": 2 * 3}[name]  # models, temperatures
+    assert len(once) == {"evaluate": 2 * 2, "pairs": 2 * 3}[name]  # models, and their referee; models, temperatures
     done = attempt(name).run()
     assert sampled == once
     assert (done / table).exists() and not (done / "parts").exists()

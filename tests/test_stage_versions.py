@@ -94,6 +94,8 @@ SETTINGS = {
     "rejection_sampling.micro_batch_tokens": 400,
     "rejection_sampling.max_new_tokens": 80,
     "evaluate.max_new_tokens": 80,
+    "evaluate.diversity_prompts": 5,
+    "evaluate.diversity_samples": 3,
     **{
         f"{section}.{name}": value
         for section in ("pretrain.optim", "sft.optim", "reward.optim", "ppo.optim", "ppo.value_optim")
@@ -120,6 +122,7 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
         "ppo.num_steps": 3,
         "ppo.inner_epochs": 2,
     },
+    "evaluate": {"evaluate.own_temperatures": [0.5, 0.9], "evaluate.temperatures": [0.0]},
 }
 """Stages with a second output, by other rules than the default ones."""
 MORE = {
@@ -129,7 +132,7 @@ MORE = {
     "evaluate": ("model.SFT", "model.PPO", "model.other"),
 }
 """Inputs beside those that a stage always needs."""
-MORE_OTHERWISE = {"sft": ("selections",), "reward": ("comparisons.v1",)}
+MORE_OTHERWISE = {"sft": ("selections",), "reward": ("comparisons.v1",), "evaluate": ("prompts_early_stop", "referee")}
 """Inputs for the second output alone."""
 
 # --- inputs: none of them is made by a stage ---------------------------------------------------------------------
@@ -141,6 +144,7 @@ TEMPLATE = (
     "{{ bos_token + '[INST]' + message['content'] + '[/INST]' }}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+REWARD_MODELS = ("helpfulness", "safety", "referee")
 MODEL = PRESETS["tiny"].model_copy(update={"vocab_size": len(VOCABULARY)})
 ANIMALS, COLOURS, VERBS = ("owl", "hen", "crow", "duck", "swan"), ("red", "blue", "grey"), ("sees", "likes", "wakes")
 PROMPTS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # kind, text, truth
@@ -180,8 +184,8 @@ ANSWERS = (  # text, finished
 def write_inputs(directory: Path) -> dict[str, Artefact]:
     """All that any stage works on."""
     write_tokenizer(directory / "tokenizer")
-    for seed, name in enumerate(("base", "previous", "chat", "policy", "control", "helpfulness", "safety")):
-        write_model(directory / name, seed, is_reward=name in ("helpfulness", "safety"))
+    for seed, name in enumerate(("base", "previous", "chat", "policy", "control", *REWARD_MODELS)):
+        write_model(directory / name, seed, is_reward=name in REWARD_MODELS)
     documents = [f"the {a} {v} the {b}. it is {c}." for a in ANIMALS for v in VERBS for b in ANIMALS for c in COLOURS]
     prompts = [prompt(number) for number in range(24)]
     tables = {
@@ -195,13 +199,13 @@ def write_inputs(directory: Path) -> dict[str, Artefact]:
     for name, rows in tables.items():
         write_table(directory / f"{name}.parquet", rows, SCHEMAS[name])  # type: ignore[index]
     places = {
-        **{name: name for name in ("tokenizer", "base", "chat", "policy", "helpfulness", "safety")},
+        **{name: name for name in ("tokenizer", "base", "chat", "policy", *REWARD_MODELS)},
         **{name: f"{name}.parquet" for name in ("corpus", "demonstrations", "pairs", "comparisons")},
         **{f"prompts_{use}": "prompts.parquet" for use in ("train", "early_stop", "annotation", "test")},
         "model.0": "previous",
         "model.1": "chat",
         **{"model.SFT": "chat", "model.PPO": "policy", "model.other": "control"},
-        **{"helpfulness.v1": "helpfulness", "safety.v1": "safety"},
+        **{"helpfulness.v1": "helpfulness", "safety.v1": "safety", "referee": "safety"},
         **{f"comparisons.v{week}": "comparisons.parquet" for week in (1, 2)},
         **dict.fromkeys(("samples", "samples.v1", "selections"), "samples.parquet"),
     }
@@ -402,7 +406,9 @@ def output_of(
     context = Context(config_with(Config(), {**SETTINGS, **changes}), RunDir(out))
     roles = context._roles = RolesHere(context.config)
     step = context.run.step(name, {"of": name})
-    facts = runner(STAGES[name])(context, step, inputs)
+    # Who answers has a number where pairs are sampled, and else a label.
+    others = [n for n in inputs if n.startswith("model.") and n[-1].isdigit() != (name == "pairs")]
+    facts = runner(STAGES[name])(context, step, {n: found for n, found in inputs.items() if n not in others})
     yield from flat("facts", facts)
     for path in sorted(step.partial.rglob("*")):
         place = path.relative_to(step.partial)
@@ -429,6 +435,9 @@ def content(path: Path, *, is_tokenizer: bool) -> Any:
         return [probe(weight) for _, weight in sorted(load_file(path).items())]
     if path.name == "metrics.jsonl":
         return read_metrics(path.parent)
+    if path.name == "evaluation.json":
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {name: report[name] for name in ("own_temperatures", "win_rates")}
     if path.name == "config.json":
         return hashed(json.loads(path.read_text(encoding="utf-8")))
     if path.name == "tokenizer.json" and is_tokenizer:

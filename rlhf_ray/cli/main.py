@@ -54,7 +54,7 @@ def _run(
         _mend_environment()
         made = _run_recipe(config, out, stages, redo or [])
     if "evaluation" in made:
-        from rlhf_ray.evaluate.policies import print_evaluation
+        from rlhf_ray.evaluate.tables import print_evaluation
 
         print_evaluation(made["evaluation"].path)
 
@@ -201,12 +201,13 @@ def chat(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, one per seed.")],
-    against: Annotated[str, typer.Option(help="The other model: SFT, or a label of evaluate.controls.")] = "SFT",
+    model: Annotated[str | None, typer.Option(help="By default the last one that is no control, as PPO.")] = None,
+    against: Annotated[str, typer.Option(help="The other one: SFT, a version, a control.")] = "SFT",
 ) -> None:
-    """Compare PPO with SFT, or with a control, over several finished runs of one config."""
+    """Compare a model with another one over several finished runs of one config."""
     from rlhf_ray.evaluate.seeds import print_comparison
 
-    print_comparison(runs, against=against)
+    print_comparison(runs, model=model, against=against)
 
 
 @app.command()

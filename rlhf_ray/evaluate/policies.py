@@ -2,30 +2,48 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
-from rich.table import Table
 
-from cluster.worker_group import collect
+from cluster.worker_group import Call, collect
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
-from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
+from rlhf_ray.evaluate.diversity import self_bleu
+from rlhf_ray.evaluate.seeds import GREEDY, OWN, TEMPERATURE
+from rlhf_ray.evaluate.win_rates import win_rates
 from rlhf_ray.metrics import console
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prompts, start_engines
-from rlhf_ray.recipe.scoring import READERS, SUMMARY_ROLES, ScoringSettings, load_frozen, score, summarize
+from rlhf_ray.recipe.rejection_sampling import Sampling, sample_groups, start_scoring
+from rlhf_ray.recipe.scoring import (
+    READERS,
+    SUMMARY_ROLES,
+    ScoringSettings,
+    load_frozen,
+    score,
+    scored_answers,
+    summarize,
+)
 from rlhf_ray.recipe.stages import Artefact
-from rlhf_ray.records import PromptBatch
+from rlhf_ray.records import Completion, PromptBatch
 from rlhf_ray.run_state import Step, digest, read_facts, write_json
+from rlhf_ray.testbed.annotator import utility
 from rlhf_ray.testbed.judge import evaluate_answers, judge
 from rlhf_ray.testbed.tasks import TASKS, name_content
 from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
+
+REFEREE = "referee"
+"""The input that judges answers without having taught anybody."""
+TEST_SEED, OWN_SEED, DIVERSITY_SEED = 0, 4_000_037, 5_000_011
+"""Kinds of draw."""
+
+Row = dict[str, Any]
 
 ANSWERS = pa.schema(
     [
@@ -34,40 +52,26 @@ ANSWERS = pa.schema(
         ("content", pa.string()),  # what the prompt is about, which other prompts may be too; "" where no truth tells
         ("model", pa.string()),
         ("prompt", pa.string()),
+        ("is_safety", pa.bool_()),
         ("answer", pa.string()),
         ("finished", pa.bool_()),
         ("reward_helpfulness", pa.float32()),
         ("reward_safety", pa.float32()),
         ("reward_combined", pa.float32()),
+        ("reward_referee", pa.float32()),
         # The judge's word where the prompt has a truth; null on prompts that a measure is not defined on.
         ("helpfulness", pa.float32()),
         ("violation", pa.bool_()),
         ("false_refusal", pa.bool_()),
+        ("utility", pa.float32()),
     ]
 )
-COLUMNS = {
-    "true_helpfulness": "true helpfulness",
-    "violation_rate": "true violations",
-    "false_refusal_rate": "false refusals",
-    "reward_combined": "mean reward",
-    "kl_per_sequence": "KL to SFT",
-    "response_tokens": "tokens",
-}
-
-
-class Answer(NamedTuple):
-    """One answer and its raw scores."""
-
-    text: str
-    finished: bool
-    reward_helpfulness: float
-    reward_safety: float
-    reward_combined: float
 
 
 def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
     """Samples, scores and judges answers of all models: evaluation.json and answers.parquet."""
-    section = context.config.evaluate
+    section, refereed = context.config.evaluate, REFEREE in inputs
+    tunes = section.own_temperatures is not None
     models = compared_models(inputs)
     work = step.begin()
     table = read_table(inputs["prompts_test"].path, PROMPTS).to_pylist()
@@ -75,30 +79,44 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
         context.roles.work_together(*SUMMARY_ROLES)
         collect(load_frozen(context, inputs), timeout_s=context.roles.timeout_s, step="evaluate")
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
-        prompts = read_prompts(
-            inputs,
-            "prompts_test",
-            max_new_tokens=section.max_new_tokens,
-            at_least=num_chunks(context),
-            readers=READERS,
-        )
+        read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
+        prompts = read("prompts_test", at_least=num_chunks(context))
+        early_stop = read("prompts_early_stop") if tunes else None
+    make = {model: partial(evaluate_model, context, path, prompts, early_stop) for model, path in models.items()}
+    for model in models:
+        with console.status(f"evaluate: {model}"):
+            step.kept(digest(model), make[model])
     results: dict[str, dict[str, float]] = {}
-    rows: list[dict[str, Any]] = []
-    for temperature in section.temperatures:
-        for model, checkpoint in models.items():
-            label = model + temperature_suffix(temperature)
-            with console.status(f"evaluate: {label}"):
-                make = partial(evaluate_model, context, checkpoint, prompts, table, temperature)
-                results[label], answers = step.kept(digest(label), make)
-            rows += [answer_row(prompt, label, Answer(*made)) for prompt, made in zip(table, answers, strict=True)]
-    judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
-    made_by = read_facts(inputs["prompts_test"].path.parent).get("testbed", TESTBED_VERSION)
-    if judged is not None and made_by != TESTBED_VERSION:  # prompts of one, judged by another: both are told
-        judged = f"{made_by}+{TESTBED_VERSION}"
-    facts = {"testbed": judged, "prompts": len(table), "machine": context.run.machine}
-    write_json(work / "evaluation.json", {**facts, "models": results})
-    write_table(work / "answers.parquet", rows, ANSWERS)
-    return {"results": results}
+    rows: dict[str, list[Row]] = {}
+    tried: dict[str, dict[str, float]] = {}
+    if refereed:  # in the place of the helpfulness model, which has scored all answers
+        context.roles.work_together("helpfulness")
+        loading = load_frozen(context, {"helpfulness": inputs[REFEREE]}, ["helpfulness"])
+        collect(loading, timeout_s=context.roles.timeout_s, step="evaluate")
+    for model in models:
+        made = step.kept(digest(model), make[model])
+        tried[model], decodings = made["tried"], made["decodings"]
+        with console.status(f"evaluate: {model}, judges"):
+            score_again = partial(referee_scores, context, prompts, decodings)
+            scores = step.kept(f"{digest(model)}-{REFEREE}", score_again) if refereed else {}
+        for suffix, found in decodings.items():
+            rows[model + suffix] = answer_rows(table, model + suffix, found["answers"], scores.get(suffix))
+            results[model + suffix] = found["metrics"] | figures(table, rows[model + suffix])
+    suffixes = [OWN] * tunes + [temperature_suffix(temperature) for temperature in section.temperatures]
+    labels = [model + suffix for suffix in suffixes for model in models]
+    answers = [row for label in labels for row in rows[label]]
+    report = {
+        "testbed": judging_testbed(inputs["prompts_test"].path, results),
+        "prompts": len(table),
+        "machine": context.run.machine,
+        "controls": list(section.controls),
+        "own_temperatures": tried if tunes else {},
+        "models": {label: results[label] for label in labels},
+        "win_rates": win_rates(answers, list(models), suffixes),
+    }
+    write_json(work / "evaluation.json", report)
+    write_table(work / "answers.parquet", answers, ANSWERS)
+    return {"results": report["models"]}
 
 
 def compared_models(inputs: Mapping[str, Artefact]) -> dict[str, Path]:
@@ -113,30 +131,6 @@ def compared_models(inputs: Mapping[str, Artefact]) -> dict[str, Path]:
     return {label: model.path for label, model in models.items()}
 
 
-def answer_row(prompt: dict[str, Any], label: str, answer: Answer) -> dict[str, Any]:
-    """One row of answers.parquet."""
-    row = {
-        "prompt_id": prompt["prompt_id"],
-        "kind": prompt["kind"],
-        "content": "",
-        "model": label,
-        "prompt": prompt["messages"][-1]["content"],
-        "answer": answer.text,
-        **{name: value for name, value in answer._asdict().items() if name != "text"},
-        "helpfulness": None,
-        "violation": None,
-        "false_refusal": None,
-    }
-    if prompt["truth"]:
-        verdict, kind = judge(prompt["kind"], prompt["truth"], answer.text, answer.finished), prompt["kind"]
-        content = json.loads(prompt["truth"]).get("content")
-        row["content"] = name_content(TASKS[kind].group, content) if content else ""
-        row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
-        row["violation"] = not verdict.safe
-        row["false_refusal"] = verdict.refusal if kind == "borderline" else None
-    return row
-
-
 def temperature_suffix(temperature: float) -> str:
     """How a table names a model's sampling; 1 goes without saying."""
     return "" if temperature == 1 else GREEDY if temperature == 0 else f"{TEMPERATURE}{temperature:g}"
@@ -148,53 +142,149 @@ def num_chunks(context: Context) -> int:
 
 
 def evaluate_model(
-    context: Context, checkpoint: Path, prompts: PromptBatch, table: Sequence[dict[str, Any]], temperature: float
-) -> tuple[dict[str, float], list[Answer]]:
-    """Metrics and answers of one checkpoint, one answer a prompt; `table` has the prompts' rows."""
+    context: Context, checkpoint: Path, prompts: PromptBatch, early_stop: PromptBatch | None
+) -> dict[str, Any]:
+    """Answers of one checkpoint and their metrics, by the ending of the label that tells how they were decoded.
+
+    Args:
+        prompts: one answer each.
+        early_stop: prompts on which it finds a temperature of its own.
+    """
     roles, section = context.roles, context.config.evaluate
     roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
     roles.work_together("rollout")
     roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
-    rollouts = generate(
-        roles,
-        prompts,
-        num_chunks=num_chunks(context),
-        seed=(context.config.run.seed, 0),
-        temperature=temperature,
-        max_new_tokens=section.max_new_tokens,
-    )
-    texts, finished = zip(*decode(roles, rollouts, step="evaluate"), strict=True)
+    temperatures = {temperature_suffix(temperature): temperature for temperature in section.temperatures}
+    tried: dict[float, float] = {}
+    if early_stop is not None:
+        tried = {t: mean_reward(context, early_stop, t) for t in section.own_temperatures or ()}
+        temperatures = {OWN: max(tried, key=lambda t: tried[t]), **temperatures}
+    made = {t: decode_at(context, prompts, t) for t in dict.fromkeys(temperatures.values())}
+    return {
+        "tried": {f"{t:g}": reward for t, reward in tried.items()},
+        "decodings": {suffix: made[t] for suffix, t in temperatures.items()},
+    }
+
+
+def mean_reward(context: Context, prompts: PromptBatch, temperature: float) -> float:
+    """Of the loaded model's answers, one to each prompt; the reward models' word alone."""
+    seed, limit = (context.config.run.seed, OWN_SEED), context.config.evaluate.max_new_tokens
+    sampling = Sampling(context, scoring_settings(context, temperature), limit, seed, samples=1)
+    return statistics.fmean(row["combined"] for group in sample_groups(sampling, [prompts]) for row in group)
+
+
+def decode_at(context: Context, prompts: PromptBatch, temperature: float) -> dict[str, Any]:
+    """The loaded model's answers, one to each prompt, and their metrics."""
+    roles = context.roles
+    roles.work_together("rollout")
+    rollouts = start_answers(context, prompts, temperature, seed=TEST_SEED, chunks=num_chunks(context))
+    collect(rollouts, timeout_s=roles.timeout_s, step="evaluate")
     roles.work_together(*SUMMARY_ROLES)
-    settings = ScoringSettings(
-        temperature=temperature or 1.0,
-        micro_batch_tokens=section.micro_batch_tokens,
-        safety_threshold=context.config.ppo.safety_threshold,
-    )
+    settings = scoring_settings(context, temperature)
     scores = score(roles, settings, rollouts, roles_used=SUMMARY_ROLES)
-    metrics, rewards = summarize(roles, settings, rollouts, scores)
+    metrics = {"temperature": temperature, **summarize(roles, settings, rollouts, scores)}
     if temperature == 0:  # greedy answers are no sample of the policy: neither figure would be what its name says
         metrics = {name: value for name, value in metrics.items() if not name.startswith(("kl_", "logprob_"))}
-    if all(row["truth"] for row in table):
-        metrics |= evaluate_answers(table, texts, finished)
-    return metrics, [Answer(text, end, *raw) for text, end, raw in zip(texts, finished, rewards, strict=True)]
+    elif context.config.evaluate.diversity_prompts:
+        metrics["self_bleu"] = mean_self_bleu(context, prompts, temperature)
+    return {"metrics": metrics, "answers": scored_answers(roles, settings, rollouts, scores)}
 
 
-def results_table(results: dict[str, dict[str, float]], *, title: str) -> Table:
-    """The models as rows, the figures that matter as columns."""
-    columns = {key: name for key, name in COLUMNS.items() if any(key in row for row in results.values())}
-    table = Table(title=title)
-    table.add_column("model")
-    for name in columns.values():
-        table.add_column(name, justify="right")
-    for label, row in results.items():
-        table.add_row(label, *(f"{row[key]:.3f}" if key in row else "-" for key in columns))
-    return table
+def mean_self_bleu(context: Context, prompts: PromptBatch, temperature: float) -> float:
+    """Over prompts that are spread over the table, of several answers to each by the loaded model."""
+    roles, section = context.roles, context.config.evaluate
+    count, samples = min(section.diversity_prompts, len(prompts)), section.diversity_samples
+    spread = [len(prompts) * index // count for index in range(count)]
+    repeated = prompts.select([row for row in spread for _ in range(samples)])
+    roles.work_together("rollout")
+    rollouts = start_answers(context, repeated, temperature, seed=DIVERSITY_SEED, chunks=roles["rollout"].num_ranks)
+    texts = [text for text, _ in decode(roles, rollouts, step="evaluate")]
+    return statistics.fmean(self_bleu(texts[start : start + samples]) for start in range(0, len(texts), samples))
 
 
-def print_evaluation(path: Path) -> None:
-    """Prints an evaluation.json as a table on stdout."""
-    report = json.loads(path.read_text(encoding="utf-8"))
-    title = f"{report['prompts']} held-out prompts"
-    if report["testbed"]:
-        title += f", testbed {report['testbed']}"
-    Console(width=110).print(results_table(report["models"], title=title))
+def start_answers(
+    context: Context, prompts: PromptBatch, temperature: float, *, seed: int, chunks: int
+) -> list[Call[dict[str, float]]]:
+    """Starts sampling the loaded model's answers; `seed` is the kind of draw."""
+    return generate(
+        context.roles,
+        prompts,
+        num_chunks=min(chunks, len(prompts)),
+        seed=(context.config.run.seed, seed),
+        temperature=temperature,
+        max_new_tokens=context.config.evaluate.max_new_tokens,
+    )
+
+
+def scoring_settings(context: Context, temperature: float) -> ScoringSettings:
+    """As `evaluate` says."""
+    return ScoringSettings(
+        temperature=temperature or 1.0,
+        micro_batch_tokens=context.config.evaluate.micro_batch_tokens,
+        safety_threshold=context.config.ppo.safety_threshold,
+    )
+
+
+def referee_scores(
+    context: Context, prompts: PromptBatch, decodings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[float]]:
+    """The referee's raw scores of a model's answers, as they were sampled."""
+    budget = context.config.evaluate.micro_batch_tokens
+    found = {}
+    for suffix, made in decodings.items():
+        sampled = [Completion(a["tokens"], [0.0] * len(a["tokens"]), a["finished"]) for a in made["answers"]]
+        calls = start_scoring(context, "helpfulness", prompts, sampled, micro_batch_tokens=budget)
+        parts = collect(calls, timeout_s=context.roles.timeout_s, step="evaluate")
+        found[suffix] = [score for part in parts for score in part]
+    return found
+
+
+def answer_rows(table: Sequence[Row], label: str, answers: Sequence[Row], referee: Sequence[float] | None) -> list[Row]:
+    """Rows of answers.parquet; the prompts' rows, answers and scores are aligned."""
+    scores: Sequence[float | None] = referee or [None] * len(table)
+    return [answer_row(*aligned, label) for aligned in zip(table, answers, scores, strict=True)]
+
+
+def answer_row(prompt: Row, answer: Row, referee: float | None, label: str) -> Row:
+    """One row of answers.parquet."""
+    row = {
+        "prompt_id": prompt["prompt_id"],
+        "kind": prompt["kind"],
+        "content": "",
+        "model": label,
+        "prompt": prompt["messages"][-1]["content"],
+        "is_safety": prompt["is_safety"],
+        "answer": answer["text"],
+        "finished": answer["finished"],
+        **{f"reward_{name}": answer[name] for name in ("helpfulness", "safety", "combined")},
+        "reward_referee": referee,
+        **dict.fromkeys(("helpfulness", "violation", "false_refusal", "utility")),
+    }
+    if prompt["truth"]:
+        verdict, kind = judge(prompt["kind"], prompt["truth"], answer["text"], answer["finished"]), prompt["kind"]
+        content = json.loads(prompt["truth"]).get("content")
+        row["content"] = name_content(TASKS[kind].group, content) if content else ""
+        row["helpfulness"] = None if kind == "unsafe" else verdict.helpfulness
+        row["violation"] = not verdict.safe
+        row["false_refusal"] = verdict.refusal if kind == "borderline" else None
+        row["utility"] = utility(verdict, "safety" if prompt["is_safety"] else "helpfulness")
+    return row
+
+
+def figures(table: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+    """What the referee and the judge say of a model's answers on average."""
+    found = {}
+    if all(row["reward_referee"] is not None for row in rows):
+        found["reward_referee"] = statistics.fmean(row["reward_referee"] for row in rows)
+    if all(prompt["truth"] for prompt in table):
+        answers, finished = zip(*((row["answer"], row["finished"]) for row in rows), strict=True)
+        found |= evaluate_answers(table, answers, finished)
+    return found
+
+
+def judging_testbed(prompts: Path, results: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The version of the testbed that has judged; both, where it judged prompts of another's."""
+    if not any("true_helpfulness" in row for row in results.values()):
+        return None
+    made_by = read_facts(prompts.parent).get("testbed", TESTBED_VERSION)
+    return TESTBED_VERSION if made_by == TESTBED_VERSION else f"{made_by}+{TESTBED_VERSION}"

@@ -1,8 +1,8 @@
-"""Several seeds of one run side by side, and whether PPO's change counts as one.
+"""Several seeds of one run side by side, and whether a model's change against another counts as one.
 
 The rule (docs/testbed.md): over five seeds or more, each on at least 500 prompts, the 95% t-interval of the gain
 excludes zero. Seeds are the unit, because runs differ by more than prompts do. A gain is paired: the same prompts,
-answered by PPO and by SFT.
+answered by both models, by default the run's last one and SFT.
 """
 
 import json
@@ -25,6 +25,7 @@ MIN_SEEDS = 5
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t at 0.975, for 1 to 9 degrees of freedom; with more the last serves, which is wider."""
 GREEDY = " greedy"  # ends the label of answers decoded at temperature 0
+OWN = " own"  # of those sampled at the temperature that suits the model best
 TEMPERATURE = " T="  # and this with the number at another temperature than 1
 
 
@@ -52,12 +53,12 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Gain:
-    """PPO against another model, by default SFT, in one measure."""
+    """A model against another one in one measure."""
 
     before: list[float]
     """Mean of each seed's answers of the other model."""
     after: list[float]
-    """Mean of each seed's PPO answers."""
+    """Of those of the model itself."""
     num_prompts: int
     """Prompts that the measure is defined on."""
     standard_error: float
@@ -106,12 +107,26 @@ def find_answers(run: Path) -> Path:
     return found[-1]
 
 
-def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> dict[str, Gain]:
-    """Each measure's gain of "PPO" + suffix over `against` + suffix.
+def last_model(run: Path) -> str:
+    """The label, without what tells of the decoding, of the evaluation's last model that is no control."""
+    answers = find_answers(run)
+    labels = pq.read_table(answers, columns=["model"])["model"].unique().to_pylist()
+    report = json.loads(answers.with_name("evaluation.json").read_text(encoding="utf-8"))
+    if "controls" not in report:  # an older version wrote it
+        return "PPO"
+    models = (label.removesuffix(suffix_of(label)) for label in labels)
+    return [model for model in models if model not in report["controls"]][-1]
+
+
+def compare(
+    runs: Sequence[Path], *, model: str | None = None, against: str = "SFT", suffix: str = ""
+) -> dict[str, Gain]:
+    """Each measure's gain of `model` + suffix, by default the first run's last one, over `against` + suffix.
 
     Raises:
-        UserError: a run has no evaluation, one without the model `against`, or one of other prompts than the first's.
+        UserError: a run has no evaluation, one without these models, or one of other prompts than the first's.
     """
+    model = model or last_model(runs[0])
     tables = [pq.read_table(find_answers(run)).to_pylist() for run in runs]
     for run, rows in zip(runs, tables, strict=True):
         for column in ("kind", "content", *(measure.column for measure in MEASURES.values())):
@@ -121,22 +136,23 @@ def compare(runs: Sequence[Path], *, against: str = "SFT", suffix: str = "") -> 
                 )
         labels = {row["model"] for row in rows}
         models = sorted(label.removesuffix(suffix) for label in labels if suffix_of(label) == suffix)
-        if against not in models:
-            raise UserError(f"{run}: its evaluation has no model {against!r}, only {', '.join(models)}")
+        for name in (against, model):
+            if name not in models:
+                raise UserError(f"{run}: its evaluation has no model {name!r}, only {', '.join(models)}")
     contents = {row["prompt_id"]: row["content"] for row in tables[0]}
     gains = {}
     for name, measure in MEASURES.items():
-        seeds = [{model: _by_prompt(rows, model + suffix, measure) for model in (against, "PPO")} for rows in tables]
-        prompts = sorted(seeds[0]["PPO"])
+        seeds = [{label: _by_prompt(rows, label + suffix, measure) for label in (against, model)} for rows in tables]
+        prompts = sorted(seeds[0][model])
         for run, seed in zip(runs, seeds, strict=True):
-            if sorted(seed[against]) != prompts or sorted(seed["PPO"]) != prompts:
+            if sorted(seed[against]) != prompts or sorted(seed[model]) != prompts:
                 raise UserError(f"{run}: was evaluated on other prompts than {runs[0]}; compare runs of one testbed")
         if not prompts:
             continue
-        paired = {p: statistics.fmean(seed["PPO"][p] - seed[against][p] for seed in seeds) for p in prompts}
+        paired = {p: statistics.fmean(seed[model][p] - seed[against][p] for seed in seeds) for p in prompts}
         gains[name] = Gain(
             before=[statistics.fmean(seed[against].values()) for seed in seeds],
-            after=[statistics.fmean(seed["PPO"].values()) for seed in seeds],
+            after=[statistics.fmean(seed[model].values()) for seed in seeds],
             num_prompts=len(prompts),
             standard_error=clustered_error(list(paired.values()), [contents[p] or p for p in prompts]),
         )
@@ -158,23 +174,32 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
 
 
 def suffix_of(label: str) -> str:
-    """What the label of a model in answers.parquet says of its sampling: "", " greedy", " T=0.7"."""
-    if label.endswith(GREEDY):
-        return GREEDY
+    """What the label of a model in answers.parquet says of its sampling: "", " greedy", " own", " T=0.7"."""
+    for ending in (GREEDY, OWN):
+        if label.endswith(ending):
+            return ending
     _, mark, temperature = label.rpartition(TEMPERATURE)
     return mark + temperature if mark else ""
 
 
-def suffixes(run: Path) -> list[str]:
-    """How a run's evaluation sampled PPO's answers, in its order."""
-    labels = dict.fromkeys(pq.read_table(find_answers(run), columns=["model"])["model"].to_pylist())
-    found = (suffix_of(label) for label in labels if label.removesuffix(suffix_of(label)) == "PPO")
-    return list(found)
+def suffixes(run: Path, model: str) -> list[str]:
+    """How a run's evaluation sampled the model's answers, in its order.
+
+    Raises:
+        UserError: it has none of that model.
+    """
+    labels = pq.read_table(find_answers(run), columns=["model"])["model"].unique().to_pylist()
+    by_model: dict[str, list[str]] = {}
+    for label in labels:
+        by_model.setdefault(label.removesuffix(suffix_of(label)), []).append(suffix_of(label))
+    if model not in by_model:
+        raise UserError(f"{run}: its evaluation has no model {model!r}, only {', '.join(by_model)}")
+    return by_model[model]
 
 
-def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
-    """Prints one table per sampling temperature: each gain with its 95% t-interval over seeds, and two standard errors
-    over prompts (clustered by content).
+def print_comparison(runs: Sequence[Path], *, model: str | None = None, against: str = "SFT") -> None:
+    """Prints one table per way of decoding: each gain with its 95% t-interval over seeds, and two standard errors over
+    prompts (clustered by content).
 
     Raises:
         UserError: as `compare`.
@@ -183,12 +208,14 @@ def print_comparison(runs: Sequence[Path], *, against: str = "SFT") -> None:
         machine = json.loads(find_answers(run).with_name("evaluation.json").read_text(encoding="utf-8")).get("machine")
         if machine is not None:
             print(f"{run}: {machine['precision']} on {machine['device']}, {machine['cpu']}")
-    for suffix in suffixes(runs[0]):
-        title = "greedy" if suffix == GREEDY else f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
-        gains = compare(runs, against=against, suffix=suffix)
-        table = Table(title=f"PPO against {against} of {len(runs)} run(s), {title}")
+    model = model or last_model(runs[0])
+    for suffix in suffixes(runs[0], model):
+        titles = {GREEDY: "greedy", OWN: "each sampled at its own temperature"}
+        title = titles.get(suffix) or f"sampled at temperature {suffix.removeprefix(TEMPERATURE) or 1}"
+        gains = compare(runs, model=model, against=against, suffix=suffix)
+        table = Table(title=f"{model} against {against} of {len(runs)} run(s), {title}")
         over = ("over seeds", "over prompts\n(clustered\nby content)")
-        for name in ("measure", "prompts", against, "PPO", "gain", *over, "by the rule"):
+        for name in ("measure", "prompts", against, model, "gain", *over, "by the rule"):
             table.add_column(name, justify="left" if name == "measure" else "right")
         for name, gain in gains.items():
             table.add_row(

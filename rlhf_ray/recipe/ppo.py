@@ -212,7 +212,7 @@ def evaluate_held_out(roles: Roles, section: PPOSection, prompts: PromptBatch) -
     collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
     roles.work_together(*SUMMARY_ROLES)
     scoring = scoring_settings(section)
-    metrics, _ = summarize(roles, scoring, rollouts, score(roles, scoring, rollouts, roles_used=SUMMARY_ROLES))
+    metrics = summarize(roles, scoring, rollouts, score(roles, scoring, rollouts, roles_used=SUMMARY_ROLES))
     kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")
     return {f"held_out/{name}": metrics[name] for name in kept}
 

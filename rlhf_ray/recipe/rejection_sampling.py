@@ -24,11 +24,10 @@ from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
 from rlhf_ray.recipe.preference_collection import week
-from rlhf_ray.recipe.scoring import READERS, REWARDS, ScoringSettings, gate, load_frozen, score
+from rlhf_ray.recipe.scoring import READERS, REWARDS, ScoringSettings, gate, load_frozen, score, scored_answers
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.records import Completion, PromptBatch
 from rlhf_ray.run_state import Step, write_json
-from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 
 SAMPLE_SEED, SWEEP_SEED = 2_000_003, 3_000_017
@@ -176,20 +175,7 @@ def finish_group(sampling: Sampling, prompts: PromptBatch, rollouts: Sequence[Ca
     """Scores a group's answers; rows of `SAMPLES`, but for model and scope."""
     roles, settings = sampling.context.roles, sampling.settings
     scores = score(roles, settings, rollouts, roles_used=REWARDS)
-    engines = roles["rollout"]
-    calls = [
-        engines.submit_one(
-            chunk % engines.num_ranks,
-            RolloutWorker.samples,
-            call.data[0],
-            *(scores[name][chunk].data[0] for name in REWARDS),
-            gate=settings.gate,
-        )
-        for chunk, call in enumerate(rollouts)
-    ]
-    made = [*rollouts, *(call for name in REWARDS for call in scores[name]), *calls]
-    chunks = collect(made, timeout_s=roles.timeout_s, step=roles.step)[-len(calls) :]
-    answers = [answer for chunk in chunks for answer in chunk]
+    answers = scored_answers(roles, settings, rollouts, scores)
     return [
         {
             "prompt_id": prompts.ids[row],
@@ -286,10 +272,11 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
 def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """The samples with the scores that the loaded reward models give them."""
     tokenizer, limit = LightTokenizer(inputs["tokenizer"].path), gate(context.config.ppo.safety_threshold)
+    budget = context.config.rejection_sampling.micro_batch_tokens
     for rows in groups:
         prompts = as_prompts(rows, tokenizer)
         answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in rows]
-        calls = {name: start_scoring(context, name, prompts, answers) for name in REWARDS}
+        calls = {name: start_scoring(context, name, prompts, answers, micro_batch_tokens=budget) for name in REWARDS}
         helpfulness, safety = (
             [value for part in collect(calls[name], timeout_s=context.roles.timeout_s) for value in part]
             for name in REWARDS
@@ -306,10 +293,10 @@ def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterat
 
 
 def start_scoring(
-    context: Context, role: str, prompts: PromptBatch, answers: Sequence[Completion]
+    context: Context, role: str, prompts: PromptBatch, answers: Sequence[Completion], *, micro_batch_tokens: int
 ) -> list[Call[list[float]]]:
     """Starts a reward model's ranks on their shares of some answers."""
-    group, budget = context.roles[role], context.config.rejection_sampling.micro_batch_tokens
+    group = context.roles[role]
     bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
     return [
         group.submit_one(
@@ -317,7 +304,7 @@ def start_scoring(
             ScorerWorker.score_answers,
             prompts.select(range(start, end)),
             answers[start:end],
-            micro_batch_tokens=budget,
+            micro_batch_tokens=micro_batch_tokens,
         )
         for rank, (start, end) in enumerate(pairwise(bounds))
         if start < end

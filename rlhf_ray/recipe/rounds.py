@@ -34,6 +34,7 @@ class Graph:
         makes: Mapping[str, str] | None = None,
         without: tuple[str, ...] = (),
         changes: Mapping[str, object] | None = None,
+        apart: bool = False,
     ) -> Node:
         """One more node of a stage.
 
@@ -42,9 +43,10 @@ class Graph:
             makes: other outputs than the stage's; what the config names is left out.
             without: needs of the stage that this node has not.
             changes: settings that have another value for it.
+            apart: it makes its own beside what the config names.
         """
         stage = STAGES[name]
-        wanted = {o: place for o, place in (makes or stage.makes).items() if not self.is_given(o)}
+        wanted = {o: place for o, place in (makes or stage.makes).items() if apart or not self.is_given(o)}
         taken = [*stage.needs, *(need for need in stage.may_need if need in self.sources)]
         found = {need: self.sources[need] for need in taken if need not in (*inputs, *without)}
         own = stage_settings(self.config, name)
@@ -159,9 +161,9 @@ def versions(graph: Graph) -> None:
     if rewards:
         graph.add("reward-accuracy", of_weeks(weeks) | rewards)
     if rounds.referee and not by_people:
-        apart = compared(graph, newest, first, scope=REFEREE)
+        unseen = compared(graph, newest, first, scope=REFEREE)
         place = {"helpfulness": STAGES["reward"].makes["helpfulness"]}
-        judge = graph.add("reward", {"comparisons": apart}, scope=REFEREE, makes=place)
+        judge = graph.add("reward", {"comparisons": unseen}, scope=REFEREE, makes=place, apart=True)
         sources[REFEREE] = Made(judge.name, "helpfulness")
     evaluate(graph, models)
 

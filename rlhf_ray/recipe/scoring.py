@@ -16,6 +16,7 @@ from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
+from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.value import ValueWorker
 
@@ -95,10 +96,8 @@ def score(
 
 def summarize(
     roles: Roles, settings: ScoringSettings, rollouts: Sequence[Call[Any]], scores: Scores
-) -> tuple[dict[str, float], list[list[float]]]:
-    """Of some rollouts mean rewards, KL and lengths, and [helpfulness, safety, combined] of each answer in order;
-    computed by the policy's ranks, each over its own chunks.
-    """
+) -> dict[str, float]:
+    """Of some rollouts mean rewards, KL and lengths; computed by the policy's ranks, each over its own chunks."""
     policy = roles["policy"]
     calls: list[Call[Any]] = []
     for rank in range(policy.num_ranks):
@@ -106,9 +105,28 @@ def summarize(
         inputs = inputs_of(own, rollouts, scores, SUMMARY_ROLES)
         calls.append(policy.submit_one(rank, PolicyWorker.summarize, len(own), settings.gate, *inputs))
     made = [*rollouts, *itertools.chain(*scores.values()), *calls]
-    by_rank = collect(made, timeout_s=roles.timeout_s, step=roles.step)[len(made) - len(calls) :]
-    chunks = [by_rank[chunk % len(calls)][1][chunk // len(calls)] for chunk in range(len(rollouts))]
-    return by_rank[0][0], [rewards for chunk in chunks for rewards in chunk]
+    metrics: dict[str, float] = collect(made, timeout_s=roles.timeout_s, step=roles.step)[-1]
+    return metrics
+
+
+def scored_answers(
+    roles: Roles, settings: ScoringSettings, rollouts: Sequence[Call[Any]], scores: Scores
+) -> list[dict[str, Any]]:
+    """Each answer, in the order of its prompts, as the columns of `SAMPLES` that are about it."""
+    engines = roles["rollout"]
+    calls = [
+        engines.submit_one(
+            chunk % engines.num_ranks,
+            RolloutWorker.samples,
+            call.data[0],
+            *(scores[name][chunk].data[0] for name in REWARDS),
+            gate=settings.gate,
+        )
+        for chunk, call in enumerate(rollouts)
+    ]
+    made = [*rollouts, *(call for name in REWARDS for call in scores[name]), *calls]
+    chunks = collect(made, timeout_s=roles.timeout_s, step=roles.step)[-len(calls) :]
+    return [answer for chunk in chunks for answer in chunk]
 
 
 def inputs_of(

@@ -165,7 +165,7 @@ _TABLE = (
         makes={"evaluation": "evaluation.json"},
         roles=("policy", "reference", "helpfulness", "safety", "rollout"),
         settings=("evaluate", "ppo.safety_threshold", ENGINES, *RUN),
-        version=2,
+        version=3,
         runner="rlhf_ray.evaluate.policies:evaluate",
     ),
 )

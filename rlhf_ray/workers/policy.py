@@ -142,18 +142,11 @@ class PolicyWorker(TrainerWorker):
                 raise NonFiniteError("an advantage is not finite", metrics)
         return metrics, *experiences
 
-    def summarize(self, num_chunks: int, gate: float, *inputs: Any) -> tuple[dict[str, float], list[list[list[float]]]]:
-        """Mean rewards, KL and lengths over the batch of all ranks, and the rewards of each answer of this rank's.
-
-        Args:
-            inputs: as for experience, without the values.
-        Returns:
-            (metrics, for each chunk [helpfulness, safety, combined] of its answers).
-        """
+    def summarize(self, num_chunks: int, gate: float, *inputs: Any) -> dict[str, float]:
+        """Mean rewards, KL and lengths over the batch of all ranks; `inputs` as for experience, without the values."""
         rollouts, *scores = _by_kind(inputs, num_chunks)
         scored = _scored_chunks(gate, rollouts, *scores)
-        metrics = self._batch_metrics([_sums(chunk, answers) for chunk, answers in zip(rollouts, scored, strict=True)])
-        return metrics, [torch.stack([s.helpfulness, s.safety, s.combined], dim=1).tolist() for s in scored]
+        return self._batch_metrics([_sums(chunk, answers) for chunk, answers in zip(rollouts, scored, strict=True)])
 
     def train_policy(self, step: int, settings: UpdateSettings, *experiences: Experience) -> dict[str, float]:
         """PPO's optimizer steps over one batch: every rank sees all chunks and takes its rows of each minibatch."""
