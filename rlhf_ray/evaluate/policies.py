@@ -1,5 +1,6 @@
 """The final comparison: all versions of the chat model on prompts that nothing else has seen."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from rich.table import Table
 from cluster.worker_group import collect
 from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
 from rlhf_ray.evaluate.seeds import GREEDY, TEMPERATURE
-from rlhf_ray.metrics import console
+from rlhf_ray.progress import doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prompts, start_engines
 from rlhf_ray.recipe.scoring import READERS, SUMMARY_ROLES, ScoringSettings, load_frozen, score, summarize
@@ -71,7 +72,7 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     models = compared_models(inputs)
     work = step.begin()
     table = read_table(inputs["prompts_test"].path, PROMPTS).to_pylist()
-    with console.status("evaluate: starting the engine, loading models"):
+    with doing(step.name, "starting the engine, loading models"):
         context.roles.work_together(*SUMMARY_ROLES)
         collect(load_frozen(context, inputs), timeout_s=context.roles.timeout_s, step="evaluate")
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
@@ -84,13 +85,14 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
         )
     results: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
-    for temperature in section.temperatures:
-        for model, checkpoint in models.items():
+    with progress_bar(step.name, total=len(models) * len(section.temperatures)) as bar:
+        for temperature, (model, checkpoint) in itertools.product(section.temperatures, models.items()):
             label = model + temperature_suffix(temperature)
-            with console.status(f"evaluate: {label}"):
+            with doing(step.name, label):
                 make = partial(evaluate_model, context, checkpoint, prompts, table, temperature)
                 results[label], answers = step.kept(digest(label), make)
             rows += [answer_row(prompt, label, Answer(*made)) for prompt, made in zip(table, answers, strict=True)]
+            bar.advance(f"{label} reward {results[label]['reward_combined']:+.2f}")
     judged = TESTBED_VERSION if any("true_helpfulness" in row for row in results.values()) else None
     made_by = read_facts(inputs["prompts_test"].path.parent).get("testbed", TESTBED_VERSION)
     if judged is not None and made_by != TESTBED_VERSION:  # prompts of one, judged by another: both are told
