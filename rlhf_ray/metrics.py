@@ -1,4 +1,4 @@
-"""Metrics of a stage: one JSON line a step, TensorBoard scalars, and a progress bar. Keys: docs/metrics.md."""
+"""Metrics of a stage: one JSON line a step, and TensorBoard scalars. Keys: docs/metrics.md."""
 
 import json
 import threading
@@ -9,22 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from rlhf_ray.run_state import write_text
-
-console = Console(stderr=True)
-
-LINE_EVERY_S = 30.0
-"""Seconds between lines of progress in a log file."""
 
 
 class MetricsWriter:
@@ -76,37 +61,6 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def latest(directory: Path, key: str) -> float:
     """The newest value of a metric in DIR/metrics.jsonl, NaN without one."""
     return next((float(row[key]) for row in reversed(read_metrics(directory)) if key in row), float("nan"))
-
-
-class Bar:
-    """A progress bar's handle."""
-
-    def __init__(self, progress: Progress, task: Any):
-        self._progress, self._task = progress, task
-        self._said = time.monotonic()
-
-    def advance(self, note: str = "") -> None:
-        """One step further, with a few figures behind the bar."""
-        self._progress.update(self._task, advance=1, note=note)
-        if not console.is_terminal and time.monotonic() - self._said >= LINE_EVERY_S:
-            self._said = time.monotonic()
-            state = next(task for task in self._progress.tasks if task.id == self._task)
-            console.print(f"{state.description} {state.completed:.0f}/{state.total:.0f} {note}", highlight=False)
-
-
-@contextmanager
-def progress_bar(title: str, *, total: int, done: int = 0) -> Iterator[Bar]:
-    """A bar for long work on stderr; where that is no terminal, a line now and then and one at the end."""
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
 
 
 @dataclass

@@ -26,6 +26,9 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ROUNDS = 5  # a process may start another while it is being ended
 
 
+before_last_line = ""
+"""Written first where the process ends at once: what takes a live display off the terminal."""
+
 _line = "stopped"
 _scratch: list[str] = []
 _leaving = threading.Lock()  # never released: one thread ends the process, and says so once
@@ -132,7 +135,7 @@ def _leave(number: int) -> None:
     for directory in _scratch:
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # the terminal may have gone
-        print(_line, file=sys.stderr, flush=True)
+        print(before_last_line + _line, file=sys.__stderr__, flush=True)  # past what stands in for sys.stderr
     os._exit(128 + number)
 
 

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from tiny_inputs import PRETRAINING_RUN
 
+from cluster import jobs as cluster_jobs
 from cluster.jobs import Job
 from rlhf_ray.cli import jobs as cli_jobs
 
@@ -148,6 +149,31 @@ def test_how_a_job_that_did_not_succeed_is_told():
     assert told("STOPPED", None, "") == "job j was stopped; the same config and --out, submitted again, resume it"
 
 
+def test_a_job_that_runs_shows_the_newest_line_of_its_progress(call, monkeypatch):
+    line = "3 of 9  sft  120/240  0:01:05 left  loss 1.203"
+    logs = {"a": f"3 of 9  sft  reading data\n{line}\nsft: a worker died\n", "b": line, "c": "no run of ours\n"}
+    found = {
+        name: Job(name, state, "rlhf-ray run", None, None, None, "", {})
+        for name, state in (("a", "RUNNING"), ("b", "SUCCEEDED"), ("c", "RUNNING"), ("d", "RUNNING"))
+    }
+
+    def read(client, name):
+        if name not in logs:
+            raise cluster_jobs.JobsError("no agent there answers")
+        return logs[name]
+
+    monkeypatch.setattr(cluster_jobs, "connect", lambda address: None)
+    monkeypatch.setattr(cluster_jobs, "jobs", lambda client: list(found.values()))
+    monkeypatch.setattr(cluster_jobs, "job", lambda client, name: found[name])
+    monkeypatch.setattr(cluster_jobs, "logs", read)
+    at = ("--address", "http://head:8265")
+    assert call("status", "a", *at)[1].splitlines()[-1] == f"progress: {line}"
+    assert "progress" not in call("status", "d", *at)[1]
+    assert call("status", *at)[1].splitlines()[5:] == [f"a: {line}"]
+    told = json.loads(call("status", "--json", *at)[1])
+    assert [facts["progress"] for facts in told] == [line, None, None, None]
+
+
 # --- on a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -269,6 +295,7 @@ def test_a_job_is_followed_stopped_and_resumed(head, config, tmp_path):
 
     wait_for(state, "checkpoint")
     assert workers(process)
+    assert re.search(r"^progress: 3 of 3  pretrain  \d+/400  .*loss", rlhf_ray("status", job, *at)[1], re.MULTILINE)
     code, stdout, stderr = rlhf_ray("stop", job, *at)
     assert (code, stderr) == (0, "")
     assert stdout == (

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from rlhf_ray import metrics
-from rlhf_ray.metrics import MetricsWriter, progress_bar, read_metrics
+from rlhf_ray.metrics import MetricsWriter, read_metrics
 
 
 @pytest.fixture
@@ -71,22 +70,3 @@ def test_a_disk_that_fails_tensorboards_thread_is_told_by_the_run_alone(tmp_path
 
 def test_no_metrics_are_no_rows(tmp_path):
     assert read_metrics(tmp_path) == []
-
-
-def test_a_bar_counts_what_was_done_before(capsys):
-    with progress_bar("sft", total=5, done=3) as bar:
-        bar.advance("loss 1.0")
-        bar.advance("loss 0.5")
-    assert "5/5" in capsys.readouterr().err
-
-
-def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_EVERY_S", 0.0)
-    with progress_bar("sft", total=3, done=1) as bar:
-        bar.advance("loss 1.0")
-        assert capsys.readouterr().err == "sft 2/3 loss 1.0\n"
-    monkeypatch.setattr(metrics, "LINE_EVERY_S", 60.0)
-    with progress_bar("sft", total=3, done=1) as bar:
-        capsys.readouterr()  # the end of the bar before
-        bar.advance("loss 1.0")
-        assert capsys.readouterr().err == ""

@@ -112,6 +112,17 @@ def test_nodes_run_in_order_on_what_the_others_made(run) -> None:
     assert (own["key"], own["parents"]) == (seen.made["policy"].key, seen.made["policy"].parents)
 
 
+def test_each_node_tells_its_place_among_those_that_the_command_runs(run, capsys) -> None:
+    def places() -> list[str]:
+        lines = capsys.readouterr().err.splitlines()
+        return [line.partition("  done in ")[0] for line in lines if "  done in " in line]
+
+    run(fails_at="label@v2")
+    assert places() == [f"{number} of 8  {name}" for number, name in enumerate(ORDER[:5], start=1)]
+    run()
+    assert places() == ["1 of 3  label@v2", "2 of 3  reward@v2", "3 of 3  ppo@v2"]
+
+
 def test_a_node_is_run_with_its_own_settings(run) -> None:
     noise = run().noise
     assert {noise[name] for name in ORDER[:4]} == {0.1} and {noise[name] for name in ORDER[4:]} == {0.5}

@@ -26,8 +26,8 @@ from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.machine import opening_lines
-from rlhf_ray.metrics import console, progress_bar
 from rlhf_ray.preflight.run import SMALLEST_VOCABULARY
+from rlhf_ray.progress import console, doing, progress_bar, shown
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, start_engines, sync_weights
@@ -54,12 +54,12 @@ def run_bench(work: Workload) -> dict[str, Any]:
     """
     for line in opening_lines(work.config):
         console.print(line, highlight=False, soft_wrap=True)
-    with ExitStack() as stack:
+    with ExitStack() as stack, shown(f"bench {work.what}"):
         # The models are needed until every role has loaded them: no signal later can leave them behind.
         with scratch_directory("rlhf-ray-bench-") as directory:
             context = Context(work.config, RunDir(directory), every_id=True)
             stack.callback(context.close)
-            with console.status(f"bench {work.what}: making models, starting workers"):
+            with doing(f"bench {work.what}", "making models, starting workers"):
                 inputs = make_inputs(context, work)
                 shapes = role_shapes(inputs, work)
                 context.roles.step = f"bench {work.what}"

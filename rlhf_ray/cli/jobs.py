@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,11 +81,12 @@ def status(
         from cluster import jobs
 
         found = jobs.jobs(client) if job is None else [jobs.job(client, job)]
-    facts = [_facts(each) for each in found]
+        facts = [{**_facts(each), "progress": _progress(client, each)} for each in found]
     if as_json:
         print(json.dumps(facts if job is None else facts[0], indent=2))
     elif job is None:
         _print_table(found)
+        print(*(f"{each['id']}: {each['progress']}\n" for each in facts if each["progress"]), sep="", end="")
     else:
         print("\n".join(f"{name}: {value}" for name, value in facts[0].items() if value is not None))
     if job is not None and found[0].state == "FAILED":
@@ -228,6 +229,16 @@ def _facts(job: "Job") -> dict[str, Any]:
         "exit_code": job.exit_code,
         "message": job.message,
     }
+
+
+def _progress(client: "Client", job: "Job") -> str | None:
+    """How far a job that runs is, as its log says; a log that cannot be read says nothing."""
+    from cluster import jobs
+    from rlhf_ray.progress import last_progress
+
+    with suppress(jobs.JobsError):
+        return last_progress(jobs.logs(client, job.id)) if job.state == "RUNNING" else None
+    return None
 
 
 def _print_table(jobs: Sequence["Job"]) -> None:

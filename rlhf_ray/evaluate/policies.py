@@ -15,7 +15,7 @@ from rlhf_ray.data.schemas import PROMPTS, read_table, write_table
 from rlhf_ray.evaluate.diversity import self_bleu
 from rlhf_ray.evaluate.seeds import GREEDY, OWN, TEMPERATURE
 from rlhf_ray.evaluate.win_rates import win_rates
-from rlhf_ray.metrics import console
+from rlhf_ray.progress import doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prompts, start_engines
 from rlhf_ray.recipe.rejection_sampling import Sampling, sample_groups, start_scoring
@@ -75,7 +75,7 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     models = compared_models(inputs)
     work = step.begin()
     table = read_table(inputs["prompts_test"].path, PROMPTS).to_pylist()
-    with console.status("evaluate: starting the engine, loading models"):
+    with doing(step.name, "starting the engine, loading models"):
         context.roles.work_together(*SUMMARY_ROLES)
         collect(load_frozen(context, inputs), timeout_s=context.roles.timeout_s, step="evaluate")
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
@@ -83,9 +83,12 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
         prompts = read("prompts_test", at_least=num_chunks(context))
         early_stop = read("prompts_early_stop") if tunes else None
     make = {model: partial(evaluate_model, context, path, prompts, early_stop) for model, path in models.items()}
-    for model in models:
-        with console.status(f"evaluate: {model}"):
-            step.kept(digest(model), make[model])
+    with progress_bar(step.name, total=len(models)) as bar:
+        for model in models:
+            with doing(step.name, model):
+                decoded = step.kept(digest(model), make[model])["decodings"].values()
+            rewards = "  ".join(f"{found['metrics']['reward_combined']:+.2f}" for found in decoded)
+            bar.advance(f"{model} reward {rewards}")
     results: dict[str, dict[str, float]] = {}
     rows: dict[str, list[Row]] = {}
     tried: dict[str, dict[str, float]] = {}
@@ -96,7 +99,7 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     for model in models:
         made = step.kept(digest(model), make[model])
         tried[model], decodings = made["tried"], made["decodings"]
-        with console.status(f"evaluate: {model}, judges"):
+        with doing(step.name, f"{model}, judges"):
             score_again = partial(referee_scores, context, prompts, decodings)
             scores = step.kept(f"{digest(model)}-{REFEREE}", score_again) if refereed else {}
         for suffix, found in decodings.items():

@@ -17,7 +17,7 @@ from rlhf_ray.backends.engine_limits import check_engine
 from rlhf_ray.config import Config, RolloutRole, sampling_temperature
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
-from rlhf_ray.metrics import console
+from rlhf_ray.progress import console
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,9 +14,9 @@ from rlhf_ray.backends.engine_limits import kv_cache_bytes
 from rlhf_ray.config import Config, FrozenRole, RolloutRole, TrainRole
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics import console
 from rlhf_ray.planning.memory import Work, training_memory, training_work
 from rlhf_ray.preflight.inputs import REWARD_MODELS, Model
+from rlhf_ray.progress import console
 from rlhf_ray.recipe.stages import STAGES
 
 GIB = 2**30

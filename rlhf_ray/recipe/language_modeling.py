@@ -1,5 +1,6 @@
 """Next-token training, the loop that pretraining and supervised fine-tuning share."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from cluster.worker_group import collect
 from model.config import ModelConfig
 from rlhf_ray.config import PretrainSection, SFTSection
 from rlhf_ray.data.batching import DrawRows
-from rlhf_ray.metrics import MetricsWriter, console, latest, progress_bar
+from rlhf_ray.metrics import MetricsWriter, latest
+from rlhf_ray.progress import doing, progress_bar
 from rlhf_ray.recipe.context import Context, add_tokenizer
 from rlhf_ray.run_state import Due, Step
 from rlhf_ray.workers.policy import PolicyWorker
@@ -45,7 +47,7 @@ def train_language_model(
     config, name = context.config, step.name
     work = step.begin()
     steps_done, state = step.latest_state()
-    with console.status(f"{name}: starting workers, reading data"):
+    with doing(name, "starting workers, reading data"):
         policy = context.roles["policy"]
         context.roles.work_together("policy")
         policy.call(
@@ -92,7 +94,8 @@ def train_language_model(
                 )[0]
                 row["held_out_loss"] = held_out
             metrics.write(index, row)
-            bar.advance(f"loss {row['loss']:.3f}  held-out {held_out:.3f}")
+            measured = "" if math.isnan(held_out) else f"  held-out {held_out:.3f}"
+            bar.advance(f"loss {row['loss']:.3f}{measured}")
             if due.now(index + 1, total) or index + 1 in kept:
                 with due.writing(), step.new_state(index + 1) as directory:
                     policy.call(TrainerWorker.save_state, str(directory), step=f"{name} checkpoint {index + 1}")

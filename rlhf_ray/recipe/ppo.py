@@ -17,7 +17,8 @@ from model.checkpoint_files import read_config
 from rlhf_ray.config import PPOSection
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.errors import RunFailure
-from rlhf_ray.metrics import MetricsWriter, PhaseClock, console, progress_bar
+from rlhf_ray.metrics import MetricsWriter, PhaseClock
+from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context, add_tokenizer
 from rlhf_ray.recipe.early_stopping import (
     EarlyStopping,
@@ -62,7 +63,7 @@ def ppo(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
     section, seed = context.config.ppo, context.config.run.seed
     work = step.begin()
     steps_done, state = step.latest_state()
-    with console.status("ppo: starting workers, loading models"):
+    with doing(step.name, "starting workers, loading models"):
         roles = context.roles
         roles.start("rollout", *SCORING_ROLES)
         load_models(context, inputs, state, version=WeightVersion(f"{step.name}-{step.key}", steps_done))
@@ -80,7 +81,7 @@ def ppo(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
         take_best(shorter, work, stopping.best_step)
     metrics = MetricsWriter(work, steps_done=steps_done)
     due = Due(section.save_every, context.config.run.save_every_s)
-    with progress_bar("ppo", total=section.num_steps, done=steps_done) as bar:
+    with progress_bar(step.name, total=section.num_steps, done=steps_done) as bar:
         while steps_done < section.num_steps and stopping.evaluations_since_best < section.patience:
             index = steps_done
             row = iteration(roles, section, index, prompts, seed=seed)

@@ -16,7 +16,7 @@ from rlhf_ray.config import PairsSection
 from rlhf_ray.data.schemas import COMPARISONS, PAIRS, PROMPTS, read_table, write_table
 from rlhf_ray.data.shares import part_of_round
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics import console, progress_bar
+from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import check_swappable, read_prompts, request_seed, start_engines
 from rlhf_ray.recipe.stages import Artefact
@@ -57,7 +57,7 @@ def sample_pairs(context: Context, step: Step, inputs: Mapping[str, Artefact]) -
         for row in part_of_round(len(prompts), section.num_prompts, number=number, seed=seed)
         for _ in range(section.pairs_per_prompt)
     ]
-    with console.status("pairs: starting the engine"):
+    with doing(step.name, "starting the engine"):
         start_engines(context, models[0].path, inputs["tokenizer"].path)
         readers = [name for name in inputs if name.startswith("model.")]
         batch = read_prompts(inputs, "prompts_annotation", max_new_tokens=section.max_new_tokens, readers=readers)

@@ -20,7 +20,7 @@ from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.prompts import as_prompts
 from rlhf_ray.data.schemas import SAMPLES, join_tables, read_groups, write_table
 from rlhf_ray.data.shares import part_of_round
-from rlhf_ray.metrics import console, progress_bar
+from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
 from rlhf_ray.recipe.preference_collection import week
@@ -54,7 +54,7 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
     """Samples K answers to each of the round's prompts, and scores them: samples.parquet, and sweep.json."""
     section, number = context.config.rejection_sampling, week(step.name)
     work = step.begin()
-    with console.status(f"{step.name}: starting workers, loading models"):
+    with doing(step.name, "starting workers, loading models"):
         roles = context.roles
         roles.start("rollout", *REWARDS)
         roles.work_together(*REWARDS)
@@ -98,7 +98,7 @@ def temperature_sweep(context: Context, step: Step, prompts: PromptBatch) -> dic
     if len(section.temperatures) == 1:
         return {}
     curves = {}
-    with progress_bar(f"{step.name} temperature", total=len(section.temperatures)) as bar:
+    with progress_bar(step.name, total=len(section.temperatures)) as bar:
         for temperature in section.temperatures:
 
             def curve(temperature: float = temperature) -> dict[int, dict[str, float]]:
@@ -106,7 +106,7 @@ def temperature_sweep(context: Context, step: Step, prompts: PromptBatch) -> dic
                 return best_of_k_curve(by_prompt(sample_groups(sampling, [prompts])), sampling.settings.gate)
 
             curves[f"{temperature:g}"] = step.kept(f"sweep-{temperature:g}", curve)
-            bar.advance(f"T={temperature:g}")
+            bar.advance(f"tried T={temperature:g}")
     return {t: {int(k): values for k, values in curve.items()} for t, curve in curves.items()}
 
 
@@ -240,7 +240,7 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
     pools = {name: inputs[name] for name in inputs if name.partition(".")[0] == "samples"}
     stale = [n for n, pool in pools.items() if any(pool.parents.get(r) != inputs[r].key for r in REWARDS)]
     if stale:
-        with console.status(f"{step.name}: loading reward models"):
+        with doing(step.name, "loading reward models"):
             context.roles.work_together(*REWARDS)
             calls = load_frozen(context, inputs, REWARDS)
             collect(calls, timeout_s=context.roles.timeout_s, step=step.name)

@@ -13,7 +13,8 @@ from rlhf_ray.data.batching import steps_per_epoch
 from rlhf_ray.data.reward_pairs import held_out_pairs, reward_pairs
 from rlhf_ray.data.schemas import STRENGTHS
 from rlhf_ray.data.shares import mix
-from rlhf_ray.metrics import MetricsWriter, console, progress_bar
+from rlhf_ray.metrics import MetricsWriter
+from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context, add_tokenizer
 from rlhf_ray.recipe.stages import Artefact
 from rlhf_ray.run_state import Due, StateWriter, Step, newest_state, write_json
@@ -34,14 +35,15 @@ def train_reward_models(context: Context, step: Step, inputs: Mapping[str, Artef
     for work in works.values():
         work.mkdir(exist_ok=True)
     states = {name: newest_state(work) for name, work in works.items()}
-    with console.status("reward: starting workers, reading comparisons"):
+    with doing(step.name, "starting workers, reading comparisons"):
         roles.work_together(*names)
         sizes = _begin(context, inputs, states)
     progress = {name: steps_done for name, (steps_done, _) in states.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in names}
     writers = {name: MetricsWriter(work, steps_done=progress[name]) for name, work in works.items()}
     due = {name: Due(section.save_every, context.config.run.save_every_s) for name in names}
-    with progress_bar("reward", total=sum(totals.values()), done=sum(progress.values())) as bar:
+    newest: dict[str, str] = {}
+    with progress_bar(step.name, total=sum(totals.values()), done=sum(progress.values())) as bar:
         for index in range(max(totals.values())):
             # Both models take a step at the same time, each on its own ranks.
             active = [name for name in names if progress[name] <= index < totals[name]]
@@ -58,7 +60,8 @@ def train_reward_models(context: Context, step: Step, inputs: Mapping[str, Artef
             for name, call in calls.items():
                 row = collect(call, timeout_s=timeout_s, step=f"reward step {index}")[0]
                 writers[name].write(index, row)
-                bar.advance(f"{name} accuracy {row['accuracy']:.3f}")
+                newest[name] = f"{name} accuracy {row['accuracy']:.3f}"
+                bar.advance("  ".join(newest.values()))
                 if due[name].now(index + 1, totals[name]):
                     with due[name].writing(), StateWriter(works[name] / "state", index + 1) as directory:
                         roles[name].call(

@@ -9,7 +9,7 @@ from cluster.worker_group import WorkerError
 from rlhf_ray.config import Config
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.machine import opening_lines
-from rlhf_ray.metrics import console
+from rlhf_ray.progress import console, shown
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.ledger import (
     Entry,
@@ -75,6 +75,7 @@ def run_nodes(
     ledger.redo(redo)
     tell_other_source(ledger.entries())
     made: dict[str, Artefact] = {}
+    ran = 0
     try:
         for node in nodes:
             running = {entry.node.name for entry in to_run(ledger.entries(), wanted)}
@@ -87,7 +88,9 @@ def run_nodes(
                     names = ", ".join(node.stage.makes)
                     console.print(f"{node.name}: nothing to do, the config names what it would make ({names})")
             elif node.name in running:
-                run_node(context, entry)
+                with shown(node.name, ran + 1, of=ran + len(running)):
+                    run_node(context, entry)
+                ran += 1
                 entry = ledger.refresh(node)
                 later = [e for e in to_run(ledger.entries(), wanted) if e.node.name != node.name]
                 context.release({role for e in later for role in e.node.roles})
