@@ -192,3 +192,14 @@ def test_rejection_sampling_alone_is_a_part_of_the_recipe_where_it_is_asked_for(
     nodes = {node.name: node for node in recipe(config, ("rejection-sample",))}
     assert nodes["select"].inputs["samples"] == Made("rejection-sample", "samples")
     assert nodes["rejection-sample"].inputs["chat"] == Made("sft", "chat")
+
+
+def test_what_many_versions_work_on_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node works on several of those before it: one that is looked up for each of these is so without end."""
+    config = config_with(Config(), {**SETTLED, "rounds": {"versions": [{"pool": "all"}] * 12}})
+    nodes = recipe(config)
+    ledger, looked_up = ledger_of(tmp_path / "run", {"rounds": config.rounds}, nodes), []
+    find = ledger._look_up
+    monkeypatch.setattr(ledger, "_look_up", lambda node: looked_up.append(node.name) or find(node))
+    ledger.entries()
+    assert sorted(looked_up) == sorted(node.name for node in nodes)

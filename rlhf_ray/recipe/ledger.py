@@ -64,11 +64,9 @@ class Ledger:
         self._redo_under_way: Sequence[str] = manifest.get("redo_under_way", ())
 
     def entry(self, node: Node) -> Entry:
-        """Of one node; one that was not done is looked up anew."""
-        found = self._entries.get(node.name)
-        if found is None or not found.done:
-            found = self._entries[node.name] = self._look_up(node)
-        return found
+        """Of one node; what was not done is looked up anew."""
+        self._forget()
+        return self._entry(node)
 
     def refresh(self, node: Node) -> Entry:
         """Of a node that has just been run."""
@@ -77,11 +75,22 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Of all nodes."""
-        return [self.entry(node) for node in self.nodes]
+        self._forget()
+        return [self._entry(node) for node in self.nodes]
+
+    def _forget(self) -> None:
+        """What was not done may be by now."""
+        self._entries = {name: entry for name, entry in self._entries.items() if entry.done}
+
+    def _entry(self, node: Node) -> Entry:
+        """As it was at the last `_forget`: nodes that many others work on are looked up once."""
+        if node.name not in self._entries:
+            self._entries[node.name] = self._look_up(node)
+        return self._entries[node.name]
 
     def made(self, source: Made) -> Artefact | None:
         """What a node has made; None before that."""
-        return self.entry(self._by_name[source.node]).outputs.get(source.output)
+        return self._entry(self._by_name[source.node]).outputs.get(source.output)
 
     def redo(self, names: Sequence[str]) -> None:
         """Asks for nodes anew: from now on they are filed under other keys, and so is what depends on them.
