@@ -3,12 +3,13 @@ BIN := .venv/bin
 comma := ,
 SEEDS ?=
 ROUNDS ?= 5
+MINUTES ?= 40
 # One round: a week of comparisons on all prompts, and PPO on the SFT model.
 DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=none)
 RUN := runs/demo$(if $(filter 1,$(ROUNDS)),-round)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 test test-fast check clean
+.PHONY: help install demo reproduce smollm2 test test-fast check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,6 +26,9 @@ else
 	done
 	$(BIN)/rlhf-ray report $(foreach seed,$(subst $(comma), ,$(SEEDS)),$(RUN)-seed$(seed))
 endif
+
+reproduce: install  ## the recipe's claims over seeds 0 to 4, in parts: MINUTES=40 a call, then again
+	$(BIN)/python benchmarks/reproduce.py --minutes $(MINUTES)
 
 smollm2: install  ## a pretrained chat model on HH-RLHF in PREFERENCES=DIR; results in runs/smollm2
 	scripts/smollm2.sh $(PREFERENCES)
