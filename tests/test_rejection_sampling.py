@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from rlhf_ray.config import Config, RejectionSamplingSection, config_with
 from rlhf_ray.data.schemas import SAMPLES, join_tables, read_groups, read_table, write_table
 from rlhf_ray.data.shares import part_of_round
+from rlhf_ray.recipe import rejection_sampling as stage
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.rejection_sampling import best_of_k_curve, best_temperature, by_prompt, powers, select
 from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.records import PromptBatch
 from rlhf_ray.run_state import RunDir
 
 SCORED_BY = {"helpfulness": "h", "safety": "s"}
@@ -116,6 +119,60 @@ def test_the_temperature_is_that_of_the_best_of_k_not_of_the_best_answer() -> No
     assert best_temperature(sweep, section.model_copy(update={"samples_per_prompt": 1})) == 0.5
     assert best_temperature(sweep, section.model_copy(update={"samples_per_prompt": 100})) == 1.5
     assert best_temperature({}, section.model_copy(update={"temperatures": (0.7,)})) == 0.7
+
+
+@pytest.fixture
+def rejection_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the stage on ten prompts in groups of a size, and dies after so many groups; what it made of samples."""
+    names = [f"p{number}" for number in range(10)]
+    prompts = PromptBatch(
+        ids=tuple(names),
+        tokens=tuple([number] for number in range(10)),
+        messages=tuple([{"role": "user", "content": name}] for name in names),
+        is_safety=(False,) * 10,
+    )
+    for name in ("start_engines", "load_frozen", "collect"):
+        monkeypatch.setattr(stage, name, lambda *args, **options: None)
+    monkeypatch.setattr(stage, "read_prompts", lambda *args, **options: prompts)
+    sampled: list[str] = []
+
+    def run(group_size: int, *, dies_after: int | None = None) -> tuple[list[tuple[str, int]], list[str]]:
+        def sample_groups(sampling: Any, groups: Any) -> Any:
+            for number, group in enumerate(groups):
+                if number == dies_after:
+                    raise KeyboardInterrupt
+                sampled.extend(group.ids)
+                yield [sample(name, n, helpfulness=float(n)) for name in group.ids for n in range(sampling.samples)]
+
+        monkeypatch.setattr(stage, "sample_groups", sample_groups)
+        sampled.clear()
+        settings = {"rejection_sampling.group_size": group_size, "rejection_sampling.temperatures": (0.9,)}
+        settings |= {"run.device": "cpu", "run.precision": "fp32", "rejection_sampling.samples_per_prompt": 2}
+        context = Context(config_with(Config(), settings), RunDir(tmp_path / "run"))
+        context._roles = MagicMock()
+        step = context.run.step("rejection-sample@v1", {})
+        stage.rejection_sample(context, step, {"chat": Artefact("chat", tmp_path / "chat", "c", "sft")} | REST)
+        rows = read_table(step.partial / "samples.parquet", SAMPLES).to_pylist()
+        return [(row["prompt_id"], row["sample"]) for row in rows], list(sampled)
+
+    return run
+
+
+REST = {name: Artefact(name, Path(name), name, name) for name in ("tokenizer", "helpfulness", "safety")}
+EVERY_SAMPLE = [(f"p{number}", n) for number in range(10) for n in range(2)]
+
+
+def test_a_stopped_round_goes_on_behind_its_last_group(rejection_sampled: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        rejection_sampled(4, dies_after=1)
+    rows, asked = rejection_sampled(4)
+    assert rows == EVERY_SAMPLE and asked == [f"p{number}" for number in range(4, 10)]
+
+
+def test_a_stopped_round_may_go_on_in_groups_of_another_size(rejection_sampled: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        rejection_sampled(4, dies_after=2)
+    assert rejection_sampled(3)[0] == EVERY_SAMPLE
 
 
 def test_rounds_take_the_next_rows_and_begin_again_at_the_end() -> None:

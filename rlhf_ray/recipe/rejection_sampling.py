@@ -68,7 +68,8 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
     rows = part_of_round(len(prompts), section.num_prompts, number=number, seed=context.config.run.seed)
     sampling = sampling_at(context, temperature, (SAMPLE_SEED, number), section.samples_per_prompt)
     groups = [rows[start : start + section.group_size] for start in range(0, len(rows), section.group_size)]
-    parts = [work / "parts" / f"samples-{index:06}.parquet" for index in range(len(groups))]
+    # Parts from before an interruption are of the same groups only where these have the same size.
+    parts = [work / "parts" / f"samples-{section.group_size}-{index:06}.parquet" for index in range(len(groups))]
     parts[0].parent.mkdir(exist_ok=True)
     made = [part.exists() for part in parts]
     to_do = [prompts.select(group) for group, there in zip(groups, made, strict=True) if not there]
@@ -140,7 +141,7 @@ def sampling_at(context: Context, temperature: float, seeds: tuple[int, int], sa
 def sample_groups(sampling: Sampling, groups: Sequence[PromptBatch]) -> Iterator[list[Row]]:
     """Rows of each group's answers, all of a prompt in turn.
 
-    On CPU sampling and scoring take turns; on GPUs the engines go on with the next group while one is scored.
+    On CPU sampling and scoring take turns; on GPUs the engines go on with the next two groups while one is scored.
     """
     roles = sampling.context.roles
     on_gpu = roles.runtime.device == "cuda"
@@ -148,7 +149,7 @@ def sample_groups(sampling: Sampling, groups: Sequence[PromptBatch]) -> Iterator
     for index, prompts in enumerate(groups):
         if not on_gpu:
             roles.work_together("rollout")
-        for following in groups[index + len(begun) : index + (2 if on_gpu else 1)]:
+        for following in groups[index + len(begun) : index + (3 if on_gpu else 1)]:
             begun.append(start_group(sampling, following))
         rollouts = begun.pop(0)
         if not on_gpu:
