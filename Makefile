@@ -5,7 +5,7 @@ SEEDS ?=
 ROUNDS ?= 5
 MINUTES ?= 40
 # One round: a week of comparisons on all prompts, and PPO on the SFT model.
-DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=none)
+DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=none --set ppo.num_steps=40)
 RUN := runs/demo$(if $(filter 1,$(ROUNDS)),-round)
 
 .DEFAULT_GOAL := help

@@ -56,7 +56,7 @@ def recipe_facts(what: Path, *, out: Path | None, overrides: Sequence[str]) -> d
     names = [entry.node.name for entry in running]
     stop = waiting(entries)
     held_up = entries[entries.index(stop[0]) :] if stop is not None else []
-    told = "" if stop is None else f"for {stop[1].field}={stop[1].path}"
+    told = "" if stop is None else f"for {stop[1].field}"
     nodes = [
         _node(entry, names, told if entry in held_up and entry.node.stage.name in wanted else "") for entry in entries
     ]

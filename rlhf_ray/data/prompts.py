@@ -39,10 +39,14 @@ def load_prompts(path: str, tokenizer: Any, *, max_prompt_tokens: int) -> Prompt
 
 
 def as_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> PromptBatch:
-    """The prompts of rows that hold more, such as samples."""
+    """The prompts of rows that hold more, such as samples; one that occurs again is encoded once."""
+    encoded: dict[str, list[int]] = {}
+    for row in rows:
+        if row["prompt_id"] not in encoded:
+            encoded[row["prompt_id"]] = encode_prompt(tokenizer, row["messages"])
     return PromptBatch(
         ids=tuple(row["prompt_id"] for row in rows),
-        tokens=tuple(encode_prompt(tokenizer, row["messages"]) for row in rows),
+        tokens=tuple(encoded[row["prompt_id"]] for row in rows),
         messages=tuple(row["messages"] for row in rows),
         is_safety=tuple(row["is_safety"] for row in rows),
     )

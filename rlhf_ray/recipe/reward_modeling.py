@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,39 +145,51 @@ def measure_reward_models(context: Context, step: Step, inputs: Mapping[str, Art
 
     Models are renewed because older ones err on what newer chat models answer (§3.2.1).
     """
-    roles, section = context.roles, context.config.reward
     work = step.begin()
-    versions = {name: inputs[name] for name in inputs if name.partition(".")[0] in GUIDELINES and "." in name}
+    versions: dict[str, dict[str, str]] = {}
+    for name in inputs:
+        if name.startswith(tuple(f"{guideline}." for guideline in GUIDELINES)):
+            guideline, _, version = name.partition(".")
+            versions.setdefault(version, {})[guideline] = str(inputs[name].path)
     results: dict[str, dict[str, float]] = {}
     with progress_bar(step.name, total=len(versions)) as bar:
-        for name, model in versions.items():
-
-            def measure(role: str = name.partition(".")[0], checkpoint: str = str(model.path)) -> dict[str, float]:
-                roles.work_together(role)
-                roles[role].call(
-                    ScorerWorker.load_frozen, checkpoint, head="scalar", runtime=roles.runtime, step=step.name
-                )
-                roles[role].call(
-                    TrainerWorker.open_data,
-                    held_out_pairs,
-                    tables_of(inputs),
-                    str(inputs["tokenizer"].path),
-                    held_out=held_out(inputs, section),
-                    max_length=section.max_length,
-                    step=step.name,
-                )
-                budget = section.micro_batch_tokens
-                found: dict[str, float] = roles[role].call(
-                    RewardWorker.evaluate_reward, micro_batch_tokens=budget, step=step.name
-                )[0]
-                return found
-
-            results[name] = step.kept(name, measure)
-            bar.advance(name)
+        for version, models in versions.items():
+            measured = step.kept(version, partial(held_out_accuracies, context, step.name, inputs, models))
+            results |= {f"{guideline}.{version}": accuracy for guideline, accuracy in measured.items()}
+            bar.advance(version)
     write_json(work / "reward_accuracy.json", results)
     for guideline in GUIDELINES:
         print_accuracies(results, guideline)
     return {"accuracy": results}
+
+
+def held_out_accuracies(
+    context: Context, name: str, inputs: Mapping[str, Artefact], models: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """Of one version's models (by guideline, as paths) on all held-out comparisons, side by side."""
+    roles, section = context.roles, context.config.reward
+    roles.work_together(*models)
+
+    def all_of(method: Any, *args: Any, **options: Any) -> dict[str, list[Any]]:
+        calls = {model: roles[model].submit(method, *args, **options) for model in models}
+        return {model: collect(found, timeout_s=roles.timeout_s, step=name) for model, found in calls.items()}
+
+    loading = [
+        call
+        for model, path in models.items()
+        for call in roles[model].submit(ScorerWorker.load_frozen, path, head="scalar", runtime=roles.runtime)
+    ]
+    collect(loading, timeout_s=roles.timeout_s, step=name)
+    all_of(
+        TrainerWorker.open_data,
+        held_out_pairs,
+        tables_of(inputs),
+        str(inputs["tokenizer"].path),
+        held_out=held_out(inputs, section),
+        max_length=section.max_length,
+    )
+    found = all_of(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
+    return {model: ranks[0] for model, ranks in found.items()}
 
 
 def print_accuracies(results: Mapping[str, Mapping[str, float]], guideline: str) -> None:
