@@ -37,7 +37,7 @@ VERSIONS = {
 """What differs from configs/demo.toml."""
 VICTIMS = {"driver": None, "engine": "ray::RolloutWorker", "policy": "ray::PolicyWorker"}
 """Who is killed, by the name of its process."""
-PATIENCE_S = 120.0  # for a victim that is not up at its moment
+PATIENCE_S = 600.0  # for a victim that is not up at its moment
 
 
 def find(driver: subprocess.Popen[bytes], title: str) -> psutil.Process | None:

@@ -80,7 +80,7 @@ def run_nodes(
         for node in nodes:
             running = {entry.node.name for entry in to_run(ledger.entries(), wanted)}
             entry = ledger.entry(node)
-            if (stop := waiting(ledger.entries())) is not None and stop[0] is entry:
+            if (stop := waiting(ledger.entries())) is not None and stop[0].node is node:
                 console.print(why_it_waits(ledger, *stop), highlight=False, soft_wrap=True)
                 break
             if not node.makes:
