@@ -154,3 +154,6 @@ def test_controls_stand_beside_the_runs_own_models():
     assert list(inputs) == [*STAGES["evaluate"].needs, "model.SFT", "model.PPO", "model.longer"]
     with pytest.raises(UserError, match=r"evaluate.controls.PPO: the label is taken by this run's own"):
         graph(evaluate__controls={"PPO": "/m"})
+    for label in ("long greedy", "long own", "long T=0.7"):
+        with pytest.raises(UserError, match=rf"evaluate.controls.{label}: its end would name a decoding"):
+            graph(evaluate__controls={label: "/m"})

@@ -354,7 +354,8 @@ def token_limit(
         return (value, f"{field}={value}; raise it or shorten the row") if stage in running else None
     sampled = ("rejection-sample", "rejection_sampling"), ("ppo", "ppo")
     readers = {
-        **{f"prompts_{use}": sampled for use in ("train", "early_stop")},
+        "prompts_train": sampled,
+        "prompts_early_stop": (*sampled, *((("evaluate", "evaluate"),) if config.evaluate.own_temperatures else ())),
         "prompts_annotation": (("pairs", "pairs"),),
         "prompts_test": (("evaluate", "evaluate"),),
     }.get(name, ())

@@ -5,6 +5,7 @@ models. The newest model answers prompts, the reward models choose, and a new mo
 version follows PPO.
 """
 
+import re
 from collections.abc import Collection, Mapping
 
 from rlhf_ray.config import Config, VersionSection, config_with, stage_settings
@@ -14,6 +15,8 @@ from rlhf_ray.recipe.stages import ON_DEMAND, STAGES, Given, Made, Node, Source,
 
 REWARDS = ("helpfulness", "safety")
 REFEREE = "referee"
+DECODING = r" (greedy|own|T=[\d.]+)$"
+"""What the evaluation adds to a label."""
 
 
 class Graph:
@@ -199,6 +202,8 @@ def evaluate(graph: Graph, models: Mapping[str, Source]) -> None:
     for label in graph.config.evaluate.controls:
         if label in models:
             raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
+        if re.search(DECODING, label):
+            raise UserError(f"evaluate.controls.{label}: its end would name a decoding; choose another")
     controls = {
         f"model.{label}": Given(f"evaluate.controls.{label}", path)
         for label, path in graph.config.evaluate.controls.items()
