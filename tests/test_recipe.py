@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 TINY = {
     "rounds": "none",
     "pairs.num_prompts": 300,
+    "evaluate.temperatures": [1.0, 0.0],
+    "evaluate.own_temperatures": "none",
     "testbed.num_corpus": 1500,
     "testbed.num_demonstrations": 400,
     "testbed.num_prompts_train": 200,
