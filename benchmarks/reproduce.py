@@ -73,7 +73,9 @@ class Seed:
             command += [word for setting in self.overrides(part) for word in ("--set", setting)]
             code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode
         if code:
-            raise SystemExit(f"seed {self.seed}, {part}: exit code {code}\n{self._log.read_text()[-2000:]}")
+            raise SystemExit(
+                f"seed {self.seed}, {part}: exit code {code}\n{self._log.read_text(encoding='utf-8')[-2000:]}"
+            )
         minutes = {**self.done(), part: round((time.monotonic() - begin) / 60, 1)}
         self.times.write_text(json.dumps(minutes), encoding="utf-8")
 

@@ -129,7 +129,7 @@ def test_ppo_that_is_made_longer_ends_with_the_bits_of_one_that_was_that_long_fr
         assert len(list(out.glob(f"steps/{name}-*"))) == 2
     [evaluation] = [path for path in out.glob("steps/evaluate-*") if path != first]
     [long] = [path for path in out.glob("steps/ppo-*") if path != short]
-    assert json.loads((evaluation / "step.json").read_text())["inputs"]["parents"]["policy"] == f"{long.name}/model"
+    assert json.loads((evaluation / "step.json").read_text())["inputs"]["parents"]["model.PPO"] == f"{long.name}/model"
     assert not list(short.glob("state/*")) and (short / "model").is_dir()
 
     run(halved, 6, micro_batch_tokens=200)
