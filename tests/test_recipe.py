@@ -65,10 +65,9 @@ def test_every_stage_leaves_its_output(finished: Path) -> None:
     report = json.loads((step(finished, "evaluate") / "evaluation.json").read_text())
     assert set(report["models"]) == {"SFT", "PPO", "SFT greedy", "PPO greedy"}
     assert report["models"]["SFT"]["kl_per_sequence"] == 0.0  # the reference is the SFT model itself
-    assert report["models"]["PPO"]["kl_per_sequence"] != 0.0
     rows = [json.loads(line) for line in (step(finished, "ppo") / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert rows[0]["kl/per_sequence"] == 0.0  # nothing has been learnt before the first update
+    assert rows[0]["kl/per_sequence"] == 0.0 != rows[-1]["kl/per_sequence"]  # nothing is learnt before the first update
     assert all(row["policy/padding"] < 0.25 for row in rows)
     answers = pq.read_table(step(finished, "evaluate") / "answers.parquet")
     assert answers.num_rows == 4 * 60

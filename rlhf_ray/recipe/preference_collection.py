@@ -173,10 +173,12 @@ def label_pairs(context: Context, step: Step, inputs: Mapping[str, Artefact]) ->
     rng = random.Random(f"{context.config.run.seed} {step.name}")
     rows = [row for pair in pairs if (row := label(pair, prompts[pair["prompt_id"]], rng, noise))]
     if not rows:
-        raise UserError(f"{inputs['pairs'].path}: no pair is left: the annotator prefers unsafe answers in all of them")
+        raise UserError(
+            f"{inputs['pairs'].path}: no pair is left: the annotator prefers unsafe or empty answers in all"
+        )
     write_table(work / "comparisons.parquet", rows, COMPARISONS)
     left_out = len(pairs) - len(rows)
-    console.print(f"{step.name}: {len(rows)} comparisons, {left_out} pairs left out: an unsafe winner")
+    console.print(f"{step.name}: {len(rows)} comparisons, {left_out} pairs left out: an unsafe winner, or an empty one")
     return {"comparisons": len(rows), "left_out": left_out}
 
 
@@ -206,6 +208,8 @@ def label(
     if verdict is None:
         return None
     won, lost = SIDES[verdict.choice], SIDES[1 - verdict.choice]
+    if not pair[won].strip():  # a model may stop at once; nothing is no answer to learn from
+        return None
     return {
         "comparison_id": pair["pair_id"],
         **{name: pair[name] for name in ("prompt_id", "messages", "is_safety", "guideline", "batch")},

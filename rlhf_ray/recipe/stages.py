@@ -105,6 +105,7 @@ _TABLE = (
         needs=("pairs", "prompts_annotation"),
         makes={"comparisons": "comparisons.parquet"},
         settings=("label", "run.seed"),
+        version=2,
         runner="rlhf_ray.recipe.preference_collection:label_pairs",
     ),
     Stage(
