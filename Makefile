@@ -4,8 +4,8 @@ comma := ,
 SEEDS ?=
 ROUNDS ?= 5
 MINUTES ?= 40
-# One round: a week of comparisons on all prompts, and PPO on the SFT model.
-DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=none --set ppo.num_steps=40)
+# One round: a larger week of comparisons, and PPO on the SFT model.
+DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pairs.num_prompts=5000 --set ppo.num_steps=30)
 RUN := runs/demo$(if $(filter 1,$(ROUNDS)),-round)
 
 .DEFAULT_GOAL := help

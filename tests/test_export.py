@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_inputs import write_checkpoint
 
-from rlhf_ray.cli.export import export_model
+from rlhf_ray.cli.export import export_model, newest_model
 from rlhf_ray.errors import UserError
 
 
@@ -88,3 +88,19 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run its step again"):
         export_model(run, tmp_path / "out", what="policy")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_newest_of_all_versions_is_found_and_one_by_its_name(tmp_path: Path) -> None:
+    for age, name in enumerate(("sft", "sft@public", "sft@v1", "sft@v2", "sft@referee")):
+        model = tmp_path / "steps" / f"{name}-abc" / "model"
+        model.mkdir(parents=True)
+        facts = model.parent / "step.json"
+        facts.write_text("{}")
+        os.utime(facts, (age, age))
+    steps = tmp_path / "steps"
+    assert newest_model(tmp_path, "chat") == steps / "sft@v2-abc" / "model"
+    assert newest_model(tmp_path, "chat@v1") == steps / "sft@v1-abc" / "model"
+    with pytest.raises(UserError, match=r"holds no chat@v7 of a finished sft step"):
+        newest_model(tmp_path, "chat@v7")
+    with pytest.raises(UserError, match=r"--model polcy: is no model of a run; did you mean policy\?"):
+        newest_model(tmp_path, "polcy")

@@ -262,8 +262,11 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     to: Annotated[Path, typer.Option("--to", help="Where the checkpoint goes; must not exist.")],
     model: Annotated[
-        Literal["policy", "chat", "base", "helpfulness", "safety"],
-        typer.Option(help="Which model, from its newest finished step."),
+        str,
+        typer.Option(
+            metavar="MODEL[@VERSION]",
+            help="policy, chat, base, helpfulness or safety: the newest, or that of a version, as in chat@v3.",
+        ),
     ] = "policy",
 ) -> None:
     """Copy a model out of a run, for transformers and vLLM."""
