@@ -9,7 +9,7 @@ from rlhf_ray.cli.show import recipe_facts
 from rlhf_ray.config import Config, config_with, parse_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.ledger import to_run, waiting
-from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.rounds import node_of, recipe
 from rlhf_ray.recipe.stages import Given, Made, Node, wanted_stages
 from rlhf_ray.run_state import RunDir
 
@@ -203,3 +203,11 @@ def test_what_many_versions_work_on_is_looked_up_once(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ledger, "_look_up", lambda node: looked_up.append(node.name) or find(node))
     ledger.entries()
     assert sorted(looked_up) == sorted(node.name for node in nodes)
+
+
+def test_a_stage_is_planned_by_the_node_that_starts_most_roles() -> None:
+    """The referee, which comes last, is one reward model of two."""
+    config = config_with(Config(), {"rounds": {}})
+    assert node_of(config, "reward").name == "reward@v5"
+    assert node_of(config, "reward").roles == ("helpfulness", "safety")
+    assert node_of(Config(), "rejection-sample").roles == ("helpfulness", "safety", "rollout")  # not in its recipe

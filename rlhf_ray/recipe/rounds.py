@@ -89,11 +89,9 @@ def recipe(config: Config, wanted: Collection[str] = ()) -> list[Node]:
 
 
 def node_of(config: Config, stage: str) -> Node:
-    """The recipe's last node of a stage, or what one would be where the recipe has none."""
-    for node in reversed(recipe(config)):
-        if node.stage.name == stage:
-            return node
-    return Node(STAGES[stage], {}, STAGES[stage].makes)
+    """The recipe's node of a stage that starts most roles, the last of such; what one would be where it has none."""
+    found = [node for node in reversed(recipe(config)) if node.stage.name == stage]
+    return max(found, key=lambda node: len(node.roles), default=Node(STAGES[stage], {}, STAGES[stage].makes))
 
 
 def chat_model(graph: Graph) -> None:
