@@ -28,7 +28,7 @@ from rlhf_ray.recipe.scoring import (
     scored_answers,
     summarize,
 )
-from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.recipe.stages import REFEREE, Artefact
 from rlhf_ray.records import Completion, PromptBatch
 from rlhf_ray.run_state import Step, digest, read_facts, write_json
 from rlhf_ray.testbed.annotator import utility
@@ -38,8 +38,6 @@ from rlhf_ray.testbed.version import TESTBED_VERSION
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 
-REFEREE = "referee"
-"""The input that judges answers without having taught anybody."""
 TEST_SEED, OWN_SEED, DIVERSITY_SEED = 0, 4_000_037, 5_000_011
 """Kinds of draw."""
 

@@ -18,11 +18,12 @@ from rlhf_ray.config import Config, RolloutRole, sampling_temperature
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.progress import console
+from rlhf_ray.recipe.stages import REWARDS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), ("helpfulness", "safety")
+LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), REWARDS
 SCORED = ("rejection-sample", "ppo", "evaluate")
 """Stages whose answers the reward models read."""
 

@@ -24,8 +24,8 @@ from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
 from rlhf_ray.recipe.preference_collection import week
-from rlhf_ray.recipe.scoring import READERS, REWARDS, ScoringSettings, gate, load_frozen, score, scored_answers
-from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.recipe.scoring import READERS, ScoringSettings, gate, load_frozen, score, scored_answers
+from rlhf_ray.recipe.stages import REWARDS, Artefact
 from rlhf_ray.records import Completion, PromptBatch
 from rlhf_ray.run_state import Step, write_json
 from rlhf_ray.workers.scorer import ScorerWorker

@@ -12,7 +12,7 @@ from cluster.worker_group import collect
 from rlhf_ray.config import RewardSection
 from rlhf_ray.data.batching import steps_per_epoch
 from rlhf_ray.data.reward_pairs import held_out_pairs, reward_pairs
-from rlhf_ray.data.schemas import STRENGTHS
+from rlhf_ray.data.schemas import GUIDELINES, STRENGTHS
 from rlhf_ray.data.shares import mix
 from rlhf_ray.metrics import MetricsWriter
 from rlhf_ray.progress import console, doing, progress_bar
@@ -23,7 +23,6 @@ from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
-GUIDELINES = ("helpfulness", "safety")
 HELD_OUT = "comparisons_held_out"
 
 
@@ -131,8 +130,11 @@ def _begin(
 
 def tables_of(inputs: Mapping[str, Artefact]) -> dict[str, str]:
     """Tables of comparisons by week; "" for one outside rounds."""
-    tables = {name.partition(".")[2]: name for name in inputs if name.partition(".")[0] == "comparisons"}
-    return {week: str(inputs[name].path) for week, name in tables.items()}
+    return {
+        name.partition(".")[2]: str(table.path)
+        for name, table in inputs.items()
+        if name.partition(".")[0] == "comparisons"
+    }
 
 
 def held_out(inputs: Mapping[str, Artefact], section: RewardSection) -> float | str:

@@ -11,10 +11,8 @@ from collections.abc import Collection, Mapping
 from rlhf_ray.config import Config, VersionSection, config_with, stage_settings
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
-from rlhf_ray.recipe.stages import ON_DEMAND, STAGES, Given, Made, Node, Source, given_outputs
+from rlhf_ray.recipe.stages import ON_DEMAND, REFEREE, REWARDS, STAGES, Given, Made, Node, Source, given_outputs
 
-REWARDS = ("helpfulness", "safety")
-REFEREE = "referee"
 DECODING = r" (greedy|own|T=[\d.]+)$"
 """What the evaluation adds to a label."""
 
@@ -120,8 +118,7 @@ def one_version(graph: Graph, wanted: Collection[str]) -> None:
     for name in ("label", "reward"):
         graph.add_next(name)
     if any(stage in wanted for stage in ON_DEMAND):
-        given = graph.config.rejection_sampling.teacher is not None
-        graph.add_next("rejection-sample", teacher(graph.config) if given else {})
+        graph.add_next("rejection-sample", sampler(graph.config, sources["chat"]))
         graph.add_next("select")
     graph.add_next("ppo")
     evaluate(graph, {"SFT": sources["chat"], "PPO": sources["policy"]})
@@ -142,12 +139,12 @@ def versions(graph: Graph) -> None:
         scope, changes = f"v{number}", version.settings
         if not all(map(graph.is_given, REWARDS)):
             sources["chat"] = newest  # reward models start from it: they know what it knows (§3.2.2)
+            pairs = sampled_pairs(graph, newest, previous, scope=scope, changes=changes)
             if version.comparisons is None:
-                weeks[scope] = compared(graph, newest, previous, scope=scope, changes=changes)
+                weeks[scope] = compared(graph, pairs, scope=scope, changes=changes)
             else:
-                pairs = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
-                field = f"rounds.versions[{number - 1}].comparisons"
-                weeks[scope], by_people = Given(field, version.comparisons, Made(pairs.name, "pairs")), True
+                weeks[scope] = Given(f"rounds.versions[{number - 1}].comparisons", version.comparisons, pairs)
+                by_people = True
             graph.add_next("reward", of_weeks(weeks), scope=scope, without=("comparisons",), changes=changes)
             rewards |= {f"{name}.{scope}": sources[name] for name in REWARDS if not graph.is_given(name)}
         previous = newest
@@ -162,20 +159,25 @@ def versions(graph: Graph) -> None:
     if rewards:
         graph.add("reward-accuracy", of_weeks(weeks) | rewards)
     if rounds.referee and not by_people:
-        unseen = compared(graph, newest, first, scope=REFEREE)
+        unseen = compared(graph, sampled_pairs(graph, newest, first, scope=REFEREE), scope=REFEREE)
         place = {"helpfulness": STAGES["reward"].makes["helpfulness"]}
         judge = graph.add("reward", {"comparisons": unseen}, scope=REFEREE, makes=place, apart=True)
         sources[REFEREE] = Made(judge.name, "helpfulness")
     evaluate(graph, models)
 
 
-def compared(
+def sampled_pairs(
     graph: Graph, newest: Source, previous: Source, *, scope: str, changes: Mapping[str, object] | None = None
-) -> Source:
-    """A week of comparisons by the simulated annotator (§3.2.1)."""
-    pairs = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
-    label = graph.add("label", {"pairs": Made(pairs.name, "pairs")}, scope=scope, changes=changes)
-    return Made(label.name, "comparisons")
+) -> Made:
+    """A week's pairs of answers (§3.2.1)."""
+    node = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
+    return Made(node.name, "pairs")
+
+
+def compared(graph: Graph, pairs: Source, *, scope: str, changes: Mapping[str, object] | None = None) -> Made:
+    """Their comparisons by the simulated annotator."""
+    node = graph.add("label", {"pairs": pairs}, scope=scope, changes=changes)
+    return Made(node.name, "comparisons")
 
 
 def rejection_sampling(
@@ -184,8 +186,7 @@ def rejection_sampling(
     """A model that has learnt the best of the newest one's answers (§3.2.3); `pool` takes in the round's samples."""
     changes = version.settings
     config = config_with(graph.config, changes) if changes else graph.config
-    sampler = {"chat": newest} if config.rejection_sampling.teacher is None else teacher(config)
-    sampled = graph.add("rejection-sample", sampler, scope=scope, changes=changes)
+    sampled = graph.add("rejection-sample", sampler(config, newest), scope=scope, changes=changes)
     older = {f"samples.{name}": samples for name, samples in pool.items() if version.pool == "all"}
     pool[scope] = Made(sampled.name, "samples")
     chosen = graph.add("select", {"samples": pool[scope], **older}, scope=scope, changes=changes)
@@ -202,17 +203,12 @@ def evaluate(graph: Graph, models: Mapping[str, Source]) -> None:
             raise UserError(f"evaluate.controls.{label}: the label is taken by this run's own; choose another")
         if re.search(DECODING, label):
             raise UserError(f"evaluate.controls.{label}: its end would name a decoding; choose another")
-    controls = {
-        f"model.{label}": Given(f"evaluate.controls.{label}", path)
-        for label, path in graph.config.evaluate.controls.items()
-    }
-    tuned_on = {} if graph.config.evaluate.own_temperatures is None else early_stop_prompts(graph)
-    graph.add("evaluate", {f"model.{label}": model for label, model in models.items()} | controls | tuned_on)
-
-
-def early_stop_prompts(graph: Graph) -> dict[str, Source]:
-    """As an input."""
-    return {"prompts_early_stop": graph.sources["prompts_early_stop"]}
+    inputs = {f"model.{label}": model for label, model in models.items()}
+    for label, path in graph.config.evaluate.controls.items():
+        inputs[f"model.{label}"] = Given(f"evaluate.controls.{label}", path)
+    if graph.config.evaluate.own_temperatures is not None:
+        inputs["prompts_early_stop"] = graph.sources["prompts_early_stop"]
+    graph.add("evaluate", inputs)
 
 
 def answering(graph: Graph, newest: Source, previous: Source) -> dict[str, Source]:
@@ -229,7 +225,7 @@ def of_weeks(weeks: Mapping[str, Source]) -> dict[str, Source]:
     return {f"comparisons.{week}": comparisons for week, comparisons in weeks.items()}
 
 
-def teacher(config: Config) -> dict[str, Source]:
-    """The model that samples in place of the newest one."""
-    assert config.rejection_sampling.teacher is not None
-    return {"chat": Given("rejection_sampling.teacher", config.rejection_sampling.teacher)}
+def sampler(config: Config, newest: Source) -> dict[str, Source]:
+    """The model that samples: the newest one, or a teacher in its place."""
+    teacher = config.rejection_sampling.teacher
+    return {"chat": newest if teacher is None else Given("rejection_sampling.teacher", teacher)}

@@ -13,14 +13,13 @@ from typing import Any
 from cluster.worker_group import Call, collect
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.recipe.context import Context
-from rlhf_ray.recipe.stages import Artefact
+from rlhf_ray.recipe.stages import REWARDS, Artefact
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.value import ValueWorker
 
-REWARDS = ("helpfulness", "safety")
 FROZEN_ROLES = ("reference", *REWARDS)
 SUMMARY_ROLES = ("policy", *FROZEN_ROLES)
 """Those that score answers nobody learns from."""

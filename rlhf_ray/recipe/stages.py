@@ -173,6 +173,10 @@ _TABLE = (
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _TABLE}
 """By name, in the recipe's order."""
 
+REWARDS = ("helpfulness", "safety")
+"""Both reward models: roles, and outputs."""
+REFEREE = "referee"
+"""The one that is trained apart: an input of the evaluation, and the scope of what it is made of."""
 ON_DEMAND = ("rejection-sample", "select")
 """Stages that a recipe without rounds goes through only when it is asked to."""
 MODELS = ("base", "previous", "chat", "helpfulness", "safety", "policy", "last")
