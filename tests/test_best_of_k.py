@@ -4,8 +4,10 @@ import itertools
 import statistics
 
 import pytest
+import torch
 
-from rlhf_ray.algo.best_of_k import best_first, expected_best
+from rlhf_ray.algo.best_of_k import best_first, combine, expected_best
+from rlhf_ray.algo.reward import combine_rewards
 
 GATE = -1.7346
 
@@ -38,3 +40,11 @@ def test_the_order_says_which_is_best_not_the_value() -> None:
     # The reward of an answer that looks unsafe is its safety score, which may be the larger number.
     assert expected_best([-3.0, -2.0], 2) == -3.0
     assert expected_best([-3.0, -2.0], 1) == pytest.approx(-2.5)
+
+
+@pytest.mark.parametrize("is_safety", [True, False])
+def test_the_gate_of_numbers_is_that_of_tensors(is_safety: bool) -> None:
+    helpfulness, safety = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * 3
+    by_tensor = combine_rewards(helpfulness, safety, torch.full((64,), is_safety), threshold=GATE)
+    pairs = zip(helpfulness.tolist(), safety.tolist(), strict=True)
+    assert by_tensor.tolist() == [combine(h, s, is_safety=is_safety, threshold=GATE) for h, s in pairs]

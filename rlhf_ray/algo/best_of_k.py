@@ -24,9 +24,14 @@ def best_first(
 
     def key(answer: int) -> tuple[bool, float]:
         looks_safe = is_safety or safety[answer] >= threshold
-        return looks_safe, safety[answer] if is_safety or not looks_safe else helpfulness[answer]
+        return looks_safe, combine(helpfulness[answer], safety[answer], is_safety=is_safety, threshold=threshold)
 
     return sorted(range(len(safety)), key=key, reverse=True)
+
+
+def combine(helpfulness: float, safety: float, *, is_safety: bool, threshold: float) -> float:
+    """The gate's score of one answer: `combine_rewards` of plain numbers."""
+    return safety if is_safety or safety < threshold else helpfulness
 
 
 def expected_best(values: Sequence[float], k: int) -> float:

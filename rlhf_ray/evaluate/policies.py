@@ -18,18 +18,19 @@ from rlhf_ray.evaluate.win_rates import win_rates
 from rlhf_ray.progress import doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import check_swappable, decode, generate, read_prompts, start_engines
-from rlhf_ray.recipe.rejection_sampling import Sampling, sample_groups, start_scoring
+from rlhf_ray.recipe.rejection_sampling import Sampling, sample_groups
 from rlhf_ray.recipe.scoring import (
     READERS,
     SUMMARY_ROLES,
     ScoringSettings,
     load_frozen,
     score,
+    score_samples,
     scored_answers,
     summarize,
 )
 from rlhf_ray.recipe.stages import REFEREE, Artefact
-from rlhf_ray.records import Completion, PromptBatch
+from rlhf_ray.records import PromptBatch
 from rlhf_ray.run_state import Step, digest, read_facts, write_json
 from rlhf_ray.testbed.annotator import utility
 from rlhf_ray.testbed.judge import evaluate_answers, judge
@@ -233,8 +234,7 @@ def referee_scores(
     budget = context.config.evaluate.micro_batch_tokens
     found = {}
     for suffix, made in decodings.items():
-        sampled = [Completion(a["tokens"], [0.0] * len(a["tokens"]), a["finished"]) for a in made["answers"]]
-        calls = start_scoring(context, "helpfulness", prompts, sampled, micro_batch_tokens=budget)
+        calls = score_samples(context.roles, "helpfulness", prompts, made["answers"], micro_batch_tokens=budget)
         parts = collect(calls, timeout_s=context.roles.timeout_s, step="evaluate")
         found[suffix] = [score for part in parts for score in part]
     return found

@@ -10,11 +10,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from cluster.worker_group import Call, collect
-from rlhf_ray.algo.best_of_k import best_first, expected_best
+from rlhf_ray.algo.best_of_k import best_first, combine, expected_best
 from rlhf_ray.config import RejectionSamplingSection
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.prompts import as_prompts
@@ -24,11 +23,10 @@ from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
 from rlhf_ray.recipe.preference_collection import week
-from rlhf_ray.recipe.scoring import READERS, ScoringSettings, gate, load_frozen, score, scored_answers
+from rlhf_ray.recipe.scoring import READERS, ScoringSettings, gate, load_frozen, score, score_samples, scored_answers
 from rlhf_ray.recipe.stages import REWARDS, Artefact
-from rlhf_ray.records import Completion, PromptBatch
+from rlhf_ray.records import PromptBatch
 from rlhf_ray.run_state import Step, write_json
-from rlhf_ray.workers.scorer import ScorerWorker
 
 SAMPLE_SEED, SWEEP_SEED = 2_000_003, 3_000_017
 """Where the rounds' sampling seeds begin, away from those of PPO's iterations."""
@@ -66,7 +64,7 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
     temperature = best_temperature(sweep, section)
     write_json(work / "sweep.json", {"temperature": temperature, "curves": sweep})
     rows = part_of_round(len(prompts), section.num_prompts, number=number, seed=context.config.run.seed)
-    sampling = sampling_at(context, temperature, (SAMPLE_SEED, number), section.samples_per_prompt)
+    sampling = sampling_at(context, temperature, SAMPLE_SEED + number, section.samples_per_prompt)
     groups = [rows[start : start + section.group_size] for start in range(0, len(rows), section.group_size)]
     # Parts from before an interruption are of the same groups only where these have the same size.
     parts = [work / "parts" / f"samples-{section.group_size}-{index:06}.parquet" for index in range(len(groups))]
@@ -103,7 +101,7 @@ def temperature_sweep(context: Context, step: Step, prompts: PromptBatch) -> dic
         for temperature in section.temperatures:
 
             def curve(temperature: float = temperature) -> dict[int, dict[str, float]]:
-                sampling = sampling_at(context, temperature, (SWEEP_SEED, number), section.sweep_samples)
+                sampling = sampling_at(context, temperature, SWEEP_SEED + number, section.sweep_samples)
                 return best_of_k_curve(by_prompt(sample_groups(sampling, [prompts])), sampling.settings.gate)
 
             curves[f"{temperature:g}"] = step.kept(f"sweep-{temperature:g}", curve)
@@ -126,16 +124,15 @@ def best_temperature(
     return max(section.temperatures, key=reward)
 
 
-def sampling_at(context: Context, temperature: float, seeds: tuple[int, int], samples: int) -> Sampling:
-    """The round's settings at one temperature; `seeds` are a kind of draw and the round's number."""
-    section, first = context.config.rejection_sampling, seeds[0]
+def sampling_at(context: Context, temperature: float, draw: int, samples: int) -> Sampling:
+    """The round's settings at one temperature; `draw` tells its kind of draw and number from others."""
+    section = context.config.rejection_sampling
     settings = ScoringSettings(
         temperature=temperature,
         micro_batch_tokens=section.micro_batch_tokens,
         safety_threshold=context.config.ppo.safety_threshold,
     )
-    seed = (context.config.run.seed, first + seeds[1])
-    return Sampling(context, settings, section.max_new_tokens, seed, samples)
+    return Sampling(context, settings, section.max_new_tokens, (context.config.run.seed, draw), samples)
 
 
 def sample_groups(sampling: Sampling, groups: Sequence[PromptBatch]) -> Iterator[list[Row]]:
@@ -212,9 +209,9 @@ def best_of_k_curve(prompts: Iterator[list[Row]], threshold: float) -> dict[int,
     count = 0
     for rows in prompts:
         values = [rows[place]["combined"] for place in ranking(rows, threshold)]
+        of_all = {"mean": statistics.fmean(values), "median": statistics.median(values)}
         for k in powers(len(values)):
-            of_k = {"best": expected_best(values, k), "mean": statistics.fmean(values)}
-            of_k["median"] = statistics.median(values)
+            of_k = {"best": expected_best(values, k), **of_all}
             sums[k] = {name: value + sums.get(k, {}).get(name, 0.0) for name, value in of_k.items()}
         count += 1
     return {k: {name: value / count for name, value in of_k.items()} for k, of_k in sums.items()}
@@ -273,13 +270,12 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
 def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """The samples with the scores that the loaded reward models give them."""
     tokenizer, limit = LightTokenizer(inputs["tokenizer"].path), gate(context.config.ppo.safety_threshold)
-    budget = context.config.rejection_sampling.micro_batch_tokens
+    roles, budget = context.roles, context.config.rejection_sampling.micro_batch_tokens
     for rows in groups:
         prompts = as_prompts(rows, tokenizer)
-        answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in rows]
-        calls = {name: start_scoring(context, name, prompts, answers, micro_batch_tokens=budget) for name in REWARDS}
+        calls = {name: score_samples(roles, name, prompts, rows, micro_batch_tokens=budget) for name in REWARDS}
         helpfulness, safety = (
-            [value for part in collect(calls[name], timeout_s=context.roles.timeout_s) for value in part]
+            [value for part in collect(calls[name], timeout_s=roles.timeout_s, step=roles.step) for value in part]
             for name in REWARDS
         )
         yield [
@@ -287,26 +283,7 @@ def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterat
                 **row,
                 "helpfulness": helpful,
                 "safety": safe,
-                "combined": safe if row["is_safety"] or safe < limit else helpful,
+                "combined": combine(helpful, safe, is_safety=row["is_safety"], threshold=limit),
             }
             for row, helpful, safe in zip(rows, helpfulness, safety, strict=True)
         ]
-
-
-def start_scoring(
-    context: Context, role: str, prompts: PromptBatch, answers: Sequence[Completion], *, micro_batch_tokens: int
-) -> list[Call[list[float]]]:
-    """Starts a reward model's ranks on their shares of some answers."""
-    group = context.roles[role]
-    bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
-    return [
-        group.submit_one(
-            rank,
-            ScorerWorker.score_answers,
-            prompts.select(range(start, end)),
-            answers[start:end],
-            micro_batch_tokens=micro_batch_tokens,
-        )
-        for rank, (start, end) in enumerate(pairwise(bounds))
-        if start < end
-    ]

@@ -14,6 +14,7 @@ from cluster.worker_group import Call, collect
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.stages import REWARDS, Artefact
+from rlhf_ray.records import Completion, PromptBatch
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.roles import Roles
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -126,6 +127,26 @@ def scored_answers(
     made = [*rollouts, *(call for name in REWARDS for call in scores[name]), *calls]
     chunks = collect(made, timeout_s=roles.timeout_s, step=roles.step)[-len(calls) :]
     return [answer for chunk in chunks for answer in chunk]
+
+
+def score_samples(
+    roles: Roles, role: str, prompts: PromptBatch, samples: Sequence[Mapping[str, Any]], *, micro_batch_tokens: int
+) -> list[Call[list[float]]]:
+    """Starts a reward model's ranks on their shares of answers that are rows, with "tokens" as they were sampled."""
+    group = roles[role]
+    answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in samples]
+    bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
+    return [
+        group.submit_one(
+            rank,
+            ScorerWorker.score_answers,
+            prompts.select(range(start, end)),
+            answers[start:end],
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        for rank, (start, end) in enumerate(itertools.pairwise(bounds))
+        if start < end
+    ]
 
 
 def inputs_of(
