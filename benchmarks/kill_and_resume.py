@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +178,22 @@ def moments(rows: int, *, kills: int, seed: int) -> list[tuple[int, float]]:
     return [(int((part + rng.random()) * rows / kills), rng.uniform(0, MAX_DELAY_S)) for part in range(kills)]
 
 
-def main() -> None:
-    """Runs, kills, compares, writes the result."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--kills", type=int, default=4)
+def benchmark(
+    doc: str | None, measure: Callable[..., dict[str, Any]], *, kills: int, result: Path, settings: dict[str, Any]
+) -> None:
+    """Reads the options of a script that kills runs, measures, writes the result."""
+    parser = parser_of(doc)
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with work_directory(options.work, prefix="kill-and-resume-") as work:
-        measured = kill_and_compare(work, kills=options.kills, seed=options.seed)
-    write_result(options.result or RESULT, measured, config={"base": "configs/demo.toml", **SMALL})
+    with work_directory(options.work, prefix=f"{result.stem}-") as work:
+        measured = measure(work, kills=options.kills, seed=options.seed)
+    write_result(options.result or result, measured, config={"base": "configs/demo.toml", **settings})
+
+
+def main() -> None:
+    """Runs, kills, compares, writes the result."""
+    benchmark(__doc__, kill_and_compare, kills=4, result=RESULT, settings=SMALL)
 
 
 def kill_and_compare(work: Path, *, kills: int, seed: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from kill_and_resume import SMALL, command, compare, differences, finish, kill, stage_under_way, start
-from measuring import RESULTS, parser_of, work_directory, write_result
+from kill_and_resume import SMALL, benchmark, command, compare, differences, finish, kill, stage_under_way, start
+from measuring import RESULTS
 
 RESULT = RESULTS / "kill_versions.json"
 VERSIONS = {
@@ -106,13 +106,7 @@ def kill_and_compare(work: Path, *, kills: int, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs, kills, compares, writes the result."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with work_directory(options.work, prefix="kill-versions-") as work:
-        measured = kill_and_compare(work, kills=options.kills, seed=options.seed)
-    write_result(options.result or RESULT, measured, config={"base": "configs/demo.toml", **VERSIONS})
+    benchmark(__doc__, kill_and_compare, kills=10, result=RESULT, settings=VERSIONS)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from measuring import RESULTS, ROOT, parser_of, write_result
 from rlhf_ray.algo.best_of_k import expected_best
 from rlhf_ray.config import Config, load_config
 from rlhf_ray.data.schemas import PROMPTS, SAMPLES, read_groups, read_table
-from rlhf_ray.evaluate.seeds import GREEDY, OWN, T_975, compare, find_answers
+from rlhf_ray.evaluate.seeds import GREEDY, OWN, compare, find_answers, t_interval
 from rlhf_ray.machine import settled
 from rlhf_ray.metrics import read_metrics
 from rlhf_ray.recipe.ledger import Ledger
@@ -171,10 +171,7 @@ def claim(by_seed: Sequence[float], *, holds: str = "above") -> dict[str, Any]:
     Args:
         holds: "above": the interval lies above zero; "not worse": it does not lie below.
     """
-    mean = statistics.fmean(by_seed)
-    half = (
-        T_975[len(by_seed) - 2] * statistics.stdev(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else math.inf
-    )
+    mean, half = statistics.fmean(by_seed), t_interval(by_seed)
     met = mean - half > 0 if holds == "above" else mean + half >= 0
     return {"by_seed": [round(x, 4) for x in by_seed], "mean": mean, "interval": half, "rule": holds, "holds": met}
 

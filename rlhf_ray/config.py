@@ -629,10 +629,15 @@ def check_stage_roles(config: Config, *, source: str) -> None:
     where they are known (`recipe/rounds.py`).
     """
     for stage in config.stage_roles:
-        try:
-            config_with(config, stage_settings(config, stage))
-        except ValidationError as error:
-            raise UserError(f"{source}: stage_roles.{stage}: {explain(error.errors()[0], Config())}") from error
+        check_settings(config, stage_settings(config, stage), field=f"{source}: stage_roles.{stage}")
+
+
+def check_settings(config: Config, settings: Mapping[str, object], *, field: str) -> None:
+    """Raises UserError where the config is none with these settings."""
+    try:
+        config_with(config, settings)
+    except ValidationError as error:
+        raise UserError(f"{field}: {explain(error.errors()[0], Config())}") from error
 
 
 def stage_settings(config: Config, stage: str) -> dict[str, Any]:
@@ -650,15 +655,12 @@ def check_rounds(config: Config, *, source: str) -> None:
     if config.rounds is None:
         return
     for place, version in enumerate(config.rounds.versions):
-        field = f"rounds.versions[{place}].settings"
+        field = f"{source}: rounds.versions[{place}].settings"
         for key in version.settings:
             if key.partition(".")[0] not in VERSION_SECTIONS:
                 known = ", ".join(VERSION_SECTIONS)
-                raise UserError(f"{source}: {field} has {key}, which is the same in all versions; it may have {known}")
-        try:
-            config_with(config, version.settings)
-        except ValidationError as error:
-            raise UserError(f"{source}: {field}: {explain(error.errors()[0], Config())}") from error
+                raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
+        check_settings(config, version.settings, field=field)
     for name in ("pairs", "selections"):
         if getattr(config.data, name) is not None:
             raise UserError(

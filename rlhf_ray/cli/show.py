@@ -55,11 +55,8 @@ def recipe_facts(what: Path, *, out: Path | None, overrides: Sequence[str]) -> d
     running = to_run(entries, wanted)
     names = [entry.node.name for entry in running]
     stop = waiting(entries)
-    held_up = entries[entries.index(stop[0]) :] if stop is not None else []
-    told = "" if stop is None else f"for {stop[1].field}"
-    nodes = [
-        _node(entry, names, told if entry in held_up and entry.node.stage.name in wanted else "") for entry in entries
-    ]
+    waits = {} if stop is None else {e.node.name: f"for {stop[1].field}" for e in entries[entries.index(stop[0]) :]}
+    nodes = [_node(e, names, waits.get(e.node.name, "") if e.node.stage.name in wanted else "") for e in entries]
     return {
         "config": str(what),
         "out": None if out is None else str(out),

@@ -77,10 +77,7 @@ class Gain:
     @property
     def interval(self) -> float:
         """Half of the 95% t-interval of the mean over seeds; infinite for one."""
-        seeds = len(self.before)
-        if seeds < 2:
-            return math.inf
-        return T_975[min(seeds - 1, len(T_975)) - 1] * statistics.stdev(self.by_seed) / math.sqrt(seeds)
+        return t_interval(self.by_seed)
 
     def verdict(self, direction: int) -> str:
         """What the rule says: "better", "worse" or "no claim", and why not."""
@@ -93,6 +90,13 @@ class Gain:
         if self.num_prompts < MIN_PROMPTS:
             return f"no claim: {self.num_prompts} prompts"
         return "better" if direction * self.mean > 0 else "worse"
+
+
+def t_interval(values: Sequence[float]) -> float:
+    """Half of the 95% t-interval of the mean; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return T_975[min(len(values) - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def find_answers(run: Path) -> Path:

@@ -218,28 +218,28 @@ def check_tables(
     config: Config, running: Sequence[str], tokenizer: LightTokenizer | None, models: Mapping[str, Model]
 ) -> None:
     """Tables have their columns, and every row keeps its rules."""
-    named = {name: path for name, path in config.data.model_dump().items() if path is not None}
-    fields = {name: f"data.{name}" for name in named}
-    for place, path in weeks_of_people(config).items():
-        if os.path.exists(path):  # the version waits for one that is not
-            fields[f"comparisons {place}"] = f"rounds.versions[{place}].comparisons"
-            named[f"comparisons {place}"] = path
+    named = [(f"data.{name}", name, path) for name, path in config.data.model_dump().items() if path is not None]
+    named += [  # a version waits for one that is not there
+        (f"rounds.versions[{place}].comparisons", "comparisons", path)
+        for place, path in weeks_of_people(config).items()
+        if os.path.exists(path)
+    ]
     if not named:
         return
     from rlhf_ray.data.row_checks import refuse_broken, token_problems
     from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 
     tables = {}
-    for name, path in named.items():
-        kind, field = table_kind(name), fields[name]
+    for field, name, path in named:
+        kind = table_kind(name)
         if kind == "comparisons":
             check_strengths_column(config, field, path)
         with located(field):
-            tables[name] = table = read_table(path, SCHEMAS[kind])
+            table = read_table(path, SCHEMAS[kind])
             if unused := unused_columns(path, SCHEMAS[kind]):
                 print(f"{field}: {path}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
             problems = check_rows(kind, table)
-            if tokenizer is not None and (found := token_limit(config, name.partition(" ")[0], running, models)):
+            if tokenizer is not None and (found := token_limit(config, name, running, models)):
                 limit, reason = found
                 problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
             refuse_broken(path, problems, table.num_rows)
@@ -247,6 +247,8 @@ def check_tables(
             check_strengths(config, field, path, table)
         if name == "prompts_annotation" and "label" in running:
             check_truth(path, table)
+        if field.startswith("data."):
+            tables[name] = table
     check_parts(config, running, tables)
 
 
@@ -295,7 +297,6 @@ def table_kind(name: str) -> Any:
     """The schema of a key of `data`."""
     if name == "selections":
         return "samples"
-    name = name.partition(" ")[0]
     return "prompts" if name.startswith("prompts_") else name.removeprefix("public_").removesuffix("_held_out")
 
 

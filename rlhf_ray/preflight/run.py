@@ -51,13 +51,14 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
     check_machine(config)
     check_cluster(config)
     check_ranks(config, running)
-    for variant in variants(config):
+    variants = variants_of(config)
+    for variant in variants:
         check_batches(variant, running)
     check_model(config, running)
     models = check_inputs(config, running)
     check_output(out)
     to_do = check_needs(config, out, nodes, wanted)
-    for variant in variants(config):
+    for variant in variants:
         check_lengths(variant, running, models)
     check_rollout(config, running, models)
     if config.cluster.address == EMBEDDED and config.run.device == "cpu":
@@ -65,7 +66,7 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
         check_memory(config, names, models)
 
 
-def variants(config: Config) -> list[Config]:
+def variants_of(config: Config) -> list[Config]:
     """The config, and as it is for stages and versions that have settings of their own."""
     versions = config.rounds.versions if config.rounds is not None else ()
     own = [
@@ -97,7 +98,7 @@ def check_submission(config: Config, out: Path) -> None:
     """
     wanted = wanted_stages(config)
     running = stages_to_run(recipe(config, wanted), wanted)
-    for variant in variants(config):
+    for variant in variants_of(config):
         check_batches(variant, running)
     check_model(config, running)
     if not any(config.inputs.model_dump().values()):  # else the context is that of a checkpoint over there

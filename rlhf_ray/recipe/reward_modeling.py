@@ -130,11 +130,8 @@ def _begin(
 
 def tables_of(inputs: Mapping[str, Artefact]) -> dict[str, str]:
     """Tables of comparisons by week; "" for one outside rounds."""
-    return {
-        name.partition(".")[2]: str(table.path)
-        for name, table in inputs.items()
-        if name.partition(".")[0] == "comparisons"
-    }
+    weeks = [name for name in inputs if name.partition(".")[0] == "comparisons"]
+    return {name.partition(".")[2]: str(inputs[name].path) for name in weeks}
 
 
 def held_out(inputs: Mapping[str, Artefact], section: RewardSection) -> float | str:

@@ -77,10 +77,10 @@ def run_nodes(
     made: dict[str, Artefact] = {}
     ran = 0
     try:
-        for node in nodes:
-            running = {entry.node.name for entry in to_run(ledger.entries(), wanted)}
-            entry = ledger.entry(node)
-            if (stop := waiting(ledger.entries())) is not None and stop[0].node is node:
+        for place, node in enumerate(nodes):
+            entries = ledger.entries()
+            entry, running = entries[place], {e.node.name for e in to_run(entries, wanted)}
+            if (stop := waiting(entries)) is not None and stop[0] is entry:
                 console.print(why_it_waits(ledger, *stop), highlight=False, soft_wrap=True)
                 break
             if not node.makes:
