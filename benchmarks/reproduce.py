@@ -2,13 +2,14 @@
 
     python benchmarks/reproduce.py [--seeds 0,1,2,3,4] [--minutes 40] [--work runs/reproduce] [--set KEY=VALUE]
 
-Prints what is still to do and how long it may take, begins no new part after `--minutes`, and goes on with the next one
-when it is given again. When all seeds are there it writes benchmarks/results/reproduce.json and prints each claim with
-every seed: one holds where the 95% t-interval over seeds excludes zero (docs/testbed.md). Parts of a seed:
+Prints what is still to do and how long it may take, begins no new part after `--minutes`, and goes on with the next
+one when it is given again. It writes benchmarks/results/reproduce.json of the seeds that are finished, and from two on
+prints each claim with every seed: one holds where the 95% t-interval over seeds excludes zero (docs/testbed.md). Parts
+of a seed:
 
     versions    V1 to V5, PPO on the last, all reward models and the referee
     random      V1 once more, on answers chosen at random instead of by reward: do the reward models beat a coin?
-    long        the SFT model trained as long as the policies of all versions together
+    long        SFT with as many tokens as SFT, all versions and PPO had together; its best epoch by held-out loss
     best        16 answers of the SFT model to each test prompt: the truth of the best of N
     evaluate    all of them on the test prompts
 """
@@ -28,6 +29,8 @@ from measuring import RESULTS, ROOT, parser_of, write_result
 
 from rlhf_ray.algo.best_of_k import expected_best
 from rlhf_ray.config import Config, load_config
+from rlhf_ray.data.chat import load_tokenizer
+from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.schemas import PROMPTS, SAMPLES, read_groups, read_table
 from rlhf_ray.evaluate.seeds import GREEDY, OWN, compare, find_answers, t_interval
 from rlhf_ray.machine import settled
@@ -61,9 +64,16 @@ class Seed:
         self.times = work / f"seed{seed}.json"
 
     def done(self) -> dict[str, float]:
-        """Minutes of the parts that are finished."""
-        found: dict[str, float] = json.loads(self.times.read_text(encoding="utf-8")) if self.times.exists() else {}
-        return found
+        """Minutes of the parts that are finished; raises SystemExit where they had other settings."""
+        if not self.times.exists():
+            return {}
+        found = json.loads(self.times.read_text(encoding="utf-8"))
+        if found["settings"] != self.settings:
+            raise SystemExit(
+                f"error: {self.times}: parts were done with {' '.join(found['settings'])}; give another --work"
+            )
+        minutes: dict[str, float] = found["minutes"]
+        return minutes
 
     def run(self, part: str) -> None:
         """One part, as a command of its own; raises SystemExit with the end of its log where it fails."""
@@ -77,7 +87,7 @@ class Seed:
                 f"seed {self.seed}, {part}: exit code {code}\n{self._log.read_text(encoding='utf-8')[-2000:]}"
             )
         minutes = {**self.done(), part: round((time.monotonic() - begin) / 60, 1)}
-        self.times.write_text(json.dumps(minutes), encoding="utf-8")
+        self.times.write_text(json.dumps({"settings": self.settings, "minutes": minutes}), encoding="utf-8")
 
     def overrides(self, part: str) -> list[str]:
         """A part's settings beside those of all."""
@@ -94,7 +104,7 @@ class Seed:
             return [*self.settings, "rounds=none", f"sft.epochs={self.long_epochs()}", 'run.stages=["sft"]']
         if part == "best":
             return self.best_of_n()
-        controls = {RANDOM: self.made("random", "sft@v1", "chat"), LONG: self.made("long", "sft", "chat")}
+        controls = {RANDOM: self.made("random", "sft@v1", "chat"), LONG: self.best_epoch()[1]}
         table = ",".join(f"{json.dumps(label)}={json.dumps(str(path))}" for label, path in controls.items())
         return [*self.settings, f"evaluate.controls={{{table}}}", 'run.stages=["evaluate"]']
 
@@ -127,15 +137,30 @@ class Seed:
         return ledger.entry(next(n for n in nodes if n.name == node)).outputs[output].path
 
     def long_epochs(self) -> int:
-        """Passes of SFT with as many trained tokens as the policies of all versions had, PPO's included."""
+        """Passes over the demonstrations with as many tokens, of prompts too, as SFT, all versions and PPO together."""
         config = self.config("versions")
         assert config.rounds is not None
-        versions = range(1, len(config.rounds.versions) + 1)
-        trained = sum(tokens_of(self.made("versions", f"sft@v{number}", "chat")) for number in versions)
-        rows = read_metrics(self.made("versions", f"ppo@v{versions[-1]}", "policy").parent)
-        trained += sum(row["response/tokens"] * config.ppo.batch_size for row in rows)
-        epoch = tokens_of(self.made("versions", "sft", "chat")) / config.sft.epochs
-        return max(config.sft.epochs, math.ceil(trained / epoch))
+        numbers = range(1, len(config.rounds.versions) + 1)
+        sft = tokens_of(self.made("versions", "sft", "chat"))
+        trained = sft + sum(tokens_of(self.made("versions", f"sft@v{number}", "chat")) for number in numbers)
+        tokenizer = load_tokenizer(self.made("versions", "tokenizer", "tokenizer"))
+        prompts = load_prompts(
+            str(self.made("versions", "testbed", "prompts_train")), tokenizer, max_prompt_tokens=2**20
+        )
+        length = statistics.fmean(map(len, prompts.tokens))
+        rows = read_metrics(self.made("versions", f"ppo@v{numbers[-1]}", "policy").parent)
+        trained += sum((row["response/tokens"] + length) * config.ppo.batch_size for row in rows)
+        return math.ceil(trained / (sft / config.sft.epochs))
+
+    def best_epoch(self) -> tuple[int, Path]:
+        """Of the long SFT, by the held-out loss that was measured next to the end of each epoch, and its model."""
+        model, epochs = self.made("long", "sft", "chat"), self.long_epochs()
+        rows = read_metrics(model.parent)
+        measured = {row["step"] + 1: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+        ends = [len(rows) * epoch / epochs for epoch in range(1, epochs + 1)]
+        losses = [measured[min(measured, key=lambda step: abs(step - end))] for end in ends]
+        best = losses.index(min(losses)) + 1
+        return best, model if best == epochs else model.parent / f"epoch-{best}"
 
     def truth_of_best(self) -> dict[int, float]:
         """Mean true utility of the best of N answers by the reward models, for each N."""
@@ -221,7 +246,7 @@ def facts(seed: Seed) -> dict[str, Any]:
     return {
         "seed": seed.seed,
         "minutes": seed.done(),
-        "long_epochs": seed.long_epochs(),
+        "long_epochs": {"trained": seed.long_epochs(), "best by held-out loss": seed.best_epoch()[0]},
         "best_of_n": {str(number): value for number, value in seed.truth_of_best().items()},
         "reward_accuracy": seed.accuracies(),
         "models": evaluation["models"],
@@ -265,14 +290,17 @@ def main() -> None:
     for seed, part in left:
         if (time.monotonic() - begin) / 60 >= options.minutes:
             print(f"{options.minutes:g} minutes are over; the same command goes on with seed {seed.seed}, {part}")
-            return
+            break
         print(f"seed {seed.seed}, {part}: about {estimate(seeds, part):.0f} minutes", flush=True)
         seed.run(part)
-    found = claims(seeds)
+    finished = [seed for seed in seeds if not to_do([seed])]
+    if not finished:
+        return
+    found = claims(finished) if len(finished) > 1 else {}
     write_result(
         options.result or RESULT,
-        {"claims": found, "seeds": [facts(seed) for seed in seeds]},
-        config={"base": "configs/demo.toml", "settings": [*SETTINGS, *options.settings]},
+        {"claims": found, "seeds": [facts(seed) for seed in finished]},
+        config={"base": "configs/demo.toml", "settings": [*SETTINGS, *options.settings], "seeds_wanted": options.seeds},
     )
     print_claims(found)
 

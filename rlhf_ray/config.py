@@ -236,6 +236,8 @@ class InputsSection(Section):
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
     safety: FilePath | None = None
     """A reward model (LlamaForSequenceClassification, one label), or a Python function as module:function."""
+    referee: FilePath | None = None
+    """A reward model or function that only the evaluation asks, so that nothing has been chosen or trained by it."""
 
 
 class TestbedSection(Section):
@@ -535,7 +537,7 @@ class RoundsSection(Section):
     chooses among those of all rounds, and PPO follows on the last."""
     referee: bool = True
     """Whether one more reward model is trained apart, on comparisons that no other sees, and judges all versions at the
-    end. Where people compare, it is not."""
+    end. Where people compare, or `inputs.referee` names one, it is not."""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""Prints answers of a finished run before and after PPO as Markdown, unedited.
+"""Prints answers of a finished run by its SFT model and its last one as Markdown, unedited.
 
     python scripts/side_by_side.py RUN PROMPTS [--count 10] [--temperature 1]
 
@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 
 from rlhf_ray.data.schemas import PROMPTS, read_table
 from rlhf_ray.evaluate.policies import temperature_suffix
-from rlhf_ray.evaluate.seeds import find_answers
-
-MODELS = {"SFT": "Before", "PPO": "After"}
+from rlhf_ray.evaluate.seeds import find_answers, last_model
 
 
 def quoted(text: str) -> str:
@@ -35,7 +33,8 @@ def main() -> None:
     suffix = temperature_suffix(options.temperature)
     rows = pq.read_table(find_answers(options.run)).to_pylist()
     answers = {(row["prompt_id"], row["model"]): row for row in rows}
-    if not any(row["model"] == "PPO" + suffix for row in rows):
+    models = {"SFT": "Before", last_model(options.run): "After"}
+    if not any(row["model"] == "SFT" + suffix for row in rows):
         raise SystemExit(
             f"error: {options.run}: was not evaluated at --temperature {options.temperature:g}; give one of its "
             f"evaluate.temperatures"
@@ -49,7 +48,7 @@ def main() -> None:
         earlier = len(prompt["messages"]) - 1
         print(f"Prompt{f' (after {earlier} earlier messages)' if earlier else ''}:\n")
         print(quoted(prompt["messages"][-1]["content"]))
-        for model, title in MODELS.items():
+        for model, title in models.items():
             row = answers[prompt["prompt_id"], model + suffix]
             print(f"\n{title}{'' if row['finished'] else ' (cut at the length limit)'}:\n")
             print(quoted(row["answer"]))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on HH-RLHF: fetches the model, imports the comparisons, trains both reward models and PPO.
+# SmolLM2-135M-Instruct on HH-RLHF: fetches the model, imports the comparisons, trains both reward models, and with them PPO or
+# a round of rejection sampling.
 #
 #   scripts/smollm2.sh PREFERENCES [OUT]
 #
@@ -8,6 +9,8 @@
 #   OUT           default runs/smollm2
 #   SPLIT=train   read train* of such directories instead: twenty times as many comparisons
 #   HUB=1         take the model from the hub instead of from a Python package
+#   METHOD=rejection-sampling
+#                 in place of PPO; a referee learns from the comparisons that the reward models did not see
 #   SET='--set ppo.num_steps=2 ...'   more settings
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -56,10 +59,26 @@ if [[ $(cat "$data/done" 2> /dev/null) != "$made" ]]; then
     echo "$made" > "$data/done"
 fi
 
-# shellcheck disable=SC2086  # SET holds several words
-$rlhf_ray run configs/smollm2.toml --out "$out" --set inputs.chat="$model" \
-    --set data.comparisons="$data/comparisons.parquet" \
-    --set data.comparisons_held_out="$data/comparisons_held_out.parquet" \
-    --set data.prompts_train="$data/prompts_train.parquet" \
-    --set data.prompts_early_stop="$data/prompts_early_stop.parquet" \
-    --set data.prompts_test="$data/prompts_test.parquet" ${SET:-}
+recipe=(configs/smollm2.toml --set inputs.chat="$model")
+tables=()
+for table in prompts_train prompts_early_stop prompts_test; do tables+=(--set "data.$table=$data/$table.parquet"); done
+comparisons=(--set data.comparisons="$data/comparisons.parquet" --set data.comparisons_held_out="$data/comparisons_held_out.parquet")
+# shellcheck disable=SC2206  # SET holds several words
+more=(${SET:-})
+
+if [[ ${METHOD:-ppo} == ppo ]]; then
+    $rlhf_ray run "${recipe[@]}" --out "$out" "${tables[@]}" "${comparisons[@]}" "${more[@]}"
+    exit
+fi
+$rlhf_ray reward "${recipe[@]}" --out "$out" "${comparisons[@]}" "${more[@]}"
+for name in helpfulness safety; do
+    rm -rf "${out:?}/$name"
+    $rlhf_ray export "$out" --model $name --to "$out/$name"
+    rewards+=(--set "inputs.$name=$out/$name")
+done
+$rlhf_ray reward "${recipe[@]}" --out "$out/referees" --set data.comparisons="$data/comparisons_held_out.parquet" \
+    --set inputs.safety="$out/safety" "${more[@]}"
+rm -rf "$out/referee"
+$rlhf_ray export "$out/referees" --model helpfulness --to "$out/referee"
+$rlhf_ray run "${recipe[@]}" --out "$out" "${tables[@]}" "${rewards[@]}" --set inputs.referee="$out/referee" \
+    --set 'rounds.versions=[{}]' --set 'run.stages=["rejection-sample","select","sft","evaluate"]' "${more[@]}"

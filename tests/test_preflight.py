@@ -265,6 +265,10 @@ def test_the_wrong_kind_of_model(tmp_path, files):
     swapped = config(inputs={**inputs(files, "chat", "safety"), "helpfulness": str(files / "chat")})
     line = complaint(swapped, tmp_path / "new")
     assert line.startswith(f"inputs.helpfulness='{files}/chat' is a language model (LlamaForCausalLM) where a")
+    swapped = config(inputs={**inputs(files, "chat"), "referee": str(files / "chat")})
+    assert complaint(swapped, tmp_path / "new").startswith(f"inputs.referee='{files}/chat' is a language model")
+    unknown = config(inputs={**inputs(files, "chat"), "referee": "no.module:f"})
+    assert complaint(unknown, tmp_path / "new").startswith("inputs.referee: ")
 
 
 def test_a_model_that_answers_is_checked_too(tmp_path, files):

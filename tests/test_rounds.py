@@ -109,6 +109,10 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
     nodes = graph({}, inputs__helpfulness="/h")
     assert set(nodes["reward@v1"].makes) == {"safety"} and set(nodes["reward@referee"].makes) == {"helpfulness"}
     assert nodes["evaluate"].inputs["helpfulness"] == Given("inputs.helpfulness", "/h")
+    nodes = graph({}, inputs__referee="/r")
+    assert nodes["evaluate"].inputs["referee"] == Given("inputs.referee", "/r")
+    assert not any(node.scope == "referee" for node in nodes.values())  # it is there
+    assert not any("referee" in node.inputs for node in nodes.values() if node.name != "evaluate")
 
 
 @pytest.mark.parametrize(

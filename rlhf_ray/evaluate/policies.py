@@ -93,7 +93,7 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     tried: dict[str, dict[str, float]] = {}
     if refereed:  # in the place of the helpfulness model, which has scored all answers
         context.roles.work_together("helpfulness")
-        loading = load_frozen(context, {"helpfulness": inputs[REFEREE]}, ["helpfulness"])
+        loading = load_frozen(context, {**inputs, "helpfulness": inputs[REFEREE]}, ["helpfulness"])
         collect(loading, timeout_s=context.roles.timeout_s, step="evaluate")
     for model in models:
         made = step.kept(digest(model), make[model])

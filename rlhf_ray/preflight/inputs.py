@@ -18,12 +18,14 @@ from rlhf_ray.config import Config, RolloutRole, sampling_temperature
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.progress import console
-from rlhf_ray.recipe.stages import REWARDS
+from rlhf_ray.recipe.stages import REFEREE, REWARDS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 LANGUAGE_MODELS, REWARD_MODELS = ("base", "chat"), REWARDS
+JUDGES = (*REWARDS, REFEREE)
+"""Reward models, or functions, that a config may name."""
 SCORED = ("rejection-sample", "ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
@@ -60,7 +62,7 @@ class Model(NamedTuple):
 
 def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
     """Checkpoints are whole and of the right kind; returns them by field."""
-    named = {f"inputs.{name}": getattr(config.inputs, name) for name in (*LANGUAGE_MODELS, *REWARD_MODELS)}
+    named = {f"inputs.{name}": getattr(config.inputs, name) for name in (*LANGUAGE_MODELS, *JUDGES)}
     if "pairs" in running:
         named |= {
             f"pairs.models[{place}]": model
@@ -75,9 +77,7 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
     return {
         field: Model(
             path,
-            checkpoint_config(
-                field, path, kind="reward" if field.removeprefix("inputs.") in REWARD_MODELS else "language"
-            ),
+            checkpoint_config(field, path, kind="reward" if field.removeprefix("inputs.") in JUDGES else "language"),
         )
         for field, path in named.items()
         if path is not None and field not in functions
@@ -87,7 +87,8 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
 def shortest_context(models: Mapping[str, Model], stage: str) -> int | None:
     """Context length of the given models that a stage works with, the shortest; None where none is given."""
     own = models.get("inputs.chat") or models.get("inputs.base")
-    rewards = [models.get(f"inputs.{name}") for name in REWARD_MODELS] if stage in SCORED else []
+    judges = () if stage not in SCORED else JUDGES if stage == "evaluate" else REWARD_MODELS
+    rewards = [models.get(f"inputs.{name}") for name in judges]
     return min((model.config.max_seq_len for model in (own, *rewards) if model is not None), default=None)
 
 
@@ -96,7 +97,7 @@ def check_functions(config: Config, running: Sequence[str]) -> list[str]:
     from rlhf_ray.data.reward_function import find_function, is_function
 
     fields = []
-    for name in REWARD_MODELS:
+    for name in JUDGES:
         spec = getattr(config.inputs, name)
         if spec is not None and is_function(spec):
             fields.append(f"inputs.{name}")
@@ -168,7 +169,7 @@ def check_tokenizers(config: Config, models: Mapping[str, Model]) -> LightTokeni
         elif path != directory:
             with located(f"{model_field}={path!r}"):
                 own = LightTokenizer(path)
-            reads_answers = model_field.removeprefix("inputs.") in REWARD_MODELS
+            reads_answers = model_field.removeprefix("inputs.") in JUDGES
             if difference := _difference(files, own, reads_answers=reads_answers):
                 raise UserError(
                     f"{model_field}={path!r} has another tokenizer than {field}={directory!r} ({difference}); "

@@ -158,7 +158,7 @@ def versions(graph: Graph) -> None:
     sources["chat"] = first
     if rewards:
         graph.add("reward-accuracy", of_weeks(weeks) | rewards)
-    if rounds.referee and not by_people:
+    if rounds.referee and not by_people and not graph.is_given(REFEREE):
         unseen = compared(graph, sampled_pairs(graph, newest, first, scope=REFEREE), scope=REFEREE)
         place = {"helpfulness": STAGES["reward"].makes["helpfulness"]}
         judge = graph.add("reward", {"comparisons": unseen}, scope=REFEREE, makes=place, apart=True)
