@@ -16,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config_errors import explain, key_path
-from rlhf_ray.config_renames import with_todays_names
 from rlhf_ray.errors import UserError
 
 
@@ -614,7 +613,7 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config", set_here: Se
         UserError: as `load_config`.
     """
     try:
-        config = Config.model_validate(with_todays_names(raw, source=source))
+        config = Config.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(key_path(first))

@@ -136,7 +136,7 @@ def test_imports_go_one_way(package: str, forbidden: set[str]) -> None:
 
 
 ROOMS = (
-    *("errors", "config_errors", "config_renames", "config", "records", "stopping", "run_state", "metrics", "progress"),
+    *("errors", "config_errors", "config", "records", "stopping", "run_state", "metrics", "progress"),
     "algo",
     "data",
     "machine",

@@ -136,13 +136,6 @@ for _stage in STAGES.values():
         _stage_command(_stage)
 
 
-@app.command(hidden=True)
-def collect(config: ConfigPath, out: Out, set_: Overrides = None, redo: Redo = None) -> None:
-    """What earlier versions called it: pairs, then label."""
-    print("collect is pairs and label now", file=sys.stderr)
-    _run(config, out, set_, ("pairs", "label"), redo)
-
-
 @app.command()
 def show(
     what: Annotated[Path, typer.Argument(metavar="CONFIG|DIR", help="A TOML file, or the directory of a run.")],
