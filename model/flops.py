@@ -65,21 +65,6 @@ def forward_flops_per_token(config: ModelConfig, context_length: int, *, with_he
     return config.num_layers * (2 * _block_matrix_parameters(config) + attention) + head
 
 
-def train_flops_per_token(
-    config: ModelConfig,
-    context_length: int,
-    *,
-    with_head: bool = True,
-    activation_checkpointing: bool = False,
-) -> float:
-    """FLOPs to run one token forward and backward: three forwards, four when activations are recomputed.
-
-    For model FLOPs utilisation leave activation_checkpointing False: recomputed work is not useful work.
-    """
-    passes = 4 if activation_checkpointing else 3
-    return passes * forward_flops_per_token(config, context_length, with_head=with_head)
-
-
 def weight_bytes(config: ModelConfig, *, scalar_head: bool = False, bytes_per_parameter: int = 2) -> int:
     """Bytes of one whole copy of the weights (bfloat16 by default)."""
     return num_parameters(config, scalar_head=scalar_head) * bytes_per_parameter
@@ -88,36 +73,14 @@ def weight_bytes(config: ModelConfig, *, scalar_head: bool = False, bytes_per_pa
 def optimizer_bytes(config: ModelConfig, *, zero_stage: int, num_ranks: int, scalar_head: bool = False) -> int:
     """Bytes per rank of AdamW's state: fp32 master weights (4) and two fp32 moments (8) per parameter.
 
-    ZeRO stages 1 to 3 divide it over the ranks (arXiv 1910.02054 §5).
+    ZeRO stages 1 to 3 divide it over the ranks, rounded up (arXiv 1910.02054 §5).
     """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage={zero_stage} must be 0, 1, 2 or 3")
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks={num_ranks} must be at least 1")
     parameters = num_parameters(config, scalar_head=scalar_head)
-    return 12 * _shard(parameters, zero_stage, num_ranks, divided_from=1)
-
-
-def training_bytes(
-    config: ModelConfig,
-    *,
-    zero_stage: int,
-    num_ranks: int,
-    scalar_head: bool = False,
-    bytes_per_gradient: int = 2,
-) -> int:
-    """Bytes per rank of everything training holds except activations and communication buffers.
-
-    bfloat16 weights (2 each, divided by ZeRO 3), gradients (bytes_per_gradient each, divided from ZeRO 2)
-    and `optimizer_bytes` (divided from ZeRO 1); 16 per parameter without ZeRO.
-
-    Args:
-        bytes_per_gradient: 2 for bfloat16; 4 where gradients are accumulated in float32.
-    """
-    parameters = num_parameters(config, scalar_head=scalar_head)
-    weights = 2 * _shard(parameters, zero_stage, num_ranks, divided_from=3)
-    gradients = bytes_per_gradient * _shard(parameters, zero_stage, num_ranks, divided_from=2)
-    return (
-        weights
-        + gradients
-        + optimizer_bytes(config, zero_stage=zero_stage, num_ranks=num_ranks, scalar_head=scalar_head)
-    )
+    return 12 * (-(-parameters // num_ranks) if zero_stage else parameters)
 
 
 def activation_bytes(
@@ -217,12 +180,3 @@ def _block_activation_bytes(config: ModelConfig, size: int, packed_row_length: i
         attention = size * 2 * (queries + (queries if packed_row_length else keys))
         mask = size * packed_row_length if packed_row_length else 0
     return norms + attention + softmax + mask + 4 * config.ffn_size * size
-
-
-def _shard(parameters: int, zero_stage: int, num_ranks: int, *, divided_from: int) -> int:
-    """Parameters per rank of a kind of state that ZeRO divides from some stage on, rounded up."""
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage={zero_stage} must be 0, 1, 2 or 3")
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks={num_ranks} must be at least 1")
-    return -(-parameters // num_ranks) if zero_stage >= divided_from else parameters

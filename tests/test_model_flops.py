@@ -13,8 +13,6 @@ from model.flops import (
     num_parameters,
     optimizer_bytes,
     peak_flops,
-    train_flops_per_token,
-    training_bytes,
     weight_bytes,
 )
 from model.llama import Llama
@@ -59,8 +57,6 @@ def test_flops_by_hand():
     tiny = PRESETS["tiny"]
     assert forward_flops_per_token(tiny, 9, with_head=False) == 238_592
     assert forward_flops_per_token(tiny, 9) == 304_128
-    assert train_flops_per_token(tiny, 9) == 3 * 304_128
-    assert train_flops_per_token(tiny, 9, activation_checkpointing=True) == 4 * 304_128
 
 
 def test_matrix_flops_equal_what_torch_counts():
@@ -77,19 +73,16 @@ def test_matrix_flops_equal_what_torch_counts():
     assert matrices == tokens.numel() * without_attention
 
 
-def test_training_bytes_by_zero_stage():
+def test_optimizer_bytes_by_zero_stage():
     # 803,968 parameters on 4 ranks: a quarter is 200,992
     testbed, full, quarter = PRESETS["testbed"], 803_968, 200_992
-    assert training_bytes(testbed, zero_stage=0, num_ranks=4) == 16 * full
-    assert training_bytes(testbed, zero_stage=1, num_ranks=4) == 4 * full + 12 * quarter
-    assert training_bytes(testbed, zero_stage=2, num_ranks=4) == 2 * full + 14 * quarter
-    assert training_bytes(testbed, zero_stage=3, num_ranks=4) == 16 * quarter
-    assert training_bytes(testbed, zero_stage=0, num_ranks=1, bytes_per_gradient=4) == 18 * full
-    assert optimizer_bytes(testbed, zero_stage=1, num_ranks=4) == 12 * quarter
+    assert optimizer_bytes(testbed, zero_stage=0, num_ranks=4) == 12 * full
+    for stage in (1, 2, 3):
+        assert optimizer_bytes(testbed, zero_stage=stage, num_ranks=4) == 12 * quarter
     with pytest.raises(ValueError, match="zero_stage=4"):
-        training_bytes(testbed, zero_stage=4, num_ranks=1)
+        optimizer_bytes(testbed, zero_stage=4, num_ranks=1)
     with pytest.raises(ValueError, match="num_ranks=0"):
-        training_bytes(testbed, zero_stage=1, num_ranks=0)
+        optimizer_bytes(testbed, zero_stage=1, num_ranks=0)
 
 
 def test_activation_bytes_bound_what_autograd_keeps():
