@@ -97,7 +97,7 @@ class Seed:
         if part == "random":
             return [
                 *self.settings,
-                'rounds.versions=[{settings={"select.choice"="random"}}]',
+                'rounds.versions=[{start="chat",settings={"select.choice"="random"}}]',
                 'run.stages=["select","sft"]',
             ]
         if part == "long":
