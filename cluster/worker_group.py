@@ -35,6 +35,8 @@ Condition = Literal["dead", "busy", "idle"]
 _LOSSES = (RayActorError, OutOfMemoryError, ObjectLostError)
 """A process has ended, or the machine that held its data."""
 
+START_UP = "start-up"  # the step that a failure names while ranks come up
+
 _LOOK_EVERY_S = 1.0
 """Between looks at the processes that are waited for."""
 
@@ -243,11 +245,11 @@ class WorkerGroup:
         group = cls(role, actors, placement, timeout_s=start_timeout_s)
         try:
             ready = group.submit(Worker.ready)
-            pids = collect(ready, timeout_s=start_timeout_s, step="start-up", starts=starts)
+            pids = collect(ready, timeout_s=start_timeout_s, step=START_UP, starts=starts)
             group._processes = [Process(pid) for pid in pids]
             if rendezvous:
-                address, port = group.call_one(0, Worker.rendezvous_address, step="start-up")
-                group.call(Worker.set_rendezvous, address, port, step="start-up")
+                address, port = group.call_one(0, Worker.rendezvous_address, step=START_UP)
+                group.call(Worker.set_rendezvous, address, port, step=START_UP)
         except WorkerError:
             group.stop()
             raise

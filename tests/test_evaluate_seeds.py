@@ -21,16 +21,15 @@ def _run(
     contents: str = "",
     kinds: str = "",
     *,
-    controls: tuple[str, ...] | None = (),
+    controls: tuple[str, ...] = (),
 ) -> Path:
     """A run directory whose evaluation holds these scores per model, of prompts of these contents and kinds, a letter
-    each; "u" is unsafe, "o" ordinary. An older version says nothing of controls.
+    each; "u" is unsafe, "o" ordinary.
     """
     step = directory / "steps" / "evaluate-abc"
     step.mkdir(parents=True)
     machine = {"precision": "fp32", "device": "cpu", "cpu": "Some CPU (avx2, no bf16 units)"}
-    told = {} if controls is None else {"controls": controls}
-    (step / "evaluation.json").write_text(json.dumps({"machine": machine, **told}))
+    (step / "evaluation.json").write_text(json.dumps({"machine": machine, "controls": controls}))
     rows = [
         {
             "prompt_id": f"p{number}",
@@ -176,5 +175,3 @@ def test_the_last_version_is_compared_unless_another_is_asked_for(tmp_path: Path
     assert "longer against V2 + PPO of 1 run(s), greedy" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no model 'V3', only SFT, V1, V2, V2 \+ PPO, longer"):
         print_comparison(runs, model="V3")
-    older = _run(tmp_path / "older", {"SFT": [0.0], "PPO": [0.5], "longer": [1.0]}, controls=None)
-    assert last_model(older) == "PPO"

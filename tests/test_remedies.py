@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from cluster import session
-from cluster.worker_group import WorkerError
+from cluster.worker_group import START_UP, WorkerError
 from rlhf_ray.config import parse_config
 from rlhf_ray.errors import RunFailure
 from rlhf_ray.recipe import run as recipe
@@ -16,6 +16,7 @@ from rlhf_ray.recipe.ledger import Entry
 from rlhf_ray.recipe.remedies import what_helps
 from rlhf_ray.recipe.stages import STAGES, Node
 from rlhf_ray.run_state import RunDir
+from rlhf_ray.workers.roles import Roles
 
 GOES_ON = "the same command goes on from the last checkpoint"
 
@@ -26,8 +27,10 @@ def session_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_logs", "/logs")
 
 
-def failure(cause: BaseException | None, *, said: str = "boom", step: str = "ppo step 3") -> WorkerError:
-    return WorkerError(f"policy rank 0 failed: {said}", role="policy", rank=0, step=step, cause=cause)
+def failure(
+    cause: BaseException | None, *, said: str = "boom", step: str = "ppo step 3", role: str = "policy"
+) -> WorkerError:
+    return WorkerError(f"{role} rank 0 failed: {said}", role=role, rank=0, step=step, cause=cause)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def failure(cause: BaseException | None, *, said: str = "boom", step: str = "ppo
             f"; if it only needs longer, raise cluster.call_timeout_s, and {GOES_ON}",
         ),
         (
-            failure(GetTimeoutError(), step="start-up"),
+            failure(GetTimeoutError(), step=START_UP),
             f"; if it only needs longer, raise cluster.start_timeout_s, and {GOES_ON}",
         ),
         (failure(OSError(errno.ENOSPC, "full")), f"; make room, and {GOES_ON}"),
@@ -90,7 +93,31 @@ def test_a_second_death_at_the_same_place_ends_the_repairs(tmp_path: Path, monke
 
     die(["ppo step 3"] * 9, [])
     assert len(attempts) == 2
+    die([START_UP] * 9, [])
+    assert len(attempts) == 2
     die(["ppo step 3"] * 9, [2])  # one between the first two deaths
     assert len(attempts) == 3
     die(["ppo step 3", "ppo step 2", "ppo step 3", "x"], [])
     assert len(attempts) == 3
+
+
+def test_a_worker_that_dies_while_it_starts_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched: list[str] = []
+    roles = Roles(parse_config({"run": {"device": "cpu"}}))
+
+    def launch(role: str) -> SimpleNamespace:
+        launched.append(role)
+        if role == "value" and launched.count(role) == 1:
+            raise failure(ActorDiedError(), step=START_UP, role=role)
+        return SimpleNamespace(role=role, condition=lambda: "idle")
+
+    monkeypatch.setattr(roles, "_launch", launch)
+    context = SimpleNamespace(run=RunDir(tmp_path), roles=roles, work_at=lambda name, config, roles: None)
+    step = context.run.step("ppo", {})
+    step.begin()
+    monkeypatch.setattr(recipe, "runner", lambda stage: lambda *_: {"up": len(roles.start("policy", "value"))})
+    recipe.run_node(context, Entry(Node(STAGES["ppo"], {}, {}), parse_config({}), {}, (), step, {}))
+    assert sorted(launched) == ["policy", "value", "value"]  # the one that came up was kept
+    assert "rebuilding value, repair 1 of 3" in capsys.readouterr().err

@@ -116,8 +116,6 @@ def last_model(run: Path) -> str:
     answers = find_answers(run)
     labels = pq.read_table(answers, columns=["model"])["model"].unique().to_pylist()
     report = json.loads(answers.with_name("evaluation.json").read_text(encoding="utf-8"))
-    if "controls" not in report:  # an older version wrote it
-        return "PPO"
     models = (label.removesuffix(suffix_of(label)) for label in labels)
     return [model for model in models if model not in report["controls"]][-1]
 

@@ -4,7 +4,7 @@ import errno
 
 from cluster.deaths import MEMORY_FULL
 from cluster.session import log_directory
-from cluster.worker_group import WorkerError
+from cluster.worker_group import START_UP, WorkerError
 
 GOES_ON = "the same command goes on from the last checkpoint"
 
@@ -22,7 +22,7 @@ def what_helps(error: WorkerError, *, goes_on: str = GOES_ON, again: bool = Fals
     if error.died:
         return where if again else f"{where}, and {goes_on}"
     if error.late:
-        key = "start_timeout_s" if error.step == "start-up" else "call_timeout_s"
+        key = "start_timeout_s" if error.step == START_UP else "call_timeout_s"
         return f"{where}; if it only needs longer, raise cluster.{key}, and {goes_on}"
     remedy = error.cause and disk_remedy(error.cause, goes_on=goes_on)
     return f"{where}; {remedy}" if remedy else where

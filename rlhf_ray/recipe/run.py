@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.worker_group import WorkerError
+from cluster.worker_group import START_UP, WorkerError
 from rlhf_ray.config import Config
 from rlhf_ray.errors import RunFailure, UserError
 from rlhf_ray.machine import opening_lines
@@ -112,7 +112,7 @@ def run_nodes(
 
 
 def run_node(context: Context, entry: Entry) -> None:
-    """Runs one node. Where a worker dies its group is rebuilt, and the node goes on from its last checkpoint.
+    """Runs one node. Where a worker dies, its group is rebuilt, and the node goes on from its last checkpoint.
 
     Raises:
         MissingInputError: something that it works on is not there.
@@ -135,7 +135,9 @@ def run_node(context: Context, entry: Entry) -> None:
             step.finish(keep_state="states" in entry.config.run.keep and bool(step.length), **facts)
             return
         except WorkerError as error:
-            if repairs == limit or not (dead := context.roles.drop_dead()):
+            never_up = [error.role] if error.step == START_UP and not error.late else []
+            dead = context.roles.drop_dead() + never_up
+            if repairs == limit or not dead:
                 raise
             place = (dead, error.step, progress(context.run))
             if place in places:

@@ -54,7 +54,10 @@ class Roles:
         missing = [role for role in roles if role not in self._groups]
         if missing:
             with ThreadPoolExecutor(len(missing)) as pool:
-                self._groups.update(zip(missing, pool.map(self._launch, missing), strict=True))
+                launched = {role: pool.submit(self._launch, role) for role in missing}
+            self._groups |= {role: group.result() for role, group in launched.items() if not group.exception()}
+            for group in launched.values():
+                group.result()  # raises where one did not come up; the others are kept
         return [self._groups[role] for role in roles]
 
     def work_together(self, *roles: str, among: Sequence[str] = ()) -> None:
