@@ -26,6 +26,16 @@ question = [{"role": "user", "content": "which is a fish?"}]
 print(repr(worker.chat(question, seed=0, temperature=1.0, max_new_tokens=4)))
 """
 
+MANY = """
+import sys
+from model.checkpoint_files import read_config
+from rlhf_ray.backends.vllm import Engine
+engine = Engine(sys.argv[1], read_config(sys.argv[1]), precision="fp32", max_num_seqs=256, num_ids=300)
+prompts = [[5] * 40] * 300
+made = engine.generate(prompts, seeds=range(300), temperature=1.0, max_new_tokens=2, end_ids=[])
+print(sum(len(each.tokens) for each in made))
+"""
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,3 +57,10 @@ def test_an_engine_answers_in_a_fresh_process_in_every_precision(checkpoint: Pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]  # -4 is SIGILL
     assert done.stdout.splitlines()[-1].startswith(("'", '"'))
+
+
+@pytest.mark.slow
+def test_prompts_of_more_tokens_than_a_step_takes_are_answered(checkpoint: Path) -> None:
+    """256 prompts of 40 tokens; a step takes 4,096, and vLLM cannot divide a seeded prompt between steps on CPU."""
+    done = subprocess.run([sys.executable, "-c", MANY, str(checkpoint)], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["600"], done.stderr[-2000:]

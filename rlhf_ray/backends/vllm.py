@@ -71,6 +71,8 @@ class Engine:
             max_model_len=config.max_seq_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(max_num_seqs, _TOKENS_A_STEP) if max_num_seqs > _MANY_SEQUENCES else None,
+            # Where a prompt is divided between steps vLLM takes back a draw of its seed, which torch does on GPUs only.
+            enable_chunked_prefill=on_gpu,
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=gpu_memory_utilization,
