@@ -519,7 +519,7 @@ class VersionSection(Section):
     """A table of people's comparisons of this week's pairs; the version waits until it is there. None has the simulated
     annotator compare them."""
     settings: dict[str, Any] = {}
-    """Dotted settings that have another value for this version, such as "rejection_sampling.samples_per_prompt"."""
+    """As those of all versions, for this one."""
 
 
 class RoundsSection(Section):
@@ -534,6 +534,8 @@ class RoundsSection(Section):
     )
     """V1, V2, ...; by default the paper's: answers of the last round alone made it forget skills, so from V4 on it
     chooses among those of all rounds, and PPO follows on the last."""
+    settings: dict[str, Any] = {}
+    """Dotted settings that have another value in all versions than before them, such as "sft.optim.lr"."""
     referee: bool = True
     """Whether one more reward model is trained apart, on comparisons that no other sees, and judges all versions at the
     end. Where people compare, or `inputs.referee` names one, it is not."""
@@ -655,13 +657,14 @@ def check_rounds(config: Config, *, source: str) -> None:
     """
     if config.rounds is None:
         return
-    for place, version in enumerate(config.rounds.versions):
-        field = f"{source}: rounds.versions[{place}].settings"
-        for key in version.settings:
+    own = {f"rounds.versions[{place}].settings": v.settings for place, v in enumerate(config.rounds.versions)}
+    for name, settings in {"rounds.settings": config.rounds.settings, **own}.items():
+        field = f"{source}: {name}"
+        for key in settings:
             if key.partition(".")[0] not in VERSION_SECTIONS:
                 known = ", ".join(VERSION_SECTIONS)
                 raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
-        check_settings(config, version.settings, field=field)
+        check_settings(config, settings, field=field)
     for name in ("pairs", "selections"):
         if getattr(config.data, name) is not None:
             raise UserError(

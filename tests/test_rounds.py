@@ -95,6 +95,11 @@ def test_a_version_by_ppo_alone_and_one_with_settings_of_its_own() -> None:
     assert nodes["ppo@v1"].inputs["chat"] == Made("sft", "chat")
     assert nodes["rejection-sample@v2"].inputs["chat"] == Given("rejection_sampling.teacher", "/large")
     assert nodes["sft@v2"].changes["sft.epochs"] == 4 and not nodes["sft"].changes
+    of_all = {"sft.epochs": 3, "sft.optim.lr": 1e-4}
+    nodes = graph({}, {"settings": {"sft.epochs": 4}}, rounds__settings=of_all)
+    assert nodes["sft@v1"].changes == of_all and nodes["sft@v2"].changes == {**of_all, "sft.epochs": 4}
+    assert not nodes["sft"].changes and not nodes["reward@referee"].changes
+    nodes = graph({"methods": ["ppo"]}, {"settings": {"rejection_sampling.teacher": "/large", "sft.epochs": 4}})
     assert list(nodes["evaluate"].inputs)[-3:] == ["model.SFT", "model.V1", "model.V2"]
 
 
@@ -126,6 +131,10 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
         (
             {"rounds": {"versions": [{}, {"settings": {"run.seed": 3}}]}},
             "rounds.versions[1].settings has run.seed, which is the same in all versions",
+        ),
+        (
+            {"rounds": {"settings": {"sft.epocs": 3}}},
+            "rounds.settings: sft.epocs is not a known key; did you mean sft.epochs?",
         ),
         (
             {"rounds": {"versions": [{"settings": {"sft.epocs": 3}}]}},

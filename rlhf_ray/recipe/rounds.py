@@ -8,7 +8,7 @@ version follows PPO.
 import re
 from collections.abc import Collection, Mapping
 
-from rlhf_ray.config import Config, VersionSection, config_with, stage_settings
+from rlhf_ray.config import Config, config_with, stage_settings
 from rlhf_ray.config_errors import similar
 from rlhf_ray.errors import UserError
 from rlhf_ray.recipe.stages import ON_DEMAND, REFEREE, REWARDS, STAGES, Given, Made, Node, Source, given_outputs
@@ -136,7 +136,7 @@ def versions(graph: Graph) -> None:
     pool: dict[str, Source] = {}
     by_people = False
     for number, version in enumerate(rounds.versions, start=1):
-        scope, changes = f"v{number}", version.settings
+        scope, changes = f"v{number}", {**rounds.settings, **version.settings}
         if not all(map(graph.is_given, REWARDS)):
             sources["chat"] = newest  # reward models start from it: they know what it knows (§3.2.2)
             pairs = sampled_pairs(graph, newest, previous, scope=scope, changes=changes)
@@ -150,7 +150,10 @@ def versions(graph: Graph) -> None:
         previous = newest
         if "rejection-sampling" in version.methods:
             start = {"base": base, "chat": first, "newest": newest}[version.start]
-            newest = models[f"V{number}"] = rejection_sampling(graph, version, start, newest, pool, scope)
+            older = pool if version.pool == "all" else {}
+            newest = rejection_sampling(graph, start, newest, older, scope=scope, changes=changes)
+            models[f"V{number}"] = newest
+            pool[scope] = Made(f"rejection-sample@{scope}", "samples")
         if "ppo" in version.methods:
             node = graph.add("ppo", {"chat": newest}, scope=scope, changes=changes)
             newest = Made(node.name, "policy")
@@ -181,15 +184,19 @@ def compared(graph: Graph, pairs: Source, *, scope: str, changes: Mapping[str, o
 
 
 def rejection_sampling(
-    graph: Graph, version: VersionSection, start: Source, newest: Source, pool: dict[str, Source], scope: str
+    graph: Graph,
+    start: Source,
+    newest: Source,
+    pool: Mapping[str, Source],
+    *,
+    scope: str,
+    changes: Mapping[str, object],
 ) -> Source:
-    """A model that has learnt the best of the newest one's answers (§3.2.3); `pool` takes in the round's samples."""
-    changes = version.settings
+    """A model that has learnt the best of the newest one's answers and of those in the pool (§3.2.3)."""
     config = config_with(graph.config, changes) if changes else graph.config
     sampled = graph.add("rejection-sample", sampler(config, newest), scope=scope, changes=changes)
-    older = {f"samples.{name}": samples for name, samples in pool.items() if version.pool == "all"}
-    pool[scope] = Made(sampled.name, "samples")
-    chosen = graph.add("select", {"samples": pool[scope], **older}, scope=scope, changes=changes)
+    samples = {"samples": Made(sampled.name, "samples"), **{f"samples.{name}": older for name, older in pool.items()}}
+    chosen = graph.add("select", samples, scope=scope, changes=changes)
     learnt = {"base": start, "selections": Made(chosen.name, "selections")}
     without = () if config.sft.demonstration_share else ("demonstrations",)
     tuned = graph.add("sft", learnt, scope=scope, makes={"chat": "model"}, without=without, changes=changes)
