@@ -12,7 +12,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config_errors import explain, key_path
@@ -36,6 +45,8 @@ ByContent = Annotated[T, CONTENT]
 """A field that names files, which stand in keys by what they hold."""
 VERSION_SECTIONS = ("pairs", "label", "reward", "rejection_sampling", "select", "sft", "ppo")
 """Sections of which a version may have settings of its own."""
+SAME_IN_ALL = ("reward.held_out", "reward.max_length")
+"""Settings of those that only all versions together may have: every reward model is measured on all weeks."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -48,7 +59,10 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
 NamesOrPaths = Annotated[tuple[FilePath, ...], Strict(False), Field(min_length=1)]
 Method = Literal["rejection-sampling", "ppo"]
-Methods = Annotated[tuple[Method, ...], Strict(False), Field(min_length=1)]
+Methods = Annotated[
+    tuple[Method, ...], Strict(False), Field(min_length=1), AfterValidator(lambda methods: in_order(methods))
+]
+DottedSettings = Annotated[dict[str, Any], BeforeValidator(lambda settings: dotted(settings))]
 Keepable = Literal["base", "previous", "chat", "helpfulness", "safety", "last", "states"]
 Kept = Annotated[tuple[Keepable, ...], Strict(False)]
 Temperature = Annotated[float, AfterValidator(sampling_temperature)]
@@ -66,6 +80,25 @@ def all_different(values: tuple[T, ...]) -> tuple[T, ...]:
     if len(set(values)) < len(values):
         raise PydanticCustomError("different", "must be different values")
     return values
+
+
+def in_order(methods: tuple[T, ...]) -> tuple[T, ...]:
+    """The methods of a version, where PPO comes last and none stands twice."""
+    if methods not in (("rejection-sampling",), ("ppo",), ("rejection-sampling", "ppo")):
+        raise PydanticCustomError("order", "must be rejection-sampling, ppo, or both in this order")
+    return methods
+
+
+def dotted(settings: Any) -> Any:
+    """The leaves of nested tables by their dotted keys: TOML makes tables of `{ sft.epochs = 3 }`."""
+    if not isinstance(settings, Mapping):
+        return settings
+    found: dict[Any, Any] = {}
+    for key, value in settings.items():
+        found |= (
+            {f"{key}.{below}": v for below, v in dotted(value).items()} if isinstance(value, Mapping) else {key: value}
+        )
+    return found
 
 
 class Section(BaseModel):
@@ -518,7 +551,7 @@ class VersionSection(Section):
     comparisons: FilePath | None = None
     """A table of people's comparisons of this week's pairs; the version waits until it is there. None has the simulated
     annotator compare them."""
-    settings: dict[str, Any] = {}
+    settings: DottedSettings = {}
     """As those of all versions, for this one."""
 
 
@@ -534,7 +567,7 @@ class RoundsSection(Section):
     )
     """V1, V2, ...; by default the paper's: answers of the last round alone made it forget skills, so from V4 on it
     chooses among those of all rounds, and PPO follows on the last."""
-    settings: dict[str, Any] = {}
+    settings: DottedSettings = {}
     """Dotted settings that have another value in all versions than before them, such as "sft.optim.lr"."""
     referee: bool = True
     """Whether one more reward model is trained apart, on comparisons that no other sees, and judges all versions at the
@@ -641,6 +674,8 @@ def check_settings(config: Config, settings: Mapping[str, object], *, field: str
         config_with(config, settings)
     except ValidationError as error:
         raise UserError(f"{field}: {explain(error.errors()[0], Config())}") from error
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
 
 
 def stage_settings(config: Config, stage: str) -> dict[str, Any]:
@@ -657,20 +692,38 @@ def check_rounds(config: Config, *, source: str) -> None:
     """
     if config.rounds is None:
         return
-    own = {f"rounds.versions[{place}].settings": v.settings for place, v in enumerate(config.rounds.versions)}
-    for name, settings in {"rounds.settings": config.rounds.settings, **own}.items():
-        field = f"{source}: {name}"
-        for key in settings:
-            if key.partition(".")[0] not in VERSION_SECTIONS:
-                known = ", ".join(VERSION_SECTIONS)
-                raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
-        check_settings(config, settings, field=field)
+    of_all = config.rounds.settings
+    check_version_settings(config, of_all, of_all, field=f"{source}: rounds.settings")
+    for place, version in enumerate(config.rounds.versions):
+        field = f"{source}: rounds.versions[{place}]"
+        for key in SAME_IN_ALL:
+            if key in version.settings:
+                raise UserError(f"{field}.settings has {key}, by which all versions are measured; set rounds.settings")
+        check_version_settings(config, version.settings, {**of_all, **version.settings}, field=f"{field}.settings")
+        if version.comparisons is not None and config.inputs.helpfulness and config.inputs.safety:
+            raise UserError(
+                f"{field}.comparisons={version.comparisons!r}: nothing learns from them, since inputs.helpfulness and "
+                "inputs.safety give both reward models; leave it out"
+            )
     for name in ("pairs", "selections"):
         if getattr(config.data, name) is not None:
             raise UserError(
                 f"{source}: data.{name} is for a single stage, and every version of [rounds] makes its own; leave one "
                 "of the two out"
             )
+
+
+def check_version_settings(
+    config: Config, own: Mapping[str, object], settings: Mapping[str, object], *, field: str
+) -> None:
+    """Raises UserError where some of a version's own settings are none of a stage's, or the config is none with them
+    all.
+    """
+    for key in own:
+        if key.partition(".")[0] not in VERSION_SECTIONS:
+            known = ", ".join(VERSION_SECTIONS)
+            raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
+    check_settings(config, settings, field=field)
 
 
 def settings_of(config: Config, fields: Sequence[str], *, marks: Collection[str]) -> dict[str, Any]:
@@ -700,13 +753,21 @@ def settings_of(config: Config, fields: Sequence[str], *, marks: Collection[str]
 
 
 def config_with(config: Config, settings: Mapping[str, object]) -> Config:
-    """The config with dotted keys replaced."""
+    """The config with dotted keys replaced.
+
+    Raises:
+        UserError, ValidationError: there is no such key, or it has another kind of value.
+    """
+    if not settings:
+        return config
     raw = config.model_dump()
     for key, value in settings.items():
         *tables, name = key.split(".")
         table = raw
         for part in tables:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{key}: {part} is a value, not a section; drop what follows it")
         table[name] = value
     return Config.model_validate(raw)
 

@@ -98,7 +98,13 @@ def test_a_version_by_ppo_alone_and_one_with_settings_of_its_own() -> None:
     of_all = {"sft.epochs": 3, "sft.optim.lr": 1e-4}
     nodes = graph({}, {"settings": {"sft.epochs": 4}}, rounds__settings=of_all)
     assert nodes["sft@v1"].changes == of_all and nodes["sft@v2"].changes == {**of_all, "sft.epochs": 4}
-    assert not nodes["sft"].changes and not nodes["reward@referee"].changes
+    assert not nodes["sft"].changes
+    of_all = {"reward.held_out": 0.05, "pairs.models": ("newest",)}  # what is measured is what none was trained on
+    nodes = graph({}, rounds__settings=of_all)
+    for name in ("reward@v1", "reward-accuracy", "pairs@referee"):
+        assert nodes[name].changes == of_all
+    assert [n for n in nodes["pairs@v1"].inputs if n.startswith("model.")] == ["model.0"]
+    assert nodes["pairs@v1"].inputs["model.0"] == Made("sft", "chat")
     nodes = graph({"methods": ["ppo"]}, {"settings": {"rejection_sampling.teacher": "/large", "sft.epochs": 4}})
     assert list(nodes["evaluate"].inputs)[-3:] == ["model.SFT", "model.V1", "model.V2"]
 
@@ -111,6 +117,8 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
     nodes = graph({}, {}, inputs__helpfulness="/h", inputs__safety="/s", rounds__referee=False)
     assert not any(name.startswith(("pairs", "label", "reward")) for name in nodes)
     assert nodes["select@v2"].inputs["safety"] == Given("inputs.safety", "/s")
+    nodes = graph({}, inputs__helpfulness="/h", inputs__safety="/s")
+    assert not any(node.scope == "referee" for node in nodes.values())  # nobody compares
     nodes = graph({}, inputs__helpfulness="/h")
     assert set(nodes["reward@v1"].makes) == {"safety"} and set(nodes["reward@referee"].makes) == {"helpfulness"}
     assert nodes["evaluate"].inputs["helpfulness"] == Given("inputs.helpfulness", "/h")
@@ -118,6 +126,36 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
     assert nodes["evaluate"].inputs["referee"] == Given("inputs.referee", "/r")
     assert not any(node.scope == "referee" for node in nodes.values())  # it is there
     assert not any("referee" in node.inputs for node in nodes.values() if node.name != "evaluate")
+
+
+def test_versions_of_a_given_chat_model_start_from_it() -> None:
+    given = Given("inputs.chat", "/m")
+    for start in ("base", "chat"):
+        nodes = graph({"start": start}, {}, inputs__chat="/m", inputs__helpfulness="/h", inputs__safety="/s")
+        assert nodes["sft"].makes == {} and set(nodes["sft@v1"].makes) == {"chat"}
+        assert nodes["sft@v1"].inputs["base"] == given
+        assert nodes["rejection-sample@v2"].inputs["chat"] == Made("sft@v1", "chat")
+        models = [nodes["evaluate"].inputs[f"model.{label}"] for label in ("SFT", "V1", "V2")]
+        assert models == [given, Made("sft@v1", "chat"), Made("sft@v2", "chat")]
+    nodes = graph({}, inputs__chat="/m", inputs__base="/b")
+    assert nodes["sft@v1"].inputs["base"] == Given("inputs.base", "/b")
+
+
+def test_a_stage_that_learns_selections_alone_needs_no_demonstrations() -> None:
+    def sft(**settings: object) -> set[str]:
+        config = config_with(Config(), {key.replace("__", "."): value for key, value in settings.items()})
+        return set(next(node for node in recipe(config, ["sft"]) if node.name == "sft").inputs)
+
+    given = {"data__selections": "/s", "inputs__base": "/b"}
+    assert sft(**given, sft__demonstration_share=0.0) == {"tokenizer", "base", "selections"}
+    assert "demonstrations" in sft(**given) and "demonstrations" in sft(sft__demonstration_share=0.0)
+
+
+def test_settings_may_be_nested_as_toml_nests_them() -> None:
+    nested, flat = {"sft": {"optim": {"lr": 1e-4}, "epochs": 3}}, {"sft.optim.lr": 1e-4, "sft.epochs": 3}
+    config = parse_config({"sft": {"seq_len": 128}, "rounds": {"settings": nested, "versions": [{"settings": nested}]}})
+    assert config.rounds is not None
+    assert config.rounds.settings == config.rounds.versions[0].settings == flat
 
 
 @pytest.mark.parametrize(
@@ -135,6 +173,22 @@ def test_given_comparisons_are_one_more_table_and_given_reward_models_need_none(
         (
             {"rounds": {"settings": {"sft.epocs": 3}}},
             "rounds.settings: sft.epocs is not a known key; did you mean sft.epochs?",
+        ),
+        (
+            {"rounds": {"settings": {"sft.epochs.x": 3}}},
+            "rounds.settings: sft.epochs.x: epochs is a value, not a section; drop what follows it",
+        ),
+        (
+            {"rounds": {"versions": [{"methods": ["ppo", "rejection-sampling"]}]}},
+            "rounds.versions.methods=['ppo', 'rejection-sampling'] must be rejection-sampling, ppo, or both in",
+        ),
+        (
+            {"rounds": {"versions": [{"settings": {"reward.held_out": 0.1}}]}},
+            "rounds.versions[0].settings has reward.held_out, by which all versions are measured; set rounds.settings",
+        ),
+        (
+            {"rounds": {"versions": [{"comparisons": "/w"}]}, "inputs": {"helpfulness": "/h", "safety": "/s"}},
+            "rounds.versions[0].comparisons='/w': nothing learns from them, since inputs.helpfulness and inputs.safety",
         ),
         (
             {"rounds": {"versions": [{"settings": {"sft.epocs": 3}}]}},

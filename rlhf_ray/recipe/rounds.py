@@ -7,6 +7,7 @@ version follows PPO.
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from rlhf_ray.config import Config, config_with, stage_settings
 from rlhf_ray.config_errors import similar
@@ -103,7 +104,9 @@ def chat_model(graph: Graph) -> None:
         start = {"base": Made(public.name, "chat")}
     epochs = graph.config.sft.epochs
     earlier = {"previous": f"epoch-{epochs - 1}"} if epochs > 1 and "chat" not in sources else {}
-    graph.add_next("sft", start, makes={"chat": "model", **earlier})
+    selected = "selections" in sources and not graph.config.sft.demonstration_share
+    without = ("demonstrations",) if selected else ()
+    graph.add_next("sft", start, makes={"chat": "model", **earlier}, without=without)
     if graph.is_given("chat"):  # the user's own: what stands beside it is none of ours
         sources["previous"] = sources["chat"]
     sources.update(start)
@@ -114,7 +117,7 @@ def one_version(graph: Graph, wanted: Collection[str]) -> None:
     sources = graph.sources
     if graph.is_given("comparisons"):
         sources.setdefault("pairs", sources["comparisons"])  # nobody needs them
-    graph.add_next("pairs", answering(graph, sources["chat"], sources.get("previous", sources["chat"])))
+    graph.add_next("pairs", answering(graph.config, sources["chat"], sources.get("previous", sources["chat"])))
     for name in ("label", "reward"):
         graph.add_next(name)
     if any(stage in wanted for stage in ON_DEMAND):
@@ -128,23 +131,23 @@ def versions(graph: Graph) -> None:
     """V1, V2, ..., and their comparison at the end."""
     sources, rounds = graph.sources, graph.config.rounds
     assert rounds is not None
-    base, first = sources.get("base", sources["chat"]), sources["chat"]
+    first = sources["chat"]
+    base = first if graph.is_given("chat") and not graph.is_given("base") else sources["base"]
     newest, previous = first, sources.get("previous", first)
     models = {"SFT": first}
     weeks = {"given": sources.pop("comparisons")} if graph.is_given("comparisons") else {}
     rewards: dict[str, Source] = {}
     pool: dict[str, Source] = {}
-    by_people = False
+    trains = not all(map(graph.is_given, REWARDS))
     for number, version in enumerate(rounds.versions, start=1):
         scope, changes = f"v{number}", {**rounds.settings, **version.settings}
-        if not all(map(graph.is_given, REWARDS)):
+        if trains:
             sources["chat"] = newest  # reward models start from it: they know what it knows (§3.2.2)
             pairs = sampled_pairs(graph, newest, previous, scope=scope, changes=changes)
             if version.comparisons is None:
                 weeks[scope] = compared(graph, pairs, scope=scope, changes=changes)
             else:
                 weeks[scope] = Given(f"rounds.versions[{number - 1}].comparisons", version.comparisons, pairs)
-                by_people = True
             graph.add_next("reward", of_weeks(weeks), scope=scope, without=("comparisons",), changes=changes)
             rewards |= {f"{name}.{scope}": sources[name] for name in REWARDS if not graph.is_given(name)}
         previous = newest
@@ -160,24 +163,25 @@ def versions(graph: Graph) -> None:
             models[f"V{number} + PPO" if f"V{number}" in models else f"V{number}"] = newest
     sources["chat"] = first
     if rewards:
-        graph.add("reward-accuracy", of_weeks(weeks) | rewards)
-    if rounds.referee and not by_people and not graph.is_given(REFEREE):
-        unseen = compared(graph, sampled_pairs(graph, newest, first, scope=REFEREE), scope=REFEREE)
+        graph.add("reward-accuracy", of_weeks(weeks) | rewards, changes=rounds.settings)
+    simulated = trains and all(version.comparisons is None for version in rounds.versions)
+    if rounds.referee and simulated and not graph.is_given(REFEREE):
+        of_all: dict[str, Any] = {"scope": REFEREE, "changes": rounds.settings}
+        unseen = compared(graph, sampled_pairs(graph, newest, first, **of_all), **of_all)
         place = {"helpfulness": STAGES["reward"].makes["helpfulness"]}
-        judge = graph.add("reward", {"comparisons": unseen}, scope=REFEREE, makes=place, apart=True)
+        judge = graph.add("reward", {"comparisons": unseen}, makes=place, apart=True, **of_all)
         sources[REFEREE] = Made(judge.name, "helpfulness")
     evaluate(graph, models)
 
 
-def sampled_pairs(
-    graph: Graph, newest: Source, previous: Source, *, scope: str, changes: Mapping[str, object] | None = None
-) -> Made:
+def sampled_pairs(graph: Graph, newest: Source, previous: Source, *, scope: str, changes: Mapping[str, object]) -> Made:
     """A week's pairs of answers (§3.2.1)."""
-    node = graph.add("pairs", answering(graph, newest, previous), scope=scope, changes=changes)
+    config = config_with(graph.config, changes)
+    node = graph.add("pairs", answering(config, newest, previous), scope=scope, changes=changes)
     return Made(node.name, "pairs")
 
 
-def compared(graph: Graph, pairs: Source, *, scope: str, changes: Mapping[str, object] | None = None) -> Made:
+def compared(graph: Graph, pairs: Source, *, scope: str, changes: Mapping[str, object]) -> Made:
     """Their comparisons by the simulated annotator."""
     node = graph.add("label", {"pairs": pairs}, scope=scope, changes=changes)
     return Made(node.name, "comparisons")
@@ -193,13 +197,13 @@ def rejection_sampling(
     changes: Mapping[str, object],
 ) -> Source:
     """A model that has learnt the best of the newest one's answers and of those in the pool (§3.2.3)."""
-    config = config_with(graph.config, changes) if changes else graph.config
+    config = config_with(graph.config, changes)
     sampled = graph.add("rejection-sample", sampler(config, newest), scope=scope, changes=changes)
     samples = {"samples": Made(sampled.name, "samples"), **{f"samples.{name}": older for name, older in pool.items()}}
     chosen = graph.add("select", samples, scope=scope, changes=changes)
     learnt = {"base": start, "selections": Made(chosen.name, "selections")}
     without = () if config.sft.demonstration_share else ("demonstrations",)
-    tuned = graph.add("sft", learnt, scope=scope, makes={"chat": "model"}, without=without, changes=changes)
+    tuned = graph.add("sft", learnt, scope=scope, makes={"chat": "model"}, without=without, changes=changes, apart=True)
     return Made(tuned.name, "chat")
 
 
@@ -218,12 +222,12 @@ def evaluate(graph: Graph, models: Mapping[str, Source]) -> None:
     graph.add("evaluate", inputs)
 
 
-def answering(graph: Graph, newest: Source, previous: Source) -> dict[str, Source]:
+def answering(config: Config, newest: Source, previous: Source) -> dict[str, Source]:
     """Who answers: the inputs model.0, model.1, ... by `pairs.models`."""
     names = {"newest": newest, "previous": previous}
     return {
         f"model.{place}": names.get(name) or Given(f"pairs.models[{place}]", name)
-        for place, name in enumerate(graph.config.pairs.models)
+        for place, name in enumerate(config.pairs.models)
     }
 
 
