@@ -713,6 +713,24 @@ def check_rounds(config: Config, *, source: str) -> None:
             )
 
 
+def version_configs(config: Config) -> dict[str, Config]:
+    """The config as it is for what all versions have in common and for each of them, by the field that says so."""
+    if config.rounds is None:
+        return {}
+    own = {f"rounds.versions[{place}].settings": v.settings for place, v in enumerate(config.rounds.versions)}
+    of_all = config.rounds.settings
+    return {name: config_with(config, {**of_all, **some}) for name, some in {"rounds.settings": {}, **own}.items()}
+
+
+def teachers(config: Config) -> dict[str, str]:
+    """Models that sample in place of the newest, by field."""
+    found = {"rejection_sampling.teacher": config.rejection_sampling.teacher}
+    for field, changed in version_configs(config).items():
+        if changed.rejection_sampling.teacher not in found.values():
+            found[f"{field}: rejection_sampling.teacher"] = changed.rejection_sampling.teacher
+    return {field: path for field, path in found.items() if path is not None}
+
+
 def check_version_settings(
     config: Config, own: Mapping[str, object], settings: Mapping[str, object], *, field: str
 ) -> None:

@@ -31,6 +31,7 @@ TINY = {
     "sft": {"seq_len": 48, "batch_size": 4, "held_out": 0.3},
     "pairs": {"max_new_tokens": 16},
     "reward": {"max_length": 48, "held_out": 0.3},
+    "rejection_sampling": {"max_new_tokens": 16},
     "ppo": {"max_new_tokens": 16, "batch_size": 8, "minibatch_size": 4},
     "evaluate": {"max_new_tokens": 16},
 }
@@ -755,3 +756,55 @@ def test_what_a_cluster_will_run_is_checked_without_its_files(tmp_path):
     ):
         with pytest.raises(UserError, match=complaint):
             check_submission(wrong, Path(out))
+
+
+# --- versions ----------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_versions_are_checked_as_they_will_be(tmp_path, files):
+    rounds = {"settings": {"ppo.minibatch_size": 3}, "versions": [{"methods": ["ppo"]}]}
+    assert "ppo.batch_size=8 must be divisible by ppo.minibatch_size=3" in complaint(
+        config(rounds=rounds), tmp_path / "new"
+    )
+    rounds["versions"][0]["settings"] = {"ppo.batch_size": 9, "ppo.num_chunks": 1}  # of its own, by those of all
+    rounds["settings"]["ppo.num_chunks"] = 1
+    assert "ppo.batch_size=8" in complaint(config(rounds=rounds), tmp_path / "new")  # the referee's, of no version
+    del rounds["settings"]["ppo.minibatch_size"]
+    rounds["versions"][0]["settings"]["ppo.minibatch_size"] = 3
+    check_run(config(rounds=rounds), tmp_path / "new")
+    rounds = {"versions": [{"settings": {"rejection_sampling.teacher": str(files / "safety")}}]}
+    line = complaint(config(rounds=rounds), tmp_path / "new")
+    assert line.startswith(f"rounds.versions[0].settings: rejection_sampling.teacher='{files}/safety' is a reward")
+
+
+def test_a_week_of_people_adds_to_the_comparisons_that_are_given(tmp_path, files):
+    helpful = [comparison(n, guideline="helpfulness") for n in range(20)]
+    safe = [comparison(n, guideline="safety", strength=None) for n in range(20, 40)]
+    write_rows(tmp_path / "given", "comparisons", helpful)
+    week = tmp_path / "week"
+    data = {**inputs(files, "prompts_annotation", "prompts_train", "prompts_early_stop", "prompts_test")}
+    data |= {"comparisons": str(tmp_path / "given")}
+    rounds = {"versions": [{"comparisons": str(week)}]}
+    given = config(inputs=inputs(files, "chat"), data=data, rounds=rounds)
+    check_run(given, tmp_path / "new")  # nothing is known of the week yet
+    write_rows(week, "comparisons", safe)
+    line = complaint(given, tmp_path / "new")
+    assert line.startswith("rounds.versions[0].comparisons: ") and "reward.margin=small needs it" in line
+    rounds["settings"] = {"reward.margin": "none"}
+    given = config(inputs=inputs(files, "chat"), data=data, rounds=rounds)
+    check_run(given, tmp_path / "new")
+    write_rows(week, "comparisons", helpful)
+    line = complaint(given, tmp_path / "new")
+    assert line.startswith("rounds.versions[0].comparisons: ") and "has 0 safety comparisons to train on" in line
+
+
+def test_nobody_compares_own_prompts_of_versions(tmp_path, files):
+    write_rows(tmp_path / "p", "prompts", [prompt(n, truth="") for n in range(4)])
+    data = dict.fromkeys(
+        ("prompts_annotation", "prompts_train", "prompts_early_stop", "prompts_test"), str(tmp_path / "p")
+    )
+    given = {"inputs": inputs(files, "chat"), "data": data}
+    line = complaint(config(given, rounds={"versions": [{}]}), tmp_path / "new")
+    assert line.endswith("judges testbed prompts only; give human comparisons as the comparisons of rounds.versions")
+    given = {"inputs": inputs(files, "chat", "helpfulness", "safety"), "data": data}
+    check_run(config(given, rounds={"versions": [{}]}), tmp_path / "new")  # nor is there a referee

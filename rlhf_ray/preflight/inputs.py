@@ -14,7 +14,7 @@ from model.checkpoint_files import check_checkpoint, stray_files
 from model.checkpoint_values import check_finite
 from model.config import ModelConfig
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import Config, RolloutRole, sampling_temperature
+from rlhf_ray.config import Config, RolloutRole, sampling_temperature, teachers, version_configs
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.progress import console
@@ -29,6 +29,7 @@ JUDGES = (*REWARDS, REFEREE)
 SCORED = ("rejection-sample", "ppo", "evaluate")
 """Stages whose answers the reward models read."""
 
+FIRST_WEEK = "rounds.versions[0].comparisons"
 WIDE_GAP = 1024
 """Ids of a model that its tokenizer does not use, from which on padding is not the likeliest reason."""
 
@@ -72,7 +73,7 @@ def check_models(config: Config, running: Sequence[str]) -> dict[str, Model]:
     if "evaluate" in running:
         named |= {f"evaluate.controls.{label}": path for label, path in config.evaluate.controls.items()}
     if "rejection-sample" in running:
-        named["rejection_sampling.teacher"] = config.rejection_sampling.teacher
+        named |= teachers(config)
     functions = check_functions(config, running)
     return {
         field: Model(
@@ -231,10 +232,11 @@ def check_tables(
     from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 
     tables = {}
+    learning = version_configs(config).get("rounds.settings", config)
     for field, name, path in named:
         kind = table_kind(name)
         if kind == "comparisons":
-            check_strengths_column(config, field, path)
+            check_strengths_column(learning, field, path)
         with located(field):
             table = read_table(path, SCHEMAS[kind])
             if unused := unused_columns(path, SCHEMAS[kind]):
@@ -245,12 +247,12 @@ def check_tables(
                 problems += token_problems(kind, table, tokenizer, limit=limit, reason=reason, patience=LONGEST_ROWS)
             refuse_broken(path, problems, table.num_rows)
         if kind == "comparisons":
-            check_strengths(config, field, path, table)
+            check_strengths(learning, field, path, table)
         if name == "prompts_annotation" and "label" in running:
-            check_truth(path, table)
-        if field.startswith("data."):
-            tables[name] = table
-    check_parts(config, running, tables)
+            remedy = "data.comparisons" if config.rounds is None else "the comparisons of rounds.versions"
+            check_truth(path, table, remedy)
+        tables[field.removeprefix("data.")] = table
+    check_parts(learning, running, tables)
 
 
 def weeks_of_people(config: Config) -> dict[int, str]:
@@ -280,18 +282,32 @@ def check_parts(config: Config, running: Sequence[str], tables: Mapping[str, "pa
                 f"data.{name}: {getattr(config.data, name)} has {tables[name].num_rows} prompts, at least {least} are "
                 "needed, one for each chunk, engine and rank; give more, or fewer of these"
             )
-    name = "comparisons" if "comparisons" in tables else "prompts_annotation"  # the latter's become comparisons
-    if name in tables and "reward" in running and (name == "comparisons" or "label" in running):
+    names = first_to_learn(config, tables)
+    if names and "reward" in running and ("label" in running or names != ["prompts_annotation"]):
         rows = [
             {**row, "guideline": row.get("guideline", "safety" if row["is_safety"] else "helpfulness")}
+            for name in names
             for row in tables[name].to_pylist()
         ]
         apart = tables.get("comparisons_held_out")
         held_out = config.reward.held_out if apart is None else apart.to_pylist()
-        with located(f"data.{name}"):
+        field, path = names[-1], getattr(config.data, names[-1], None) or weeks_of_people(config)[0]
+        with located(field if field == FIRST_WEEK else f"data.{field}"):
             train, rest = split_comparisons(rows, held_out)
             for model in (model for model in REWARD_MODELS if getattr(config.inputs, model) is None):
-                check_mix(model, mix(model, config.reward), train, rest, str(getattr(config.data, name)))
+                check_mix(model, mix(model, config.reward), train, rest, str(path))
+
+
+def first_to_learn(config: Config, tables: Mapping[str, "pa.Table"]) -> list[str]:
+    """The tables at hand that hold all that the first reward models learn, where there are such; prompts that are to be
+    annotated become comparisons.
+    """
+    given = [name for name in ("comparisons",) if name in tables]
+    if config.rounds is not None and config.rounds.versions[0].comparisons is not None:
+        return [*given, FIRST_WEEK] if FIRST_WEEK in tables else []
+    if config.rounds is None and given:
+        return given
+    return [name for name in ("prompts_annotation",) if name in tables and not given]
 
 
 def table_kind(name: str) -> Any:
@@ -328,13 +344,13 @@ def check_strengths(config: Config, field: str, path: str, table: "pa.Table") ->
         )
 
 
-def check_truth(path: str, table: "pa.Table") -> None:
+def check_truth(path: str, table: "pa.Table", remedy: str) -> None:
     """The simulated annotator has something to judge by in every row."""
     if empty := [row for row, truth in enumerate(table["truth"].to_pylist()) if not truth]:
         others = f" (and {len(empty) - 1} others)" if len(empty) > 1 else ""
         raise UserError(
             f"data.prompts_annotation: {path} row {empty[0]}{others} has truth='' and the simulated annotator of "
-            "label judges testbed prompts only; give human comparisons as data.comparisons"
+            f"label judges testbed prompts only; give human comparisons as {remedy}"
         )
 
 

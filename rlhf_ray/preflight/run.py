@@ -14,7 +14,7 @@ from cluster import hardware
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import Config, config_with, stage_settings
+from rlhf_ray.config import Config, config_with, stage_settings, teachers, version_configs
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
@@ -68,12 +68,8 @@ def check_run(config: Config, out: Path, stages: Sequence[str] | None = None, *,
 
 def variants_of(config: Config) -> list[Config]:
     """The config, and as it is for stages and versions that have settings of their own."""
-    versions = config.rounds.versions if config.rounds is not None else ()
-    own = [
-        *(stage_settings(config, stage) for stage in config.stage_roles),
-        *(version.settings for version in versions),
-    ]
-    return [config, *(config_with(config, settings) for settings in own if settings)]
+    of_stages = [config_with(config, stage_settings(config, stage)) for stage in config.stage_roles]
+    return [config, *of_stages, *version_configs(config).values()]
 
 
 def check_rollout(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
@@ -123,8 +119,7 @@ def check_paths(config: Config, out: Path) -> None:
     )
     paths.update((f"evaluate.controls.{label}", path) for label, path in config.evaluate.controls.items())
     paths.update((f"rounds.versions[{place}].comparisons", path) for place, path in weeks_of_people(config).items())
-    if config.rejection_sampling.teacher is not None:
-        paths["rejection_sampling.teacher"] = config.rejection_sampling.teacher
+    paths.update(teachers(config))
     for field, path in paths.items():
         if not Path(path).is_absolute():
             raise UserError(
