@@ -528,7 +528,7 @@ class EvaluateSection(Section):
     own_temperatures: SamplingTemperatures | None = None
     """Each model is sampled at the best of these for itself as well, chosen on `prompts_early_stop` by its reward."""
     diversity_prompts: Annotated[int, Field(ge=0)] = 20
-    """Test prompts, spread over the table, whose sampled answers are held against each other (self-BLEU); 0: none."""
+    """Test prompts, drawn, whose sampled answers are held against each other (self-BLEU); 0: none."""
     diversity_samples: Annotated[int, Field(ge=2, le=100)] = 10
     """Answers to each of them at each sampled temperature."""
     controls: ByContent[dict[str, FilePath]] = {}

@@ -1,10 +1,15 @@
 """Self-BLEU by hand."""
 
 import math
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
+from rlhf_ray.config import Config
+from rlhf_ray.evaluate import policies
 from rlhf_ray.evaluate.diversity import bleu, self_bleu
+from rlhf_ray.records import PromptBatch
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,33 @@ from rlhf_ray.evaluate.diversity import bleu, self_bleu
 )
 def test_bleu(answer: str, references: list[str], expected: float) -> None:
     assert bleu(answer.split(), [reference.split() for reference in references]) == pytest.approx(expected)
+
+
+def test_the_prompts_of_self_bleu_are_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds of a test set come in turn, every fourth is unsafe: rows at even distances would all be of one kind."""
+    prompts = PromptBatch(
+        ids=tuple(map(str, range(800))),
+        tokens=([1],) * 800,
+        messages=([],) * 800,
+        is_safety=tuple(row % 4 == 0 for row in range(800)),
+    )
+    asked: list[PromptBatch] = []
+
+    def answer(context: object, batch: PromptBatch, *_: object, **__: object) -> list[object]:
+        asked.append(batch)
+        return []
+
+    monkeypatch.setattr(policies, "start_answers", answer)
+    monkeypatch.setattr(policies, "decode", lambda *_, **__: [("a b", True)] * len(asked[-1]))
+    roles = MagicMock()
+    context = SimpleNamespace(config=Config(), roles=roles)
+    assert policies.mean_self_bleu(context, prompts, 1.0) == pytest.approx(1.0)
+    section = context.config.evaluate
+    assert len(asked[0]) == section.diversity_prompts * section.diversity_samples
+    assert len(set(asked[0].ids)) == section.diversity_prompts
+    assert 0 < sum(asked[0].is_safety) < len(asked[0]) / 2
+    policies.mean_self_bleu(context, prompts, 0.5)
+    assert asked[1].ids == asked[0].ids  # the same for every model
 
 
 def test_self_bleu_is_the_mean_of_each_answer_against_the_others() -> None:

@@ -332,6 +332,16 @@ def test_what_a_recipe_ends_in_stays(tmp_path):
     assert kinds(finish_all(ledger_of(tmp_path, nodes=nodes))) == ["base", "chat", "previous"]
 
 
+def test_the_last_version_stays_whatever_is_kept(tmp_path):
+    rounds = {"versions": [{}, {}], "referee": False}
+    nodes = recipe(config_with(Config(), {**SETTLED, "rounds": rounds}))
+    ledger = finish_all(ledger_of(tmp_path, {"rounds": rounds}, nodes))
+    dropped = {
+        artefact.label.partition("-")[0] for artefact in droppable(ledger.entries(), ()) if artefact.kind == "chat"
+    }
+    assert dropped == {"sft", "sft@v1"}
+
+
 def test_a_model_that_was_not_kept_is_made_again_where_something_needs_it(tmp_path):
     ledger = finish_all(ledger_of(tmp_path))
     base = entry_of(ledger, "pretrain").outputs["base"]

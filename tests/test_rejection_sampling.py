@@ -82,6 +82,13 @@ def test_the_random_choice_looks_at_no_score_and_is_the_same_again(selected: Any
     assert len(chosen) == 40 and {number for _, number in chosen} == {0, 1, 2, 3}
     assert chosen == selected({"select.choice": "random"}, samples=rows)
     assert {number for _, number in selected({}, samples=rows)} == {3}
+    # Each of the eight answers to a prompt has the same chance, whichever round it is from: half are of either.
+    now, before = (
+        [sample(f"p{p}", n, helpfulness=0.0, scope=scope, text=scope) for p in range(200) for n in range(4)]
+        for scope in ("v2", "v1")
+    )
+    chosen = selected({"select.choice": "random"}, samples=now, samples_v1=before)
+    assert 80 < sum(text == "v1" for text, _ in chosen) < 120  # 200 draws: 100, and 7 a standard deviation
 
 
 def test_the_curve_is_of_the_best_by_order_and_has_mean_and_median_beside_it() -> None:

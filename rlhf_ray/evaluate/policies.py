@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -193,11 +194,11 @@ def decode_at(context: Context, prompts: PromptBatch, temperature: float) -> dic
 
 
 def mean_self_bleu(context: Context, prompts: PromptBatch, temperature: float) -> float:
-    """Over prompts that are spread over the table, of several answers to each by the loaded model."""
+    """Over prompts that are drawn, the same for all models, of several answers to each by the loaded model."""
     roles, section = context.roles, context.config.evaluate
     count, samples = min(section.diversity_prompts, len(prompts)), section.diversity_samples
-    spread = [len(prompts) * index // count for index in range(count)]
-    repeated = prompts.select([row for row in spread for _ in range(samples)])
+    drawn = random.Random(f"{context.config.run.seed} diversity").sample(range(len(prompts)), count)
+    repeated = prompts.select([row for row in drawn for _ in range(samples)])
     roles.work_together("rollout")
     rollouts = start_answers(context, repeated, temperature, seed=DIVERSITY_SEED, chunks=roles["rollout"].num_ranks)
     texts = [text for text, _ in decode(roles, rollouts, step="evaluate")]

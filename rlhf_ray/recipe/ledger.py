@@ -321,12 +321,15 @@ def missing_inputs(entry: Entry, run: RunDir, names: Sequence[str] = ()) -> str:
 def droppable(entries: Sequence[Entry], keep: Sequence[str]) -> list[Artefact]:
     """Models that need not be kept and that no node works on which is not done, whether it is asked for now or not.
 
-    What nothing in the recipe works on is what it is for, and stays.
+    What nothing in the recipe works on is what it is for, and stays; so does the last model that it evaluates.
     """
     spare = set(get_args(Keepable)) - set(keep)
     used = {(s.node, s.output) for e in entries for s in e.node.inputs.values() if isinstance(s, Made)}
     to_do = [entry for entry in entries if entry.node.makes and not entry.done]
     needed = {(s.node, s.output) for e in to_do for s in e.node.inputs.values() if isinstance(s, Made)}
+    compared = [e.node.inputs for e in entries if e.node.stage.name == "evaluate"]
+    made = [s for inputs in compared for n, s in inputs.items() if n.startswith("model.") and isinstance(s, Made)]
+    needed |= {(s.node, s.output) for s in made[-1:]}
     return [
         artefact
         for entry in entries

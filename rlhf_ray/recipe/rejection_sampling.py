@@ -5,7 +5,6 @@ The temperature is found anew in each round, because training shifts the best on
 its token ids: what was sampled is what is trained on.
 """
 
-import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rlhf_ray.config import RejectionSamplingSection
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.data.prompts import as_prompts
 from rlhf_ray.data.schemas import SAMPLES, join_tables, read_groups, write_table
-from rlhf_ray.data.shares import part_of_round
+from rlhf_ray.data.shares import hash_share, part_of_round
 from rlhf_ray.progress import console, doing, progress_bar
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import generate, read_prompts, start_engines
@@ -243,7 +242,7 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
             calls = load_frozen(context, inputs, REWARDS)
             collect(calls, timeout_s=context.roles.timeout_s, step=step.name)
     chosen: dict[str, list[Row]] = {}
-    rng = random.Random(f"{context.config.run.seed} {step.name}")
+    draw = f"{context.config.run.seed} {step.name}"
     for name, pool in pools.items():
         rows = read_groups(pool.path, SAMPLES, rows=SELECT_ROWS)
         if name in stale:
@@ -251,10 +250,11 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
         for candidates in by_prompt(rows):
             held = chosen.get(candidates[0]["prompt_id"], []) + candidates
             if section.choice == "random":
-                best = rng.sample(range(len(held)), min(section.per_prompt, len(held)))
+                # By a number of its own an answer of each round has the same chance.
+                held.sort(key=lambda row: hash_share(f"{draw} {row['prompt_id']} {row['scope']} {row['sample']}"))
             else:
-                best = ranking(held, gate(threshold))[: section.per_prompt]
-            chosen[candidates[0]["prompt_id"]] = [held[place] for place in best]
+                held = [held[place] for place in ranking(held, gate(threshold))]
+            chosen[candidates[0]["prompt_id"]] = held[: section.per_prompt]
     selected = [row for rows in chosen.values() for row in rows]
     write_table(work / "selections.parquet", selected, SAMPLES)
     reward = statistics.fmean(row["combined"] for row in selected)

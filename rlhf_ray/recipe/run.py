@@ -185,13 +185,17 @@ def tell_other_source(entries: Sequence[Entry]) -> None:
 
 
 def why_it_waits(ledger: Ledger, entry: Entry, source: Given) -> str:
-    """What people are to do before a run goes on."""
+    """What people are to do before a run goes on.
+
+    Raises:
+        UserError: there are no pairs yet that they could compare.
+    """
     assert source.answers is not None
-    pairs = ledger.made(source.answers)
-    where = "" if pairs is None else f"; the pairs to be compared are {pairs.path}"
+    waits = f"{entry.node.name} waits for {source.field}={source.path}"
+    if (pairs := ledger.made(source.answers)) is None:
+        raise UserError(f"{waits}, and the pairs to be compared are not made; run pairs first")
     return (
-        f"{entry.node.name} waits for {source.field}={source.path}{where}; write the comparisons there, and the same "
-        "command goes on"
+        f"{waits}; the pairs to be compared are {pairs.path}; write the comparisons there, and the same command goes on"
     )
 
 

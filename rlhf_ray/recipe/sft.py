@@ -16,8 +16,8 @@ from rlhf_ray.run_state import Step
 
 
 def sft(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
-    """Fine-tunes the base model on demonstrations, selections or both: `model` in the step's directory, and `epoch-N`
-    after each earlier pass.
+    """Fine-tunes the base model on demonstrations, selections or both: `model` in the step's directory, and, where it
+    learns demonstrations alone, `epoch-N` after each earlier pass.
     """
     section, tokenizer = context.config.sft, inputs["tokenizer"].path
     tables = {name: str(inputs[name].path) for name in ("demonstrations", "selections") if name in inputs}
@@ -28,7 +28,7 @@ def sft(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
         str(inputs["base"].path),
         num_steps=lambda sizes: section.epochs * steps_per_epoch(sizes["train"], section.batch_size),
         draw=epoch_rows,
-        checkpoints=epoch_names(section.epochs),
+        checkpoints=epoch_names(section.epochs) if "selections" not in inputs else lambda total: {total: "model"},
         builder=dialogue_rows,
         builder_args=(tables, str(tokenizer), section.seq_len, section.held_out, section.demonstration_share),
         tokenizer=tokenizer,

@@ -136,6 +136,7 @@ _TABLE = (
         makes={"selections": "selections.parquet"},
         roles=("helpfulness", "safety"),
         settings=("select", "ppo.safety_threshold", *RUN),
+        version=2,
         runner="rlhf_ray.recipe.rejection_sampling:select",
     ),
     Stage(
@@ -166,7 +167,7 @@ _TABLE = (
         makes={"evaluation": "evaluation.json"},
         roles=("policy", "reference", "helpfulness", "safety", "rollout"),
         settings=("evaluate", "ppo.safety_threshold", ENGINES, *RUN),
-        version=3,
+        version=4,
         runner="rlhf_ray.evaluate.policies:evaluate",
     ),
 )
