@@ -6,6 +6,7 @@ the field says so and docs/decisions.md says why. Imports no torch: `--help` and
 
 import json
 import os.path
+import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -609,7 +610,14 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
     """
     raw = read_toml(path)
     set_here = apply_overrides(raw, overrides or [])
-    return parse_config(raw, source=str(path), set_here=set_here)
+    config = parse_config(raw, source=str(path), set_here=set_here)
+    versions = config.rounds.versions if config.rounds is not None else ()
+    for place, version in enumerate(versions):
+        for key in sorted({*set_here} & {*version.settings}):
+            print(
+                f"--set {key}: rounds.versions[{place}].settings has a value of its own, and keeps it", file=sys.stderr
+            )
+    return config
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ fi
 # early stopping.
 split=(--held-out 0.25 --max-tokens 112 --tokenizer "$model" --too-long drop-turns)
 test_share=0.1 early_stop_share=0.15
-made="${helpful[*]} ${harmless[*]} ${split[*]} $test_share $early_stop_share"
+made="${helpful[*]} ${harmless[*]} ${split[*]} $test_share $early_stop_share referee"
 if [[ $(cat "$data/done" 2> /dev/null) != "$made" ]]; then
     rm -f "$data/done"
     $rlhf_ray data import "${helpful[@]}" --to "$data/helpful.parquet" --kind comparisons \
@@ -56,6 +56,8 @@ if [[ $(cat "$data/done" 2> /dev/null) != "$made" ]]; then
     $rlhf_ray data import "$data/rest.parquet" --to "$data/unused.parquet" --kind prompts --held-out $early_stop_share \
         --overwrite
     mv "$data/unused.held_out.parquet" "$data/prompts_early_stop.parquet"
+    # What neither the reward models nor the evaluation sees: the referee's.
+    $rlhf_ray data import "${held_out[@]}" --to "$data/referee.parquet" --kind comparisons --held-out $early_stop_share --overwrite
     echo "$made" > "$data/done"
 fi
 
@@ -76,7 +78,7 @@ for name in helpfulness safety; do
     $rlhf_ray export "$out" --model $name --to "$out/$name"
     rewards+=(--set "inputs.$name=$out/$name")
 done
-$rlhf_ray reward "${recipe[@]}" --out "$out/referees" --set data.comparisons="$data/comparisons_held_out.parquet" \
+$rlhf_ray reward "${recipe[@]}" --out "$out/referees" --set data.comparisons="$data/referee.parquet" \
     --set inputs.safety="$out/safety" "${more[@]}"
 rm -rf "$out/referee"
 $rlhf_ray export "$out/referees" --model helpfulness --to "$out/referee"

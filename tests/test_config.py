@@ -199,3 +199,11 @@ def test_lists_are_checked(tmp_path):
         load_config(file, ["evaluate.temperatures=[1.0, 0.0, 1.0]"])
     with pytest.raises(UserError, match=r"collect is not a known key"):
         load_config(file, ["collect.other=1"])
+
+
+def test_a_setting_that_a_version_has_of_its_own_is_told(tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text("[rounds]\nversions = [{}, { settings = { ppo.kl_coef = 0.6 } }]")
+    load_config(file, ["ppo.kl_coef=0.2", "ppo.num_steps=9"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "--set ppo.kl_coef: rounds.versions[1].settings has a value of its own, and keeps it"

@@ -11,6 +11,9 @@ from typer.main import get_command
 
 from rlhf_ray.cli.main import app
 from rlhf_ray.config import Config, load_config, parse_config
+from rlhf_ray.recipe.ledger import check_redo
+from rlhf_ray.recipe.rounds import recipe
+from rlhf_ray.recipe.stages import wanted_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -70,7 +73,9 @@ def test_a_printed_command_parses(line: str) -> None:
         context = command.make_context(command.name, arguments)
         config = context.params.get("config") or context.params.get("what")  # `show` takes a run's directory as well
         if "out" in context.params and (ROOT / config).is_file():
-            load_config(ROOT / config, context.params["set_"])
+            made = load_config(ROOT / config, context.params["set_"])
+            if command.name == "run":
+                check_redo(recipe(made), wanted_stages(made), context.params["redo"] or ())
 
 
 @pytest.mark.parametrize("key", settings())
