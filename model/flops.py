@@ -70,19 +70,6 @@ def weight_bytes(config: ModelConfig, *, scalar_head: bool = False, bytes_per_pa
     return num_parameters(config, scalar_head=scalar_head) * bytes_per_parameter
 
 
-def optimizer_bytes(config: ModelConfig, *, zero_stage: int, num_ranks: int, scalar_head: bool = False) -> int:
-    """Bytes per rank of AdamW's state: fp32 master weights (4) and two fp32 moments (8) per parameter.
-
-    ZeRO stages 1 to 3 divide it over the ranks, rounded up (arXiv 1910.02054 §5).
-    """
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage={zero_stage} must be 0, 1, 2 or 3")
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks={num_ranks} must be at least 1")
-    parameters = num_parameters(config, scalar_head=scalar_head)
-    return 12 * (-(-parameters // num_ranks) if zero_stage else parameters)
-
-
 def activation_bytes(
     config: ModelConfig,
     tokens: int,

@@ -11,7 +11,6 @@ from model.flops import (
     kv_cache_bytes_per_token,
     num_non_embedding_parameters,
     num_parameters,
-    optimizer_bytes,
     peak_flops,
     weight_bytes,
 )
@@ -71,18 +70,6 @@ def test_matrix_flops_equal_what_torch_counts():
     matrices = flops[torch.ops.aten.mm]
     without_attention = forward_flops_per_token(tiny, 0, with_head=False) - 2 * 4 * 128 * 0.5
     assert matrices == tokens.numel() * without_attention
-
-
-def test_optimizer_bytes_by_zero_stage():
-    # 803,968 parameters on 4 ranks: a quarter is 200,992
-    testbed, full, quarter = PRESETS["testbed"], 803_968, 200_992
-    assert optimizer_bytes(testbed, zero_stage=0, num_ranks=4) == 12 * full
-    for stage in (1, 2, 3):
-        assert optimizer_bytes(testbed, zero_stage=stage, num_ranks=4) == 12 * quarter
-    with pytest.raises(ValueError, match="zero_stage=4"):
-        optimizer_bytes(testbed, zero_stage=4, num_ranks=1)
-    with pytest.raises(ValueError, match="num_ranks=0"):
-        optimizer_bytes(testbed, zero_stage=1, num_ranks=0)
 
 
 def test_activation_bytes_bound_what_autograd_keeps():
