@@ -611,12 +611,9 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
     raw = read_toml(path)
     set_here = apply_overrides(raw, overrides or [])
     config = parse_config(raw, source=str(path), set_here=set_here)
-    versions = config.rounds.versions if config.rounds is not None else ()
-    for place, version in enumerate(versions):
-        for key in sorted({*set_here} & {*version.settings}):
-            print(
-                f"--set {key}: rounds.versions[{place}].settings has a value of its own, and keeps it", file=sys.stderr
-            )
+    for field, settings in own_settings(config).items():
+        for key in sorted({*set_here} & {*settings}):
+            print(f"--set {key}: {field} has a value of its own, and keeps it", file=sys.stderr)
     return config
 
 
@@ -723,11 +720,16 @@ def check_rounds(config: Config, *, source: str) -> None:
 
 def version_configs(config: Config) -> dict[str, Config]:
     """The config as it is for what all versions have in common and for each of them, by the field that says so."""
+    own = own_settings(config)
+    return {name: config_with(config, {**own["rounds.settings"], **settings}) for name, settings in own.items()}
+
+
+def own_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """What all versions have in common, and what each has of its own, by the field that says so."""
     if config.rounds is None:
         return {}
     own = {f"rounds.versions[{place}].settings": v.settings for place, v in enumerate(config.rounds.versions)}
-    of_all = config.rounds.settings
-    return {name: config_with(config, {**of_all, **some}) for name, some in {"rounds.settings": {}, **own}.items()}
+    return {"rounds.settings": config.rounds.settings, **own}
 
 
 def teachers(config: Config) -> dict[str, str]:

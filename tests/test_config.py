@@ -203,7 +203,10 @@ def test_lists_are_checked(tmp_path):
 
 def test_a_setting_that_a_version_has_of_its_own_is_told(tmp_path, capsys):
     file = tmp_path / "c.toml"
-    file.write_text("[rounds]\nversions = [{}, { settings = { ppo.kl_coef = 0.6 } }]")
-    load_config(file, ["ppo.kl_coef=0.2", "ppo.num_steps=9"])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line == "--set ppo.kl_coef: rounds.versions[1].settings has a value of its own, and keeps it"
+    versions = "[{}, { settings = { ppo.kl_coef = 0.6 } }]"
+    file.write_text(f"[rounds]\nsettings = {{ sft.epochs = 3 }}\nversions = {versions}")
+    load_config(file, ["ppo.kl_coef=0.2", "ppo.num_steps=9", "sft.epochs=2"])
+    assert capsys.readouterr().err.splitlines() == [
+        "--set sft.epochs: rounds.settings has a value of its own, and keeps it",
+        "--set ppo.kl_coef: rounds.versions[1].settings has a value of its own, and keeps it",
+    ]
