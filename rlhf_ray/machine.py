@@ -74,8 +74,16 @@ def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
 
 
 def on_device(config: Config, roles: Sequence[str]) -> list[str]:
-    """Those of the roles that hold a model, and with it GPUs where there are some; a function does not."""
-    return [role for role in roles if not is_function(getattr(config.inputs, role, ""))]
+    """Those of the roles that hold a model, and with it GPUs where there are some; a function does not.
+
+    The evaluation's referee takes the place of the helpfulness model.
+    """
+    trained = config.rounds is not None and config.rounds.referee
+    referee = config.inputs.referee or ("" if trained else "no:model")
+    given = {
+        role: (getattr(config.inputs, role, ""), referee if role == "helpfulness" else "no:model") for role in roles
+    }
+    return [role for role, held in given.items() if not all(map(is_function, held))]
 
 
 def _num_gpus(role: Any) -> int:

@@ -9,7 +9,7 @@ from cluster.hardware import Cpu
 from rlhf_ray import machine
 from rlhf_ray.cli.main import main
 from rlhf_ray.config import parse_config
-from rlhf_ray.machine import gpu_shares, machine_facts, opening_lines, settled
+from rlhf_ray.machine import gpu_shares, machine_facts, on_device, opening_lines, settled
 
 OLD = Cpu(name="Old CPU", vectors="avx2", has_bf16=False)
 OTHERS = ("rollout", "value", "reference", "helpfulness", "safety")
@@ -155,3 +155,14 @@ def test_a_run_says_and_records_what_it_computes_on(tmp_path, monkeypatch, capsy
     assert manifest["config"]["run"]["precision"] == manifest["machine"]["precision"] == "fp32"
     [step] = (tmp_path / "out" / "steps").glob("testbed-*/step.json")
     assert json.loads(step.read_text())["machine"] == manifest["machine"]
+
+
+def test_a_function_holds_no_gpu_but_where_a_referee_takes_its_place() -> None:
+    def held(rounds: object = None, **inputs: str) -> list[str]:
+        config = parse_config({"inputs": {"helpfulness": "m:f", **inputs}, **({"rounds": rounds} if rounds else {})})
+        return on_device(config, ["helpfulness", "safety"])
+
+    assert held() == ["safety"] and held(safety="m:g") == []
+    assert held(referee="/models/r") == ["helpfulness", "safety"]
+    assert held(referee="m:r") == held({"referee": False}) == ["safety"]
+    assert held({"referee": True}) == ["helpfulness", "safety"]

@@ -132,14 +132,14 @@ def test_only_module_and_function_is_a_function() -> None:
 def test_a_function_gets_the_dialogue_and_the_answer(root: str, asked: tuple[Rollouts, Any, str]) -> None:
     rollouts, _, tokenizer = asked
     worker = ScorerWorker("helpfulness", 0, 1)
-    worker.load_function("my_rewards:words", root=root, tokenizer=tokenizer)
+    worker.load_function("my_rewards:words", field="inputs.referee", root=root, tokenizer=tokenizer)
     # "is it a bird?" has 13 characters and its answer one word, "which is a fish?" 16 and three.
     assert worker.score(rollouts, micro_batch_tokens=100)[1].tolist() == [1301.0, 1603.0]
-    worker.load_function("my_rewards:short", root=root, tokenizer=tokenizer)
-    with pytest.raises(UserError, match=r"^inputs.helpfulness: my_rewards:short returned 1 scores"):
+    worker.load_function("my_rewards:short", field="inputs.referee", root=root, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"^inputs.referee: my_rewards:short returned 1 scores"):
         worker.score(rollouts, micro_batch_tokens=100)
-    with pytest.raises(UserError, match=r"^inputs.helpfulness: my_rewards:nothing: cannot be imported"):
-        worker.load_function("my_rewards:nothing", root=root, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"^inputs.referee: my_rewards:nothing: cannot be imported"):
+        worker.load_function("my_rewards:nothing", field="inputs.referee", root=root, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", ["generated", "array", "tensor", "greedy"])

@@ -63,8 +63,8 @@ def load_frozen(
     for role in roles_used:
         source = str(inputs["chat" if role == "reference" else role].path)
         if role != "reference" and is_function(source):
-            tokenizer = str(inputs["tokenizer"].path)
-            calls += roles[role].submit(ScorerWorker.load_function, source, root=os.getcwd(), tokenizer=tokenizer)
+            named = {"field": inputs[role].maker, "root": os.getcwd(), "tokenizer": str(inputs["tokenizer"].path)}
+            calls += roles[role].submit(ScorerWorker.load_function, source, **named)
         else:
             head = "lm" if role == "reference" else "scalar"
             calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, runtime=roles.runtime)

@@ -12,8 +12,7 @@ import ray
 
 from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
-from rlhf_ray.data.reward_function import is_function
-from rlhf_ray.machine import EMBEDDED
+from rlhf_ray.machine import EMBEDDED, on_device
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -146,8 +145,7 @@ class Roles:
     def _launch(self, role: str) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)
         num_ranks = settings.num_ranks
-        # A reward that is a function holds no model.
-        on_gpu = self.runtime.device == "cuda" and not is_function(getattr(self._config.inputs, role, ""))
+        on_gpu = self.runtime.device == "cuda" and bool(on_device(self._config, [role]))
         embedded = self._config.cluster.address in (None, EMBEDDED)
         if isinstance(settings, RolloutRole):
             size = settings.tensor_parallel_size

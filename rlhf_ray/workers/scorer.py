@@ -61,16 +61,23 @@ class ScorerWorker(Worker):
         model = load_model(checkpoint, head=head, dtype=runtime.dtype, device=runtime.device)
         self._config, self._model = model.config, model.eval().requires_grad_(False)
 
-    def load_function(self, spec: str, *, root: str, tokenizer: str) -> None:
+    def load_function(self, spec: str, *, field: str, root: str, tokenizer: str) -> None:
         """Takes a Python function for scoring (`data/reward_function.py`), in place of whatever the rank held.
 
+        Args:
+            field: of the config, that names it.
         Raises:
             UserError: there is no such function.
         """
         self.unload()
-        with located(f"inputs.{self.role}"):
+        with located(field):
             function, loaded = find_function(spec, root=root), load_tokenizer(tokenizer)
-        self._function = lambda rollouts: score_with(function, rollouts, loaded, name=spec)
+
+        def score(rollouts: Rollouts) -> Tensor:
+            with located(field):
+                return score_with(function, rollouts, loaded, name=spec)
+
+        self._function = score
 
     def unload(self) -> None:
         """Frees the model."""
@@ -103,8 +110,7 @@ class ScorerWorker(Worker):
             UserError: as `score_with`.
         """
         if self._function is not None:
-            with located(f"inputs.{self.role}"):
-                scores = self._function(rollouts)
+            scores = self._function(rollouts)
         else:
             assert self._config is not None
             scores = torch.zeros(rollouts.tokens.shape[0])
