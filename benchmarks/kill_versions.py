@@ -83,7 +83,7 @@ def kill_and_compare(work: Path, *, kills: int, seed: int) -> dict[str, Any]:
         delay_s = rng.uniform(0.3, 1.7) * duration_s / (kills + 1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             driver.wait(delay_s)
-        if driver.poll():  # what was killed last was still starting, which a run does not mend by itself
+        if driver.poll():  # what was killed last may have died twice at one place, which ends a run
             driver = start(command(killed, VERSIONS), log)
         death = strike(driver, victim, killed)
         deaths.append(death if death is None else {**death, "delay_s": round(delay_s, 1)})

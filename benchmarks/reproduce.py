@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Seed:
                 'run.stages=["select","sft"]',
             ]
         if part == "long":
-            return [*self.settings, "rounds=none", f"sft.epochs={self.long_epochs()}", 'run.stages=["sft"]']
+            return [*self.settings, "rounds=none", f"sft.epochs={self.long_epochs}", 'run.stages=["sft"]']
         if part == "best":
             return self.best_of_n()
         controls = {RANDOM: self.made("random", "sft@v1", "chat"), LONG: self.best_epoch()[1]}
@@ -136,6 +137,7 @@ class Seed:
         ledger = Ledger(config, nodes, RunDir(self.out))
         return ledger.entry(next(n for n in nodes if n.name == node)).outputs[output].path
 
+    @cached_property
     def long_epochs(self) -> int:
         """Passes over the demonstrations with as many tokens, of prompts too, as SFT, all versions and PPO together."""
         config = self.config("versions")
@@ -154,7 +156,7 @@ class Seed:
 
     def best_epoch(self) -> tuple[int, Path]:
         """Of the long SFT, by the held-out loss that was measured next to the end of each epoch, and its model."""
-        model, epochs = self.made("long", "sft", "chat"), self.long_epochs()
+        model, epochs = self.made("long", "sft", "chat"), self.long_epochs
         rows = read_metrics(model.parent)
         measured = {row["step"] + 1: row["held_out_loss"] for row in rows if "held_out_loss" in row}
         ends = [len(rows) * epoch / epochs for epoch in range(1, epochs + 1)]
@@ -242,7 +244,7 @@ def facts(seed: Seed) -> dict[str, Any]:
     return {
         "seed": seed.seed,
         "minutes": seed.done(),
-        "long_epochs": {"trained": seed.long_epochs(), "best by held-out loss": seed.best_epoch()[0]},
+        "long_epochs": {"trained": seed.long_epochs, "best by held-out loss": seed.best_epoch()[0]},
         "best_of_n": {str(number): value for number, value in seed.truth_of_best().items()},
         "reward_accuracy": seed.accuracies(),
         "models": evaluation["models"],

@@ -46,6 +46,7 @@ ByContent = Annotated[T, CONTENT]
 """A field that names files, which stand in keys by what they hold."""
 VERSION_SECTIONS = ("pairs", "label", "reward", "rejection_sampling", "select", "sft", "ppo")
 """Sections of which a version may have settings of its own."""
+OF_ALL = "rounds.settings"
 SAME_IN_ALL = ("reward.held_out", "reward.max_length")
 """Settings of those that only all versions together may have: every reward model is measured on all weeks."""
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -91,14 +92,15 @@ def in_order(methods: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def dotted(settings: Any) -> Any:
-    """The leaves of nested tables by their dotted keys: TOML makes tables of `{ sft.epochs = 3 }`."""
+    """The leaves of nested tables by their dotted keys; of `{ sft.epochs = 3 }` TOML makes tables."""
     if not isinstance(settings, Mapping):
         return settings
     found: dict[Any, Any] = {}
     for key, value in settings.items():
-        found |= (
-            {f"{key}.{below}": v for below, v in dotted(value).items()} if isinstance(value, Mapping) else {key: value}
-        )
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{below}": leaf for below, leaf in dotted(value).items()}
+        else:
+            found[key] = value
     return found
 
 
@@ -697,18 +699,21 @@ def check_rounds(config: Config, *, source: str) -> None:
     """
     if config.rounds is None:
         return
-    of_all = config.rounds.settings
-    check_version_settings(config, of_all, of_all, field=f"{source}: rounds.settings")
+    own = own_settings(config)
+    for name, settings in own.items():
+        field = f"{source}: {name}"
+        for key in settings:
+            if key.partition(".")[0] not in VERSION_SECTIONS:
+                known = ", ".join(VERSION_SECTIONS)
+                raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
+            if key in SAME_IN_ALL and name != OF_ALL:
+                raise UserError(f"{field} has {key}, by which all versions are measured; set {OF_ALL}")
+        check_settings(config, {**own[OF_ALL], **settings}, field=field)
     for place, version in enumerate(config.rounds.versions):
-        field = f"{source}: rounds.versions[{place}]"
-        for key in SAME_IN_ALL:
-            if key in version.settings:
-                raise UserError(f"{field}.settings has {key}, by which all versions are measured; set rounds.settings")
-        check_version_settings(config, version.settings, {**of_all, **version.settings}, field=f"{field}.settings")
         if version.comparisons is not None and config.inputs.helpfulness and config.inputs.safety:
             raise UserError(
-                f"{field}.comparisons={version.comparisons!r}: nothing learns from them, since inputs.helpfulness and "
-                "inputs.safety give both reward models; leave it out"
+                f"{source}: rounds.versions[{place}].comparisons={version.comparisons!r}: nothing learns from them, "
+                "since inputs.helpfulness and inputs.safety give both reward models; leave it out"
             )
     for name in ("pairs", "selections"):
         if getattr(config.data, name) is not None:
@@ -721,7 +726,7 @@ def check_rounds(config: Config, *, source: str) -> None:
 def version_configs(config: Config) -> dict[str, Config]:
     """The config as it is for what all versions have in common and for each of them, by the field that says so."""
     own = own_settings(config)
-    return {name: config_with(config, {**own["rounds.settings"], **settings}) for name, settings in own.items()}
+    return {name: config_with(config, {**own[OF_ALL], **settings}) for name, settings in own.items()}
 
 
 def own_settings(config: Config) -> dict[str, dict[str, Any]]:
@@ -729,7 +734,7 @@ def own_settings(config: Config) -> dict[str, dict[str, Any]]:
     if config.rounds is None:
         return {}
     own = {f"rounds.versions[{place}].settings": v.settings for place, v in enumerate(config.rounds.versions)}
-    return {"rounds.settings": config.rounds.settings, **own}
+    return {OF_ALL: config.rounds.settings, **own}
 
 
 def teachers(config: Config) -> dict[str, str]:
@@ -739,19 +744,6 @@ def teachers(config: Config) -> dict[str, str]:
         if changed.rejection_sampling.teacher not in found.values():
             found[f"{field}: rejection_sampling.teacher"] = changed.rejection_sampling.teacher
     return {field: path for field, path in found.items() if path is not None}
-
-
-def check_version_settings(
-    config: Config, own: Mapping[str, object], settings: Mapping[str, object], *, field: str
-) -> None:
-    """Raises UserError where some of a version's own settings are none of a stage's, or the config is none with them
-    all.
-    """
-    for key in own:
-        if key.partition(".")[0] not in VERSION_SECTIONS:
-            known = ", ".join(VERSION_SECTIONS)
-            raise UserError(f"{field} has {key}, which is the same in all versions; it may have {known}")
-    check_settings(config, settings, field=field)
 
 
 def settings_of(config: Config, fields: Sequence[str], *, marks: Collection[str]) -> dict[str, Any]:

@@ -78,12 +78,9 @@ def on_device(config: Config, roles: Sequence[str]) -> list[str]:
 
     The evaluation's referee takes the place of the helpfulness model.
     """
-    trained = config.rounds is not None and config.rounds.referee
-    referee = config.inputs.referee or ("" if trained else "no:model")
-    given = {
-        role: (getattr(config.inputs, role, ""), referee if role == "helpfulness" else "no:model") for role in roles
-    }
-    return [role for role, held in given.items() if not all(map(is_function, held))]
+    inputs, rounds = config.inputs, config.rounds
+    refereed = not is_function(inputs.referee) if inputs.referee else rounds is not None and rounds.referee
+    return [r for r in roles if not is_function(getattr(inputs, r, "")) or (r == "helpfulness" and refereed)]
 
 
 def _num_gpus(role: Any) -> int:

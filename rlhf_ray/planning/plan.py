@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cluster.plan import GIB, Memory, Option, Placement, Role, place, place_given
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
-from rlhf_ray.config import Config, TrainRole, config_with
+from rlhf_ray.config import Config, TrainRole, config_with, dotted
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import on_device
 from rlhf_ray.planning.batches import check_batches
@@ -342,7 +342,7 @@ def _nearest(request: Request) -> str:
     memory = f"{request.gpu_bytes / GIB:g} GiB"
     if request.given and (found := _search(free)) is not None:
         settings = _settings(free, *found)
-        asked = {field: value for field, value in _flat(request.config).items() if field in settings}
+        asked = {field: value for field, value in dotted(request.config.model_dump()).items() if field in settings}
         changed = [f"{key}={_toml(value)}" for key, value in settings.items() if asked.get(key) != value]
         return f"on the same GPUs with {' '.join(changed)}"
     if _fits_with(free, gpus=MAX_GPUS):
@@ -407,16 +407,6 @@ def _notes(request: Request, placement: Placement, config: Config, settings: Map
                     "when it is full the others wait"
                 )
     return notes
-
-
-def _flat(config: Config) -> dict[str, object]:
-    def walk(table: Mapping[str, object], prefix: str) -> dict[str, object]:
-        flat: dict[str, object] = {}
-        for key, value in table.items():
-            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return flat
-
-    return walk(config.model_dump(), "")
 
 
 def _toml(value: object) -> str:

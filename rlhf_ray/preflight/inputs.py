@@ -14,7 +14,7 @@ from model.checkpoint_files import check_checkpoint, stray_files
 from model.checkpoint_values import check_finite
 from model.config import ModelConfig
 from rlhf_ray.backends.engine_limits import check_engine
-from rlhf_ray.config import Config, RolloutRole, sampling_temperature, teachers, version_configs
+from rlhf_ray.config import OF_ALL, Config, RolloutRole, config_with, own_settings, sampling_temperature, teachers
 from rlhf_ray.data.light_tokenizer import LightTokenizer
 from rlhf_ray.errors import UserError, located
 from rlhf_ray.progress import console
@@ -232,7 +232,7 @@ def check_tables(
     from rlhf_ray.data.schemas import SCHEMAS, check_rows, read_table, unused_columns
 
     tables = {}
-    learning = version_configs(config).get("rounds.settings", config)
+    learning = config_with(config, own_settings(config).get(OF_ALL, {}))
     for field, name, path in named:
         kind = table_kind(name)
         if kind == "comparisons":
@@ -302,12 +302,12 @@ def first_to_learn(config: Config, tables: Mapping[str, "pa.Table"]) -> list[str
     """The tables at hand that hold all that the first reward models learn, where there are such; prompts that are to be
     annotated become comparisons.
     """
-    given = [name for name in ("comparisons",) if name in tables]
+    given = ["comparisons"] if "comparisons" in tables else []
     if config.rounds is not None and config.rounds.versions[0].comparisons is not None:
         return [*given, FIRST_WEEK] if FIRST_WEEK in tables else []
     if config.rounds is None and given:
         return given
-    return [name for name in ("prompts_annotation",) if name in tables and not given]
+    return ["prompts_annotation"] if "prompts_annotation" in tables and not given else []
 
 
 def table_kind(name: str) -> Any:

@@ -28,7 +28,7 @@ def sft(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
         str(inputs["base"].path),
         num_steps=lambda sizes: section.epochs * steps_per_epoch(sizes["train"], section.batch_size),
         draw=epoch_rows,
-        checkpoints=epoch_names(section.epochs) if "selections" not in inputs else lambda total: {total: "model"},
+        checkpoints=epoch_names(1 if "selections" in inputs else section.epochs),
         builder=dialogue_rows,
         builder_args=(tables, str(tokenizer), section.seq_len, section.held_out, section.demonstration_share),
         tokenizer=tokenizer,
