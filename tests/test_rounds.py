@@ -261,6 +261,18 @@ def test_rejection_sampling_alone_is_a_part_of_the_recipe_where_it_is_asked_for(
     assert nodes["rejection-sample"].inputs["chat"] == Made("sft", "chat")
 
 
+def test_held_out_prompts_are_needed_only_where_there_are_temperatures_to_choose_from() -> None:
+    single: dict = {"rejection_sampling.temperatures": (0.7,)}
+    for temperatures, needed in (({}, True), (single, False)):
+        alone = {n.name: n for n in recipe(config_with(Config(), temperatures), ("rejection-sample",))}
+        rounds = graph({}, {}, **temperatures)
+        for node in (alone["rejection-sample"], rounds["rejection-sample@v1"], rounds["rejection-sample@v2"]):
+            assert ("prompts_early_stop" in node.inputs) is needed, node.name
+    of_v2 = graph({}, {"settings": single})
+    assert "prompts_early_stop" in of_v2["rejection-sample@v1"].inputs
+    assert "prompts_early_stop" not in of_v2["rejection-sample@v2"].inputs
+
+
 def test_what_many_versions_work_on_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every node works on several of those before it: one that is looked up for each of these is so without end."""
     config = config_with(Config(), {**SETTLED, "rounds": {"versions": [{"pool": "all"}] * 12}})

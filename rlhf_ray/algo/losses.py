@@ -104,7 +104,7 @@ def value_loss(
         (loss, metrics), the metrics with the loss's denominator: value_loss; value_clipfrac, share of tokens
         that moved further than clip_value (0 without clipping); and the means of the returns, of the errors
         R - v and of the squares of both (return_mean, return_sq_mean, error_mean, error_sq_mean), from
-        which `explained_variance_from_means` gives the explained variance of a whole batch.
+        which `explained_variance` gives the explained variance of a whole batch.
     Source: Llama 2 does not describe its value loss; this is the usual one of PPO implementations.
     """
     values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
@@ -129,27 +129,10 @@ def value_loss(
     return loss, {"value_loss": loss.detach(), **metrics}
 
 
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is no better than a constant.
-
-    Args:
-        returns, values: (B, T) float32.
-        mask: (B, T) bool.
-    Returns:
-        0-dim float32; 0 where the returns do not vary, since there is nothing to explain.
-    """
-    returns, error = returns[mask].double(), (returns - values)[mask].double()
-    if returns.numel() < 2 or returns.var() == 0:
-        return torch.zeros((), device=returns.device)
-    return (1 - error.var() / returns.var()).float()
-
-
-def explained_variance_from_means(
-    *, return_mean: float, return_sq_mean: float, error_mean: float, error_sq_mean: float
-) -> float:
+def explained_variance(*, return_mean: float, return_sq_mean: float, error_mean: float, error_sq_mean: float) -> float:
     """Explained variance of a batch from the means that `value_loss` reports, summed over its micro-batches.
 
-    Var(x) = E[x^2] - E[x]^2. Returns 0 where the returns do not vary, as `explained_variance` does.
+    Var(x) = E[x^2] - E[x]^2. Returns 0 where the returns do not vary, since there is nothing to explain.
     """
     return_variance = return_sq_mean - return_mean**2
     if return_variance <= 0:

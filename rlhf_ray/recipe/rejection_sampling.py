@@ -58,8 +58,8 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
         collect(load_frozen(context, inputs, REWARDS), timeout_s=roles.timeout_s, step=step.name)
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
         read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
-        prompts, held_out = read("prompts_train"), read("prompts_early_stop")
-    sweep = temperature_sweep(context, step, held_out.select(range(min(section.sweep_prompts, len(held_out)))))
+        prompts, held_out = read("prompts_train"), read("prompts_early_stop") if len(section.temperatures) > 1 else None
+    sweep = {} if held_out is None else temperature_sweep(context, step, held_out)
     temperature = best_temperature(sweep, section)
     write_json(work / "sweep.json", {"temperature": temperature, "curves": sweep})
     rows = part_of_round(len(prompts), section.num_prompts, number=number, seed=context.config.run.seed)
@@ -89,12 +89,9 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
 
 
 def temperature_sweep(context: Context, step: Step, prompts: PromptBatch) -> dict[str, dict[int, dict[str, float]]]:
-    """For each temperature the curve of `best_of_k_curve` on held-out prompts (Figures 7 and 8); none where there is
-    no choice.
-    """
+    """For each temperature the curve of `best_of_k_curve` on the first of the held-out prompts (Figures 7 and 8)."""
     section, number = context.config.rejection_sampling, week(step.name)
-    if len(section.temperatures) == 1:
-        return {}
+    prompts = prompts.select(range(min(section.sweep_prompts, len(prompts))))
     curves = {}
     with progress_bar(step.name, total=len(section.temperatures)) as bar:
         for temperature in section.temperatures:

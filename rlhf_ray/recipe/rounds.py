@@ -121,7 +121,7 @@ def one_version(graph: Graph, wanted: Collection[str]) -> None:
     for name in ("label", "reward"):
         graph.add_next(name)
     if any(stage in wanted for stage in ON_DEMAND):
-        graph.add_next("rejection-sample", sampler(graph.config, sources["chat"]))
+        graph.add_next("rejection-sample", sampler(graph.config, sources["chat"]), without=not_swept(graph.config))
         graph.add_next("select")
     graph.add_next("ppo")
     evaluate(graph, {"SFT": sources["chat"], "PPO": sources["policy"]})
@@ -198,7 +198,8 @@ def rejection_sampling(
 ) -> Source:
     """A model that has learnt the best of the newest one's answers and of those in the pool (§3.2.3)."""
     config = config_with(graph.config, changes)
-    sampled = graph.add("rejection-sample", sampler(config, newest), scope=scope, changes=changes)
+    answers = sampler(config, newest)
+    sampled = graph.add("rejection-sample", answers, scope=scope, without=not_swept(config), changes=changes)
     samples = {"samples": Made(sampled.name, "samples"), **{f"samples.{name}": older for name, older in pool.items()}}
     chosen = graph.add("select", samples, scope=scope, changes=changes)
     learnt = {"base": start, "selections": Made(chosen.name, "selections")}
@@ -240,3 +241,8 @@ def sampler(config: Config, newest: Source) -> dict[str, Source]:
     """The model that samples: the newest one, or a teacher in its place."""
     teacher = config.rejection_sampling.teacher
     return {"chat": newest if teacher is None else Given("rejection_sampling.teacher", teacher)}
+
+
+def not_swept(config: Config) -> tuple[str, ...]:
+    """What rejection sampling does without where there is one temperature only."""
+    return () if len(config.rejection_sampling.temperatures) > 1 else ("prompts_early_stop",)

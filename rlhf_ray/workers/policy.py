@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_ray.algo.gae import gae
 from rlhf_ray.algo.kl import KLEstimator, kl_estimate
-from rlhf_ray.algo.losses import explained_variance_from_means, importance_weights, lm_loss, policy_loss
+from rlhf_ray.algo.losses import explained_variance, importance_weights, lm_loss, policy_loss
 from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
 from rlhf_ray.backends.deepspeed import NonFiniteError
@@ -200,7 +200,7 @@ def _with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
     if "return_square_per_token" not in metrics:
         return metrics
     kept = {n: v for n, v in metrics.items() if not n.startswith(("return_square", "value_error"))}
-    explained = explained_variance_from_means(
+    explained = explained_variance(
         return_mean=metrics["return_per_token"],
         return_sq_mean=metrics["return_square_per_token"],
         error_mean=metrics["value_error_per_token"],
