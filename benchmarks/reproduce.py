@@ -32,6 +32,7 @@ from rlhf_ray.algo.best_of_k import expected_best
 from rlhf_ray.config import Config, load_config
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.prompts import load_prompts
+from rlhf_ray.data.reward_pairs import held_out_pairs
 from rlhf_ray.data.schemas import PROMPTS, SAMPLES, read_groups, read_table
 from rlhf_ray.evaluate.seeds import GREEDY, MIN_SEEDS, OWN, compare, find_answers, t_interval
 from rlhf_ray.machine import settled
@@ -44,6 +45,8 @@ from rlhf_ray.recipe.stages import STAGES
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.testbed.annotator import utility
 from rlhf_ray.testbed.judge import judge
+from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.scorer import Runtime
 
 CONFIG = ROOT / "configs" / "demo.toml"
 RESULT = RESULTS / "reproduce.json"
@@ -186,6 +189,27 @@ class Seed:
         found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
+    @cached_property
+    def accuracies_unseen(self) -> dict[str, float]:
+        """Of the first and the newest reward models on the referee's comparisons, which none of them saw: of answers of
+        the SFT model with answers of the last one.
+        """
+        config, found = self.config("versions"), {}
+        for name, version in itertools.product(("helpfulness", "safety"), ("v1", "v5")):
+            worker = RewardWorker(name, 0, 1)
+            runtime = Runtime(precision=config.run.precision, device="cpu")
+            worker.load_frozen(str(self.made("versions", f"reward@{version}", name)), head="scalar", runtime=runtime)
+            worker.open_data(
+                held_out_pairs,
+                {},
+                str(self.made("versions", "tokenizer", "tokenizer")),
+                held_out=str(self.made("versions", "label@referee", "comparisons")),
+                max_length=config.reward.max_length,
+            )
+            measured = worker.evaluate_reward(micro_batch_tokens=config.reward.micro_batch_tokens)
+            found |= {f"{name}.{version}": measured[f"accuracy/{name}"], f"{name} pairs": measured[f"count/{name}"]}
+        return found
+
 
 def tokens_of(model: Path) -> float:
     """Tokens that a language model was trained on."""
@@ -235,6 +259,9 @@ def claims(seeds: Sequence[Seed]) -> dict[str, dict[str, Any]]:
         found[f"newest {name} model over the first on the newest week"] = claim(
             [models[f"{name}.v5"][key] - models[f"{name}.v1"][key] for models in accuracy]
         )
+        found[f"newest {name} model over the first on comparisons that no version saw"] = claim(
+            [seed.accuracies_unseen[f"{name}.v5"] - seed.accuracies_unseen[f"{name}.v1"] for seed in seeds]
+        )
     return found
 
 
@@ -247,6 +274,7 @@ def facts(seed: Seed) -> dict[str, Any]:
         "long_epochs": {"trained": seed.long_epochs, "best by held-out loss": seed.best_epoch()[0]},
         "best_of_n": {str(number): value for number, value in seed.truth_of_best().items()},
         "reward_accuracy": seed.accuracies(),
+        "reward_accuracy_unseen": seed.accuracies_unseen,
         "models": evaluation["models"],
         "testbed": evaluation["testbed"],
         "machine": evaluation["machine"],
