@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py [--repeats 3] [--only NAME]
 
 For each configuration a fresh process trains one worker's model for two optimizer steps of two micro-batches
-through rlhf_ray/backends/deepspeed.py, in bf16 on CPU with one rank, and counts bytes:
+through rlhf_ray/backends/train.py, in bf16 on CPU with one rank, and counts bytes:
 
 - state: weights, gradient accumulator and optimizer state, by walking the engine's tensors after the steps;
 - activations: what autograd keeps of a forward pass, by saved-tensor hooks;
@@ -110,7 +110,7 @@ def measure(name: str) -> dict[str, int]:
 
     from model.heads import state_values
     from model.llama import Llama
-    from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
+    from rlhf_ray.backends.train import TrainEngine, init_distributed
     from rlhf_ray.config import OptimSection
 
     shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]

@@ -98,7 +98,7 @@ def own_seconds(job: dict[str, Any], directory: Path, *, precision: str, threads
     context = Context(parse_config(settings), RunDir(directory / "run"))
     try:
         roles = context.roles
-        roles.work_together(role)
+        roles.make_resident(role)
         group, builder = roles[role], sft_rows if is_sft else PreferenceRows
         group.call(TrainerWorker.build, source, head=head, seed=0, runtime=roles.runtime)
         group.call(TrainerWorker.open_data, builder, job["rows"])

@@ -59,6 +59,30 @@ def count_gpus(root: Path = ROOT) -> int:
     return min(found, len(list(shown)))  # CUDA reads the list up to its first name that is no device's
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a node has."""
+
+    cores: int
+    """That its processes may use."""
+    memory_bytes: int
+    cpu: str
+    gpus: tuple[str, ...]
+    """Names."""
+
+
+def facts() -> Facts:
+    """Of this machine."""
+    return Facts(len(os.sched_getaffinity(0)), memory_limit_bytes(), str(cpu()), gpu_names())
+
+
+def gpu_names(root: Path = ROOT) -> tuple[str, ...]:
+    """Names of all NVIDIA GPUs, as their driver lists them."""
+    found = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
+    lines = [line for file in found for line in _read(file).splitlines()]
+    return tuple(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
+
+
 def memory_limit_bytes(root: Path = ROOT) -> int:
     """The memory that this process may use: the machine's, or what the cgroups above it (v1 or v2) allow."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

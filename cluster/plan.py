@@ -1,20 +1,26 @@
-"""Who sits on which GPU: arithmetic on byte counts, without models, torch or Ray.
+"""Which ways of running the roles fit on GPUs together: arithmetic on byte counts, without models, torch or Ray.
 
-The caller lists for each role the ways to run it, best first, each with the bytes that one of its processes
-holds on its GPU at a few phases. `place` puts the roles on a number of like GPUs.
+The caller lists for each role the ways to run it, best first, each with the bytes that one of its processes holds on
+a GPU, phase by phase: in a phase a role is awake, or asleep and holds next to nothing. Layouts are those of
+`cluster.layout`.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+
+from cluster.layout import Demand, Host, Layout, PlacementError, lay_out
 
 GIB = 2**30
+FULL = 0.95
+"""Share of a GPU up to which an engine's cache may fill it, whoever else is there."""
 ENGINE_SHARE = 0.9
-"""Most of a GPU that a rollout engine takes where it is alone on it."""
+"""Most of a GPU that an engine takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that one process holds on one GPU at one phase."""
+    """Bytes that one process holds on one GPU at one moment."""
 
     weights: int = 0
     gradients: int = 0
@@ -34,6 +40,10 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+Moments = Mapping[str, Memory]
+"""Moment of a phase, such as "backward", -> what a process holds on each of its GPUs then."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """One way to run a role."""
@@ -43,18 +53,24 @@ class Option:
     num_ranks: int = 1
     """Processes; engines of a rollout role."""
     gpus_per_rank: int = 1
-    """Whole GPUs under each of them, when it does not share."""
-    phases: Mapping[str, Memory]
-    """Phase, such as "backward", -> what a process holds on each of its GPUs then."""
+    """GPUs under each of them."""
+    phases: Mapping[str, Moments]
+    """The phases in which it is awake."""
+    asleep: Memory = Memory()
+    """What stays on the GPU in the others."""
+
+    def at(self, phase: str) -> tuple[str, Memory]:
+        """The moment of a phase that needs most, and what it needs."""
+        return max(self.phases.get(phase, {"asleep": self.asleep}).items(), key=lambda item: item[1].total)
 
     @property
     def peak(self) -> tuple[str, Memory]:
-        """The phase that needs most, and what it needs."""
-        return max(self.phases.items(), key=lambda item: item[1].total)
+        """The moment of all phases that needs most, and what it needs."""
+        return max((self.at(phase) for phase in self.phases), key=lambda item: item[1].total)
 
     @property
     def gpus(self) -> int:
-        """Whole GPUs in all."""
+        """GPUs in all."""
         return self.num_ranks * self.gpus_per_rank
 
 
@@ -65,170 +81,161 @@ class Role:
     name: str
     options: Sequence[Option]
     """Best first."""
-    is_engine: bool = False
-    """Takes the GPUs that the others leave; its KV cache grows to fill its share."""
     kv_cache_wanted: int = 0
-    """Bytes of KV cache over all GPUs of an engine that would be of use; options hold the least it can run with."""
+    """Of an engine, bytes of KV cache over all of its GPUs that would be of use; options hold the least it can run
+    with, and it grows to that as far as there is room. 0 of others."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlacedRole:
-    """A role in its place."""
+@dataclass(frozen=True)
+class Placed:
+    """A role with the way that was chosen."""
 
-    role: str
+    role: Role
     option: Option
-    gpu_share: float
-    """GPUs of one process; below 1 where it shares one."""
-    phase: str
-    """When it needs most memory."""
-    memory: Memory
-    """What a process holds on each of its GPUs at that phase."""
+    gpus: tuple[int, ...] = ()
+    """Where they are given: all that its ranks are on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A place for all roles, and whether the GPUs hold them."""
+    """All roles in their places, and whether the GPUs hold them."""
 
-    roles: Sequence[PlacedRole]
-    gpus: Sequence[tuple[str, ...]]
-    """For each GPU in use the roles that have a process on it."""
-    num_gpus: int
-    """GPUs there are."""
+    placed: Sequence[Placed]
+    layout: Layout
     gpu_bytes: int
-    """Memory of each."""
+    """Memory of each GPU."""
 
     @property
-    def fullest(self) -> tuple[tuple[str, ...], int]:
-        """The roles on the fullest GPU and the bytes they hold there."""
-        held = {each.role: each.memory.total for each in self.roles}
-        return max(((names, sum(held[name] for name in names)) for names in set(self.gpus)), key=lambda item: item[1])
+    def options(self) -> dict[str, Option]:
+        """Role -> the way that was chosen."""
+        return {each.role.name: each.option for each in self.placed}
+
+    @property
+    def gpus(self) -> list[tuple[str, ...]]:
+        """For each GPU in use the roles on it."""
+        every = ((node, gpu) for node, held in enumerate(self.layout.nodes) for gpu in range(held.gpus))
+        return [tuple(on) for node, gpu in every if (on := self.layout.on(node, gpu))]
+
+    @property
+    def fullest(self) -> tuple[tuple[str, ...], str, int]:
+        """Of the fullest GPU its roles, the phase that needs most, and the bytes they hold then."""
+        found = [(names, *fullest_phase([self.options[n] for n in names])) for names in dict.fromkeys(self.gpus)]
+        return max(found, key=lambda each: each[2])
 
     @property
     def fits(self) -> bool:
-        """There are enough GPUs and none is over full."""
-        return len(self.gpus) <= self.num_gpus and self.fullest[1] <= self.gpu_bytes
+        """No GPU is over full."""
+        return self.fullest[2] <= self.gpu_bytes
 
 
-def place_given(
-    roles: Sequence[tuple[Role, Option, float]], *, gpus: int, gpu_bytes: int, engine_share: float
+def fullest_phase(options: Sequence[Option]) -> tuple[str, int]:
+    """When processes that share a GPU need most, and how much."""
+    phases = dict.fromkeys(phase for option in options for phase in option.phases)
+    return max(((p, sum(o.at(p)[1].total for o in options)) for p in phases), key=lambda found: found[1])
+
+
+def put(
+    placed: Sequence[Placed], *, nodes: Sequence[Host], gpu_bytes: int, engine_share: float | None = None
 ) -> Placement:
-    """The placement that a config asks for, whether it fits or not.
+    """The roles on the nodes' GPUs, whether these hold them or not.
 
     Args:
-        roles: each role with its option and the GPUs that one of its processes asks for. Processes that ask for
-            less than one meet on a GPU as long as their shares leave room, in the order given.
-        gpus: GPUs there are.
-        gpu_bytes: memory of each.
-        engine_share: the share of a GPU's memory that an engine is allowed.
+        engine_share: of a GPU's memory, what an engine fills with its cache; None for what the others leave.
+    Raises:
+        PlacementError: a rank has no place.
     """
-    whole: list[tuple[str, ...]] = []
-    shared: list[tuple[tuple[str, ...], float]] = []
-    placed = []
-    for role, option, share in roles:
-        if share >= 1:
-            whole += [(role.name,)] * int(option.num_ranks * -(-share // 1))
-        else:
-            for _ in range(option.num_ranks):
-                place_of = next((i for i, (_, taken) in enumerate(shared) if taken + share <= 1 + 1e-6), None)
-                if place_of is None:
-                    shared.append(((), 0.0))
-                    place_of = len(shared) - 1
-                names, taken = shared[place_of]
-                shared[place_of] = ((*names, role.name), taken + share)
-        phase, memory = option.peak
-        if role.is_engine:
-            memory = _grow(memory, role, option, int(engine_share * gpu_bytes))
-        placed.append(PlacedRole(role=role.name, option=option, gpu_share=share, phase=phase, memory=memory))
-    devices = whole + [names for names, _ in shared]
-    return Placement(roles=placed, gpus=devices, num_gpus=gpus, gpu_bytes=gpu_bytes)
+    demands = [Demand(p.role.name, p.option.num_ranks, p.option.gpus_per_rank, p.gpus) for p in placed]
+    placement = Placement(placed=placed, layout=lay_out(demands, nodes), gpu_bytes=gpu_bytes)
+    grown = [
+        replace(each, option=_grow(each, placement, engine_share)) if each.role.kv_cache_wanted else each
+        for each in placed
+    ]
+    return replace(placement, placed=grown)
 
 
-def place(roles: Sequence[Role], sharing: Sequence[Sequence[str]], *, gpus: int, gpu_bytes: int) -> Placement | None:
-    """The first placement that fits, or None.
+def _grow(engine: Placed, placement: Placement, share: float | None) -> Option:
+    """The engine with the KV cache for which all of its GPUs have room, no more than is of use."""
+    gpu_bytes = placement.gpu_bytes
+    option, options = engine.option, placement.options
+    shared = [
+        [options[n] for n in names if n != engine.role.name] for names in placement.gpus if engine.role.name in names
+    ]
+    phases: dict[str, Moments] = {}
+    for phase, moments in option.phases.items():
+        moment, memory = option.at(phase)
+        beside = max(sum(other.at(phase)[1].total for other in others) for others in shared)
+        wanted = -(-engine.role.kv_cache_wanted // option.gpus_per_rank) if memory.kv_cache else 0
+        left = min(int(ENGINE_SHARE * gpu_bytes), int(FULL * gpu_bytes) - beside)
+        more = min(wanted - memory.kv_cache, (left if share is None else int(share * gpu_bytes)) - memory.total)
+        grown = replace(memory, kv_cache=memory.kv_cache + max(0, more))
+        phases[phase] = {**moments, moment: grown}
+    return replace(option, phases=phases)
 
-    Tries each set of roles that may share one GPU in the order given. The others have GPUs of their own, each role
-    by its first option that fits and leaves enough for those after it; the engine, placed last, takes the rest.
 
-    Args:
-        sharing: sets of role names that sit on one GPU together, preferred first; empty for none.
-        gpus: GPUs there are.
-        gpu_bytes: memory of each.
-    """
-    for together in sharing:
-        placement = _place(roles, set(together), gpus, gpu_bytes)
-        if placement is not None:
+def first_that_fits(
+    candidates: Iterator[Sequence[Placed]], *, nodes: Sequence[Host], gpu_bytes: int
+) -> Placement | None:
+    """The first of several choices that the GPUs hold, or None."""
+    for placed in candidates:
+        try:
+            placement = put(placed, nodes=nodes, gpu_bytes=gpu_bytes)
+        except PlacementError:
+            continue
+        if placement.fits:
             return placement
     return None
 
 
-def _place(roles: Sequence[Role], together: set[str], num_gpus: int, gpu_bytes: int) -> Placement | None:
+def all_on_all(
+    roles: Sequence[Role], kinds: Sequence[Sequence[str]], *, num_gpus: int, gpu_bytes: int
+) -> Iterator[list[Placed]]:
+    """Every role on every GPU, or on as many as all can use, in the ways that fit.
+
+    Args:
+        kinds: names of roles that are run in like ways: the first way for all of them, or the second, and so on.
+    """
+    sizes = set.intersection(*({option.gpus for option in role.options} for role in roles))
+    for size in sorted((size for size in sizes if size <= num_gpus), reverse=True):
+        options = {role.name: [option for option in role.options if option.gpus == size] for role in roles}
+        alike = [[name for name in names if name in options] for names in kinds]
+        ways = [list(zip(*(options[name] for name in names), strict=False)) for names in alike if names]
+        for chosen in itertools.product(*ways):
+            by_name = dict(zip(itertools.chain(*alike), itertools.chain(*chosen), strict=True))
+            if fullest_phase(list(by_name.values()))[1] <= gpu_bytes:
+                yield [Placed(role, by_name[role.name]) for role in roles]
+
+
+def apart(roles: Sequence[Role], together: Sequence[str], *, num_gpus: int, gpu_bytes: int) -> Iterator[list[Placed]]:
+    """Roles with GPUs of their own, but for those that sit on the last one together.
+
+    Each role takes the first way that fits one GPU and leaves enough for those after it; the last, the engine, takes
+    the rest.
+    """
     members = [role for role in roles if role.name in together]
     alone = [role for role in roles if role.name not in together]
-    chosen: dict[str, Option] = {}
-    if members:
-        shared = _share(members, gpu_bytes)
-        if shared is None:
-            return None
-        chosen |= shared
     room = num_gpus - bool(members)
+    chosen: dict[str, Option] = {}
     for index, role in enumerate(alone):
-        least_of_others = sum(_fewest(other, gpu_bytes) for other in alone[index + 1 :])
-        option = next(_that_fit(role, gpu_bytes, room - least_of_others), None)
+        others = sum(_fewest(other, gpu_bytes) for other in alone[index + 1 :])
+        option = next((o for o in _that_fit(role, gpu_bytes) if o.gpus <= room - others), None)
         if option is None:
-            return None
+            return
         chosen[role.name] = option
         room -= option.gpus
-    if room < 0:
-        return None
-    left = gpu_bytes - sum(chosen[role.name].peak[1].total for role in members)
-    placed = []
-    for role in roles:
-        option = chosen[role.name]
-        phase, memory = option.peak
-        # Rounded down to what Ray counts in, so that the shares add up to one GPU at most.
-        share = int(100 / len(members)) / 100 if role in members else float(option.gpus_per_rank)
-        if role.is_engine:
-            limit = memory.total + left if role in members else int(ENGINE_SHARE * gpu_bytes)
-            memory = _grow(memory, role, option, limit)
-        placed.append(PlacedRole(role=role.name, option=option, gpu_share=share, phase=phase, memory=memory))
-    gpus: list[tuple[str, ...]] = [(role.name,) for role in alone for _ in range(chosen[role.name].gpus)]
-    if members:
-        gpus.append(tuple(role.name for role in members))
-    return Placement(roles=placed, gpus=gpus, num_gpus=num_gpus, gpu_bytes=gpu_bytes)
+    singles = [[option for option in role.options if option.gpus == 1] for role in members]
+    for shared in itertools.product(*singles):
+        if not members or fullest_phase(shared)[1] <= gpu_bytes:
+            both = {**chosen, **{role.name: option for role, option in zip(members, shared, strict=True)}}
+            yield [Placed(role, both[role.name], (num_gpus - 1,) if role in members else ()) for role in roles]
+            return
 
 
-def _share(members: Sequence[Role], gpu_bytes: int) -> dict[str, Option] | None:
-    """One process of each role on one GPU: the first option that leaves room for the least of those to come."""
-    singles = {role.name: [o for o in role.options if o.num_ranks == o.gpus_per_rank == 1] for role in members}
-    if not all(singles.values()):
-        return None
-    least = {name: min(option.peak[1].total for option in options) for name, options in singles.items()}
-    chosen: dict[str, Option] = {}
-    left = gpu_bytes
-    for name, options in singles.items():
-        del least[name]
-        option = next((o for o in options if o.peak[1].total <= left - sum(least.values())), None)
-        if option is None:
-            return None
-        chosen[name] = option
-        left -= option.peak[1].total
-    return chosen
-
-
-def _that_fit(role: Role, gpu_bytes: int, gpus: int) -> Iterator[Option]:
-    limit = int(ENGINE_SHARE * gpu_bytes) if role.is_engine else gpu_bytes
-    return (option for option in role.options if option.gpus <= gpus and option.peak[1].total <= limit)
+def _that_fit(role: Role, gpu_bytes: int) -> Iterator[Option]:
+    """The role's ways that fit a GPU of its own."""
+    limit = int(ENGINE_SHARE * gpu_bytes) if role.kv_cache_wanted else gpu_bytes
+    return (option for option in role.options if option.peak[1].total <= limit)
 
 
 def _fewest(role: Role, gpu_bytes: int) -> int:
-    """GPUs that the role needs at the least; more than there can be where no option fits."""
-    limit = int(ENGINE_SHARE * gpu_bytes) if role.is_engine else gpu_bytes
-    return min((option.gpus for option in role.options if option.peak[1].total <= limit), default=10**9)
-
-
-def _grow(memory: Memory, role: Role, option: Option, limit: int) -> Memory:
-    """With the KV cache that fits below a limit, no more than is of use."""
-    parts = {field.name: getattr(memory, field.name) for field in fields(memory)}
-    wanted = -(-role.kv_cache_wanted // option.gpus_per_rank)
-    parts["kv_cache"] += max(0, min(wanted - memory.kv_cache, limit - memory.total))
-    return Memory(**parts)
+    """GPUs that the role needs at the least; more than there can be where no way fits."""
+    return min((option.gpus for option in _that_fit(role, gpu_bytes)), default=10**9)

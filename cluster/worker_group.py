@@ -22,11 +22,9 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.deaths import Process, Starts, why_dead
-from cluster.placement import reserve
+from cluster.placement import Place
 
 R = TypeVar("R")
 
@@ -77,6 +75,12 @@ class Worker:
     def ready(self) -> int:
         """The process id, once the process is up."""
         return os.getpid()
+
+    def sleep(self) -> None:
+        """Leaves the devices to other roles, until `wake`."""
+
+    def wake(self) -> None:
+        """Has them again."""
 
     def peak_memory_gib(self) -> float:
         """Highest resident memory of this process so far, GiB."""
@@ -201,48 +205,42 @@ def _error(call: Call[Any], step: str, what: str, cause: BaseException | None = 
 class WorkerGroup:
     """The ranks of one role, alive for the whole run."""
 
-    def __init__(self, role: str, actors: list[Any], placement: Any, *, timeout_s: float):
+    def __init__(self, role: str, actors: list[Any], *, timeout_s: float):
         self.role = role
-        self._actors, self._placement, self._timeout_s = actors, placement, timeout_s
+        self._actors, self._timeout_s = actors, timeout_s
         self._processes: list[Process] = []
 
     @classmethod
     def launch(
         cls,
         worker_class: Callable[..., Worker],
+        place: Place,
         *,
         role: str,
-        num_ranks: int = 1,
-        resources: Mapping[str, float],
-        env: Mapping[str, str],
+        env: Mapping[str, str] | Sequence[Mapping[str, str]],
         rendezvous: bool = False,
         start_timeout_s: float = 300.0,
         call_timeout_s: float = 3600.0,
     ) -> "WorkerGroup":
-        """Starts the ranks.
+        """Starts the ranks on their seats.
 
         Args:
-            resources: {"CPU": share, "GPU": share} of one rank.
-            env: environment variables of each rank, set before its process imports anything.
+            place: where they have some.
+            env: environment variables of all ranks, or of each, set before its process imports anything.
             rendezvous: the ranks compute together: they get what torch.distributed needs to find each other.
-            start_timeout_s: seconds for placement, and again for the processes to come up.
+            start_timeout_s: seconds for the processes to come up.
             call_timeout_s: default deadline of each later call, seconds.
         Raises:
-            PlacementError, WorkerError.
+            WorkerError.
         """
-        placement = reserve([dict(resources)] * num_ranks, role=role, timeout_s=start_timeout_s)
         starts = Starts()
-        remote_class = ray.remote(worker_class)
+        remote_class, seats = ray.remote(worker_class), place.layout.of(role)
+        envs = [env] * len(seats) if isinstance(env, Mapping) else env
         actors = [
-            remote_class.options(
-                num_cpus=resources.get("CPU", 0),
-                num_gpus=resources.get("GPU", 0),
-                runtime_env={"env_vars": dict(env)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
-            ).remote(role, rank, num_ranks)
-            for rank in range(num_ranks)
+            remote_class.options(**place.actor_options(seat, own)).remote(role, seat.rank, len(seats))
+            for seat, own in zip(seats, envs, strict=True)
         ]
-        group = cls(role, actors, placement, timeout_s=start_timeout_s)
+        group = cls(role, actors, timeout_s=start_timeout_s)
         try:
             ready = group.submit(Worker.ready)
             pids = collect(ready, timeout_s=start_timeout_s, step=START_UP, starts=starts)
@@ -307,9 +305,8 @@ class WorkerGroup:
         return "idle" if len(answered) == len(calls) else "busy"
 
     def stop(self) -> None:
-        """Ends the ranks and frees their place."""
+        """Ends the ranks; their seats are free for others."""
         for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(self._placement)
         for process in self._processes:
             process.close()

@@ -75,6 +75,7 @@ SamplingTemperatures = Annotated[
     AfterValidator(lambda values: all_different(values)),
 ]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
+Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
 
 
 def all_different(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -179,9 +180,9 @@ class TrainRole(Section):
     """Data-parallel ranks."""
     zero_stage: Execution[Literal[0, 1, 2, 3]] = 1
     """DeepSpeed ZeRO stage. In bf16, stage 1 alone accumulates gradients in fp32 by DeepSpeed's own rule."""
-    gpus_per_rank: Execution[Positive | None] = None
-    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
-    GPUs than roles."""
+    gpus: Execution[Gpus | None] = None
+    """Its ranks' GPUs, numbered through all nodes, where the device is CUDA; none for those with the fewest other
+    roles on them."""
     activation_checkpointing: Execution[bool] = False
     """Recompute each block in the backward pass rather than keep its activations."""
 
@@ -190,10 +191,12 @@ class FrozenRole(Section):
     """A role that only scores."""
 
     num_ranks: Execution[PositiveInt] = 1
-    """Independent replicas; chunks of a batch go to them in turn."""
-    gpus_per_rank: Execution[Positive | None] = None
-    """GPUs of a rank (a fraction shares one), where the device is CUDA; none for one, or a share where there are fewer
-    GPUs than roles."""
+    """Replicas; chunks of a batch go to them in turn."""
+    zero_stage: Execution[Literal[0, 3]] = 0
+    """3 divides the model over the ranks instead, as ZeRO 3 does: for models too large for a GPU."""
+    gpus: Execution[Gpus | None] = None
+    """Its ranks' GPUs, numbered through all nodes, where the device is CUDA; none for those with the fewest other
+    roles on them."""
 
 
 class RolloutRole(Section):
@@ -203,8 +206,8 @@ class RolloutRole(Section):
     """Engines; chunks of a batch go to them in turn."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that one engine spreads over."""
-    gpus_per_rank: Execution[Positive | None] = None
-    """GPUs of an engine that spreads over none (a fraction shares one), where the device is CUDA; none as for ranks."""
+    gpus: Execution[Gpus | None] = None
+    """As of the other roles; of an engine that spreads, as many as it spreads over."""
     gpu_memory_utilization: Execution[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
     max_num_seqs: PositiveInt = 256
@@ -809,3 +812,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> str:
             raise UserError(f"--set {override}: {table} is a value, not a section; drop what follows it")
     raw[name] = value
     return ".".join(path)
+
+
+def can_sleep(zero_stage: int) -> bool:
+    """Whether a role that is trained can leave its GPUs to others: DeepSpeed moves the states of ZeRO 2 and 3 alone."""
+    return zero_stage >= 2

@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster import hardware
+from cluster.layout import Demand
 from rlhf_ray.config import Config, config_with
 from rlhf_ray.data.reward_function import is_function
 
 EMBEDDED = "local"
 """The address that stands for a Ray of the run's own, as it does for ray.init."""
 
-_ROLES = ("rollout", "policy", "value", "reference", "helpfulness", "safety")
-"""In the order in which roles get a GPU of their own where there are too few for all."""
-
 
 def settled(config: Config) -> Config:
     """The config with what depends on this machine and its environment written out; one that is settled stays as it is.
 
-    Device, precision, the cluster's address, and each rank's share of the GPUs of an embedded Ray.
+    Device, precision and the cluster's address.
     """
     device = config.run.device
     if device == "auto":
@@ -31,9 +29,7 @@ def settled(config: Config) -> Config:
     if precision == "auto":
         precision = "bf16" if device == "cuda" or hardware.cpu().has_bf16 else "fp32"
     address = config.cluster.address or ray_address() or EMBEDDED
-    gpus = hardware.count_gpus() if device == "cuda" and address == EMBEDDED else None
-    shares = {f"roles.{role}.gpus_per_rank": share for role, share in gpu_shares(config, gpus).items()}
-    return config_with(config, {"run.device": device, "run.precision": precision, "cluster.address": address, **shares})
+    return config_with(config, {"run.device": device, "run.precision": precision, "cluster.address": address})
 
 
 def ray_address() -> str | None:
@@ -47,30 +43,15 @@ def is_cpu_build() -> bool:
     return importlib.metadata.version("torch").endswith("+cpu")
 
 
-def gpu_shares(config: Config, gpus: int | None) -> dict[str, float]:
-    """GPUs of a rank of each role: what the config says, else a whole one, or a share where there are too few.
-
-    The ranks of a trained role never share (NCCL takes one of a communicator on a GPU only), nor do the engines. Of the
-    roles of one rank the first get a GPU each as long as there are enough, and the others meet on the last. Rewards
-    that are functions hold no model and take none.
-
-    Args:
-        gpus: GPUs of the machine; None where they are not known, or there are none.
-    """
-    settings: dict[str, Any] = {role: getattr(config.roles, role) for role in _ROLES}
-    held = on_device(config, _ROLES)
-    given = {role: each.gpus_per_rank for role, each in settings.items() if each.gpus_per_rank is not None}
-    shares = dict.fromkeys(_ROLES, 1.0) | given
-    single = [role for role in held if role not in given and _num_gpus(settings[role]) == 1]
-    taken = sum(_num_gpus(settings[role]) * shares[role] for role in held if role not in single)
-    if gpus is None or not single:
-        return shares
-    left = gpus - int(-(-taken // 1))
-    if 1 <= left < len(single):
-        together = single[left - 1 :]
-        # Rounded down, so that the shares add up to one GPU at most.
-        shares |= dict.fromkeys(together, int(100 / len(together)) / 100)
-    return shares
+def demands(config: Config, roles: Sequence[str]) -> list[Demand]:
+    """What each role asks for, with settled device. Rewards that are functions hold no model, and take no GPU."""
+    held = on_device(config, roles) if config.run.device == "cuda" else []
+    found = []
+    for role in roles:
+        settings: Any = getattr(config.roles, role)
+        size = getattr(settings, "tensor_parallel_size", 1) if role in held else 0
+        found.append(Demand(role, settings.num_ranks, size, (settings.gpus or ()) if role in held else ()))
+    return found
 
 
 def on_device(config: Config, roles: Sequence[str]) -> list[str]:
@@ -81,11 +62,6 @@ def on_device(config: Config, roles: Sequence[str]) -> list[str]:
     inputs, rounds = config.inputs, config.rounds
     refereed = not is_function(inputs.referee) if inputs.referee else rounds is not None and rounds.referee
     return [r for r in roles if not is_function(getattr(inputs, r, "")) or (r == "helpfulness" and refereed)]
-
-
-def _num_gpus(role: Any) -> int:
-    """Whole GPUs that a role takes at a share of 1."""
-    return int(role.num_ranks * getattr(role, "tensor_parallel_size", 1))
 
 
 def machine_facts(config: Config) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_failures_of_a_run_are_one_line(call, config, tmp_path, monkeypatch):
 
 
 def test_failures_of_workers_are_told_by_their_cause(monkeypatch):
-    from cluster.placement import PlacementError
+    from cluster.layout import PlacementError
     from cluster.worker_group import WorkerError
     from rlhf_ray.recipe import run
 

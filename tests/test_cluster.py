@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from seats import launch_alone, seated
 
-from cluster.placement import PlacementError, reserve
+from cluster.layout import PlacementError
+from cluster.placement import cluster_nodes
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerError, WorkerGroup, collect
 from rlhf_ray.config import parse_config
@@ -114,11 +116,11 @@ def ray_session() -> Iterator[None]:
 
 
 def launch(num_ranks: int = 2, *, role: str = "policy", cpus: float = 0.1, timeout_s: float = 60) -> WorkerGroup:
-    return WorkerGroup.launch(
+    return launch_alone(
         Rank,
         role=role,
         num_ranks=num_ranks,
-        resources={"CPU": cpus},
+        cpus=cpus,
         env={"COLOUR": "teal", **ENV},
         rendezvous=True,
         start_timeout_s=30,
@@ -165,7 +167,7 @@ def test_ranks_are_processes_of_their_own_with_a_common_rendezvous(group: Worker
 def test_ranks_on_cpu_take_memory_from_rays_jemalloc(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = worker_environment(threads=1, on_gpu=False)
     assert environment["LD_PRELOAD"].endswith("libjemalloc.so")
-    group = WorkerGroup.launch(Rank, role="policy", resources={"CPU": 0.1}, env=environment | ENV)
+    group = launch_alone(Rank, role="policy", env=environment | ENV)
     assert group.call(Rank.maps, environment["LD_PRELOAD"]) == [True]
     # Nobody to meet, and a library that finds these would look for others.
     assert group.call(Rank.environment, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") == [[None] * 4]
@@ -317,25 +319,25 @@ with session(num_cpus=1):
 )
 def test_a_rank_whose_constructor_fails_is_named_and_frees_its_place(role: str, what: str) -> None:
     with pytest.raises(WorkerError, match=f"{role} rank 0 failed in ready at start-up: {what.replace('|', '.')}"):
-        WorkerGroup.launch(Stillborn, role=role, resources={"CPU": 3}, env=ENV, start_timeout_s=30)
+        launch_alone(Stillborn, role=role, cpus=3, env=ENV, start_timeout_s=30)
     wait_for_cpus(CPUS - 0.2)  # the shared group keeps two tenths
 
 
 def test_placement_that_can_never_fit_fails_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(PlacementError, match=r"reference: 3 ranks need 6 CPU, the cluster has 4"):
-        reserve([{"CPU": 2.0}] * 3, role="reference")
-    with pytest.raises(PlacementError, match=r"rollout: 1 ranks need 64 GPU, the cluster has \d+"):
-        reserve([{"CPU": 0.1, "GPU": 64.0}], role="rollout")
+    with pytest.raises(PlacementError, match="reference: rank 2 of 3 has no place: the CPUs of 1 nodes take 2 ranks"):
+        seated("reference", 3, cpus=2.0)
+    with pytest.raises(PlacementError, match="rollout: rank 0 of 1 has no place: each rank of a role needs 64 GPUs of"):
+        seated("rollout", gpus=64)
     assert time.monotonic() - start < 2
 
 
-def test_a_rank_too_large_for_any_node_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": float(CPUS)}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+def test_nodes_that_have_gone_have_no_seats(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}, "NodeID": "b", "NodeManagerAddress": "10.0.0.2"}
+    nodes = [*ray.nodes(), gone]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
-    with pytest.raises(PlacementError, match="reference: a rank needs 5 CPU, the largest node has 4"):
-        reserve([{"CPU": 5.0}], role="reference")
+    [host] = cluster_nodes(cpus_per_rank=0.5)
+    assert (host.ranks, host.node_id) == (2 * CPUS, ray.get_runtime_context().get_node_id())
 
 
 def test_busy_placement_ends_at_its_deadline_and_is_taken_back() -> None:
@@ -343,9 +345,9 @@ def test_busy_placement_ends_at_its_deadline_and_is_taken_back() -> None:
     start = time.monotonic()
     with pytest.raises(
         PlacementError,
-        match=r"value: no place for 1 ranks after 2 s: needs 2 CPU, 0 GPU; free now 0\.\d+ CPU",
+        match=r"value: no place after 2 s: 2 CPU, 0 GPU are needed; free now 0\.\d+ CPU",
     ):
-        reserve([{"CPU": 2.0}], role="value", timeout_s=2.0)
+        seated("value", cpus=2.0, timeout_s=2.0)
     assert 2 <= time.monotonic() - start < 10
     holder.stop()
     # The request does not come to life once there is room: all is free but what the shared group holds.
@@ -371,10 +373,13 @@ def wait_for_cpus(amount: float, seconds: float = 10.0) -> None:
 
 SESSION_SCRIPT = """
 import json, os, sys, time
+from cluster.layout import Demand, lay_out
+from cluster.placement import cluster_nodes, reserve
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerGroup
 with session(num_cpus=1):
-    group = WorkerGroup.launch(Worker, role="policy", num_ranks=2, resources={"CPU": 0.1}, env={})
+    place = reserve(lay_out([Demand("policy", 2)], cluster_nodes(cpus_per_rank=0.1)), cpus_per_rank=0.1)
+    group = WorkerGroup.launch(Worker, place, role="policy", env={})
     import psutil
     print(json.dumps([p.pid for p in psutil.Process().children(recursive=True)]), flush=True)
     if sys.argv[1] == "hang":
@@ -409,10 +414,13 @@ def test_nothing_is_left_running_after_a_session(end: str) -> None:
 
 DEATH_SCRIPT = """
 import os, time
+from cluster.layout import Demand, lay_out
+from cluster.placement import cluster_nodes, reserve
 from cluster.session import session
 from cluster.worker_group import Worker, WorkerError, WorkerGroup
 with session(num_cpus=1):
-    group = WorkerGroup.launch(Worker, role="policy", num_ranks=2, resources={"CPU": 0.1}, env={})
+    place = reserve(lay_out([Demand("policy", 2)], cluster_nodes(cpus_per_rank=0.1)), cpus_per_rank=0.1)
+    group = WorkerGroup.launch(Worker, place, role="policy", env={})
     os.kill(group.pids[1], 9)
     try:
         group.call(Worker.peak_memory_gib, step="ppo step 3")
@@ -431,7 +439,7 @@ def test_a_death_is_reported_in_one_line() -> None:
 
 def test_cluster_imports_no_torch() -> None:
     code = (
-        "import sys, cluster.jobs, cluster.placement, cluster.session, cluster.worker_group\n"
+        "import sys, cluster.jobs, cluster.layout, cluster.plan, cluster.placement, cluster.worker_group\n"
         "print([m for m in ('torch', 'model', 'rlhf_ray') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -456,5 +464,5 @@ def test_a_process_that_ends_before_it_is_up_is_told_at_once(env: dict[str, str]
     start = time.monotonic()
     env = {name: value.replace("HERE", str(tmp_path)) for name, value in env.items()}
     with pytest.raises(WorkerError, match=f"value rank 0 failed in ready at start-up: {what}"):
-        WorkerGroup.launch(Rank, role="value", resources={"CPU": 0.1}, env=env, start_timeout_s=120)
+        launch_alone(Rank, role="value", env=env, start_timeout_s=120)
     assert time.monotonic() - start < 60

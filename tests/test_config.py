@@ -125,9 +125,9 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
             "the default, 0.1",
         ),
         (
-            "roles.rollout.gpus_per_rank=-1",
-            '--set: roles.rollout.gpus_per_rank=-1 must be greater than 0, or "none"; correct it, or leave it '
-            "out for the default, none",
+            "roles.rollout.max_num_seqs=-1",
+            "--set: roles.rollout.max_num_seqs=-1 must be greater than 0; correct it, or leave it out for the default, "
+            "256",
         ),
         ("run.precision=bf61", "--set: run.precision='bf61' must be 'auto', 'bf16' or 'fp32'; did you mean bf16?"),
         ("run.stages=sft", "--set: run.stages='sft' must be a list, for example [\"sft\"]"),

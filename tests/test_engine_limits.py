@@ -9,7 +9,7 @@ import pytest
 from tiny_inputs import write_checkpoint, write_tokenizer
 
 from model.config import PRESETS
-from rlhf_ray.backends import engine_limits, vllm
+from rlhf_ray.backends import engine_limits, rollout
 from rlhf_ray.backends.engine_limits import CPU_HEAD_SIZES, GIB, check_engine, kv_cache_bytes
 from rlhf_ray.config import RolloutRole, parse_config
 from rlhf_ray.errors import UserError
@@ -174,7 +174,7 @@ def test_a_scrambled_tensor_is_another_in_every_row():
     import torch
 
     for tensor in (torch.zeros(6, 3), torch.ones(4), torch.full((6, 2, 2), 0.5, dtype=torch.bfloat16)):
-        scrambled = vllm.scramble(tensor)
+        scrambled = rollout.scramble(tensor)
         assert scrambled.dtype == tensor.dtype and scrambled.shape == tensor.shape
     # Row r becomes -16 x row + (r mod 5 - 2) / 8.
-    assert vllm.scramble(torch.ones(6, 1)).flatten().tolist() == [-16.25, -16.125, -16, -15.875, -15.75, -16.25]
+    assert rollout.scramble(torch.ones(6, 1)).flatten().tolist() == [-16.25, -16.125, -16, -15.875, -15.75, -16.25]

@@ -29,8 +29,8 @@ print(repr(worker.chat(question, seed=0, temperature=1.0, max_new_tokens=4)))
 MANY = """
 import sys
 from model.checkpoint_files import read_config
-from rlhf_ray.backends.vllm import Engine
-engine = Engine(sys.argv[1], read_config(sys.argv[1]), precision="fp32", max_num_seqs=256, num_ids=300)
+from rlhf_ray.backends.rollout import RolloutEngine
+engine = RolloutEngine(sys.argv[1], read_config(sys.argv[1]), precision="fp32", max_num_seqs=256, num_ids=300)
 prompts = [[5] * 40] * 300
 made = engine.generate(prompts, seeds=range(300), temperature=1.0, max_new_tokens=2, end_ids=[])
 print(sum(len(each.tokens) for each in made))

@@ -1,4 +1,4 @@
-"""What a config leaves to the machine, settled: device, precision, cluster, shares of GPUs."""
+"""What a config leaves to the machine, settled: device, precision, cluster; and who asks for GPUs."""
 
 import json
 
@@ -6,13 +6,13 @@ import pytest
 
 from cluster import hardware
 from cluster.hardware import Cpu
+from cluster.layout import Demand
 from rlhf_ray import machine
 from rlhf_ray.cli.main import main
 from rlhf_ray.config import parse_config
-from rlhf_ray.machine import gpu_shares, machine_facts, on_device, opening_lines, settled
+from rlhf_ray.machine import demands, machine_facts, on_device, opening_lines, settled
 
 OLD = Cpu(name="Old CPU", vectors="avx2", has_bf16=False)
-OTHERS = ("rollout", "value", "reference", "helpfulness", "safety")
 NEW = Cpu(name="New CPU", vectors="avx512", has_bf16=True)
 
 
@@ -65,36 +65,19 @@ def test_the_cluster_is_the_configs_or_that_of_ray_address(monkeypatch):
     assert opening_lines(settled(parse_config({})))[0].endswith("; a Ray of its own")
 
 
-@pytest.mark.parametrize(
-    ("roles", "gpus", "shares"),
-    [
-        ({}, 6, {}),
-        ({}, 5, {"helpfulness": 0.5, "safety": 0.5}),
-        ({}, 3, {"value": 0.25, "reference": 0.25, "helpfulness": 0.25, "safety": 0.25}),
-        ({}, 1, dict.fromkeys(("policy", *OTHERS), 0.16)),
-        # Two ranks keep a GPU each, the five others have the third.
-        ({"policy": {"num_ranks": 2}}, 3, dict.fromkeys(OTHERS, 0.2)),
-        # What is given stays: half a GPU, which leaves one of two.
-        ({"policy": {"gpus_per_rank": 0.5}}, 2, {"policy": 0.5, **dict.fromkeys(OTHERS, 0.2)}),
-        ({"policy": {"num_ranks": 4}}, 4, {}),  # no place for the others, which preflight tells
-    ],
-)
-def test_roles_share_gpus_where_there_are_too_few(roles, gpus, shares):
-    found = gpu_shares(parse_config({"roles": roles}), gpus)
-    assert {role: share for role, share in found.items() if share != 1.0} == shares
-
-
-def test_rewards_that_are_functions_leave_the_gpus_to_models():
-    functions = {"inputs": {"helpfulness": "my_rewards:words", "safety": "my_rewards:safe"}}
-    assert set(gpu_shares(parse_config(functions), 4).values()) == {1.0}  # policy, value, reference, rollout
-    shares = gpu_shares(parse_config(functions), 3)
-    assert (shares["policy"], shares["value"], shares["reference"]) == (1.0, 0.5, 0.5)
-
-
-def test_a_cluster_gives_every_rank_a_gpu(computer):
-    computer(OLD, 1)
-    assert settled(parse_config({})).roles.policy.gpus_per_rank == 0.16
-    assert settled(parse_config({"cluster": {"address": "auto"}})).roles.policy.gpus_per_rank == 1.0
+def test_roles_ask_for_gpus_where_they_hold_a_model_and_the_device_has_some():
+    given = {"inputs": {"helpfulness": "my_rewards:words"}, "roles": {"rollout": {"tensor_parallel_size": 2}}}
+    given["roles"]["policy"] = {"num_ranks": 2, "gpus": [4, 5]}
+    roles = ("policy", "helpfulness", "safety", "rollout")
+    on_gpu = settled(parse_config({**given, "run": {"device": "cuda"}}))
+    assert demands(on_gpu, roles) == [
+        Demand("policy", 2, 1, (4, 5)),
+        Demand("helpfulness", 1, 0),
+        Demand("safety", 1, 1),
+        Demand("rollout", 1, 2),
+    ]
+    on_cpu = settled(parse_config({**given, "run": {"device": "cpu"}}))
+    assert demands(on_cpu, roles) == [Demand(role, 2 if role == "policy" else 1, 0) for role in roles]
 
 
 def test_the_opening_line_names_arithmetic_and_cpu_and_a_warning_the_factor(computer):

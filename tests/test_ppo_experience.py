@@ -13,7 +13,7 @@ from cluster.session import session
 from cluster.worker_group import WorkerError, collect
 from model.checkpoint import save_checkpoint
 from model.llama import Llama
-from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.train import NonFiniteError
 from rlhf_ray.config import PPOSection
 from rlhf_ray.recipe.ppo import experience_settings, scoring_settings, update_settings
 from rlhf_ray.records import Rollouts, StaleRolloutsError, WeightVersion

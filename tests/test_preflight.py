@@ -167,12 +167,15 @@ def test_gpus_are_counted(tmp_path, gpus):
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line == "run.device='cuda': this machine has no NVIDIA GPU; set run.device=cpu or cluster.address"
     gpus(2)
-    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"num_ranks": 2, "gpus_per_rank": 1.0}}
+    roles = {"policy": {"num_ranks": 2}, "helpfulness": {"num_ranks": 3}}
     on_gpu = config(run={"device": "auto"}, roles=roles)
     stages = ("testbed", "tokenizer", "pretrain", "sft", "pairs", "label", "reward")
     line = complaint(on_gpu, tmp_path / "new", *stages)
-    assert line.startswith("roles ask for 3 GPUs (helpfulness 2, safety 1), this machine has 2")
-    check_run(on_gpu, tmp_path / "new", stages[:3])  # each stage has all GPUs: roles that it does not use are ended
+    assert line == (
+        "helpfulness: rank 2 of 3 has no place: each rank of a role needs a GPU without another of its ranks, on "
+        "1 node of 2 GPUs; lower num_ranks, or give cluster.address of a larger cluster"
+    )
+    check_run(on_gpu, tmp_path / "new", stages[:3])  # roles that a stage does not use have no seats in it
     fewer = config(run={"device": "auto"}, roles=roles, stage_roles={"reward": {"helpfulness": {"num_ranks": 1}}})
     check_run(fewer, tmp_path / "new", stages)
 
@@ -180,21 +183,16 @@ def test_gpus_are_counted(tmp_path, gpus):
 def test_only_models_that_a_stage_starts_take_gpus(gpus):
     gpus(1)
 
-    def settled_with(inputs):
+    def check(stages, **inputs):
         given = {"run": {"device": "auto"}, "inputs": inputs, "roles": {"safety": {"num_ranks": 2}}}
-        return machine.settled(config(**given))
+        preflight.check_ranks(machine.settled(config(**given)), stages)
 
-    def needed(stages, **inputs):
-        with pytest.raises(UserError) as raised:
-            preflight.check_ranks(settled_with(inputs), stages)
-        return str(raised.value).partition("(")[2].partition(")")[0]
-
-    assert needed(["reward"]) == "helpfulness 1, safety 2"
-    assert needed(["reward"], helpfulness="models/help") == "safety 2"
-    preflight.check_ranks(settled_with({"safety": "m:f"}), ["reward"])
-    everything = "helpfulness 1, policy 1, reference 1, rollout 1, safety 2, value 1"
-    assert needed(["ppo"], helpfulness="models/help", safety="models/safe") == everything
-    preflight.check_ranks(settled_with({"helpfulness": "m:f", "safety": "m:g"}), ["ppo"])  # the four others share it
+    with pytest.raises(UserError, match="safety: rank 1 of 2 has no place"):
+        check(["reward"])
+    check(["reward"], safety="m:f")
+    with pytest.raises(UserError, match="safety: rank 1 of 2 has no place"):
+        check(["ppo"], helpfulness="models/help", safety="models/safe")
+    check(["ppo"], helpfulness="m:f", safety="m:g")  # the four others share it
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -203,20 +201,16 @@ def test_roles_of_one_rank_share_what_gpus_there_are(tmp_path, gpus, number):
     check_run(config(run={"device": "auto"}), tmp_path / "new")
 
 
-def test_shares_of_gpus_that_cannot_be(tmp_path, gpus, monkeypatch):
+def test_gpus_that_cannot_be(tmp_path, gpus, monkeypatch):
     gpus(8)
-    on_gpu = config(run={"device": "cuda"}, roles={"helpfulness": {"gpus_per_rank": 1.5}})
-    assert complaint(on_gpu, tmp_path / "new") == (
-        "roles.helpfulness.gpus_per_rank=1.5 must be a whole number, or at most 1: a fraction shares one GPU; "
-        "set it to 1"
-    )
-    on_gpu = config(run={"device": "cuda"}, roles={"policy": {"gpus_per_rank": 0.5, "num_ranks": 2}})
-    assert complaint(on_gpu, tmp_path / "new") == (
-        "roles.policy.gpus_per_rank=0.5 must be above 0.5 with roles.policy.num_ranks=2: two ranks of a trained role "
-        "would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
-    )
-    frozen = {"reference": {"gpus_per_rank": 0.5, "num_ranks": 2}}
-    check_run(config(run={"device": "cuda"}, roles=frozen), tmp_path / "new")
+    for given, line in (
+        ({"policy": {"num_ranks": 2, "gpus": [3]}}, "policy: gpus=[3] must be 2 numbers: 2 ranks of 1; "),
+        ({"policy": {"num_ranks": 2, "gpus": [3, 3]}}, "policy: two of its ranks would meet on a GPU of gpus=[3, 3]; "),
+        ({"value": {"gpus": [8]}}, "value: there is no GPU 8: they number from 0 to 7; "),
+    ):
+        said = complaint(config(run={"device": "cuda"}, roles=given), tmp_path / "new")
+        assert said.startswith(line) and said.endswith("; lower num_ranks, or give cluster.address of a larger cluster")
+    check_run(config(run={"device": "cuda"}, roles={"policy": {"num_ranks": 2, "gpus": [3, 5]}}), tmp_path / "new")
     monkeypatch.setattr(machine, "is_cpu_build", lambda: True)
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line.startswith("run.device='cuda': the torch installed here is built for CPUs; ")

@@ -107,13 +107,14 @@ def test_a_worker_that_dies_while_it_starts_is_started_once_more(
     launched: list[str] = []
     roles = Roles(parse_config({"run": {"device": "cpu"}}))
 
-    def launch(role: str) -> SimpleNamespace:
+    def launch(role: str, place: None) -> SimpleNamespace:
         launched.append(role)
         if role == "value" and launched.count(role) == 1:
             raise failure(ActorDiedError(), step=START_UP, role=role)
         return SimpleNamespace(role=role, condition=lambda: "idle")
 
     monkeypatch.setattr(roles, "_launch", launch)
+    monkeypatch.setattr(roles, "_take_place", lambda: None)
     context = SimpleNamespace(run=RunDir(tmp_path), roles=roles, work_at=lambda name, config, roles: None)
     step = context.run.step("ppo", {})
     step.begin()

@@ -145,7 +145,7 @@ def test_a_kill_while_an_extension_is_built_does_not_hang_the_next_start(tmp_pat
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()  # what torch's builder leaves when it is killed
     code = (
-        "import torch; from rlhf_ray.backends.deepspeed import init_distributed; "
+        "import torch; from rlhf_ray.backends.train import init_distributed; "
         "init_distributed(torch.device('cpu')); print(torch.distributed.get_world_size())"
     )
     rendezvous = {

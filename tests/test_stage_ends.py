@@ -77,9 +77,23 @@ class Roles(dict[str, Group]):
         roles = ("policy", "value", "reference", "helpfulness", "safety", "rollout")
         super().__init__({name: Group(checkpoint) for name in roles})
 
-    def work_together(self, *roles: Any, **options: Any) -> None: ...
+    engines_forgot = False
 
-    start = resize = work_together
+    def make_resident(self, *roles: Any, **options: Any) -> None: ...
+
+    start = lay_out = make_resident
+
+    def turns(self, *roles: str) -> list[tuple[str, ...]]:
+        return [roles]
+
+    def can_overlap(self, role: str, others: Any) -> bool:
+        return False
+
+    def shares_gpus(self, role: str) -> bool:
+        return False
+
+    def frozen(self, role: str) -> dict[str, Any]:
+        return {}
 
     def begin_training(self, role: str, **options: Any) -> list[None]:
         return []

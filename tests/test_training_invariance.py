@@ -32,7 +32,7 @@ from training_world import (
 
 from cluster.session import session
 from model.llama import Llama
-from rlhf_ray.backends.deepspeed import learning_rate_scale
+from rlhf_ray.backends.train import learning_rate_scale
 from rlhf_ray.data.batching import epoch_rows
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker

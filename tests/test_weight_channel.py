@@ -25,7 +25,7 @@ from model.checkpoint import iterate_tensors, save_checkpoint
 from model.checkpoint_files import read_config
 from model.config import ModelConfig
 from model.llama import Head, Llama
-from rlhf_ray.backends import vllm
+from rlhf_ray.backends import rollout as vllm_engine
 from rlhf_ray.backends.engine_limits import CPU_BLOCK, kv_cache_bytes
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.config import Config, parse_config
@@ -141,25 +141,25 @@ class UnpluggableRollout(RolloutWorker):
 
     def lose(self, lost: str, how: str) -> None:
         """From now on `lost` does not arrive, or is taken and the engine computes with what it had before."""
-        whole = self._whole = getattr(self, "_whole", vllm._take_weights)
+        whole = self._whole = getattr(self, "_whole", vllm_engine._take_weights)
 
         def take(worker: Any, bucket: Any, *, scrambled: bool, **options: Any) -> None:
-            one = vllm._for_engine
+            one = vllm_engine._for_engine
 
             def losing(weights: Any, **settings: Any) -> Iterator[tuple[str, Tensor]]:
                 for name, tensor in one(weights, **settings):
                     if name != lost or scrambled:
                         yield name, tensor
                     elif how == "stays scrambled":
-                        yield name, vllm.scramble(tensor)
+                        yield name, vllm_engine.scramble(tensor)
 
-            vllm._for_engine = losing
+            vllm_engine._for_engine = losing
             try:
                 whole(worker, bucket, scrambled=scrambled, **options)
             finally:
-                vllm._for_engine = one
+                vllm_engine._for_engine = one
 
-        vllm._take_weights = take if lost else whole
+        vllm_engine._take_weights = take if lost else whole
 
     def facts(self) -> dict[str, Any]:
         """What the engine is and where it runs."""

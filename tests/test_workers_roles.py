@@ -1,51 +1,266 @@
-"""Who of a run's roles gets which resources, and how many threads."""
+"""Who of a run's roles sits where, who is awake when, and with how many threads."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.layout import Host, lay_out
+from cluster.placement import Place
+from cluster.worker_group import Worker
 from rlhf_ray.config import parse_config
+from rlhf_ray.machine import demands
+from rlhf_ray.recipe import engines, ppo
+from rlhf_ray.recipe.scoring import SCORING_ROLES, ScoringSettings, score
+from rlhf_ray.workers import roles as roles_module
 from rlhf_ray.workers.roles import Roles, WorkerGroup
+from rlhf_ray.workers.rollout import RolloutWorker
+
+EVERYONE = ("rollout", *SCORING_ROLES)
+
+
+class Cluster:
+    """Roles on GPUs that are not there: notes who is called, in order, and what each was launched with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, gpus: int):
+        self.calls: list[tuple[str, str]] = []
+        self.threads: dict[str, int] = {}
+        self.freed = 0
+        self._gpus = gpus
+        monkeypatch.setattr(roles_module, "cluster_nodes", lambda cpus_per_rank: [Host(gpus=self._gpus)])
+        monkeypatch.setattr(roles_module, "reserve", self._reserve)
+        monkeypatch.setattr(WorkerGroup, "launch", self._launch)
+        for module in (roles_module, engines, ppo):
+            monkeypatch.setattr(module, "collect", lambda calls, **_: [call.result for call in calls])
+        monkeypatch.setattr("rlhf_ray.recipe.scoring.collect", lambda calls, **_: [call.result for call in calls])
+
+    def _reserve(self, layout: Any, **_: Any) -> Any:
+        def free() -> None:
+            self.freed += 1
+
+        return SimpleNamespace(layout=layout, is_whole=lambda: True, free=free)
+
+    def _launch(self, worker: Any, place: Place, *, role: str, **options: Any) -> Any:
+        seats = place.layout.of(role)
+
+        def submit_one(rank: int, method: Any, *args: Any, **more: Any) -> Any:
+            if rank == 0:
+                self.calls.append((role, method.__name__))
+            return SimpleNamespace(role=role, result={}, data=(None,) * 9)
+
+        def submit(method: Any, *args: Any, **more: Any) -> list[Any]:
+            return [submit_one(rank, method) for rank in range(len(seats))]
+
+        def call(method: Any, *args: Any, **more: Any) -> list[Any]:
+            if method.__name__ == "set_threads":
+                self.threads[role] = args[0]
+                return []
+            return [made.result for made in submit(method)]
+
+        return SimpleNamespace(
+            role=role, num_ranks=len(seats), call=call, submit=submit, submit_one=submit_one, stop=lambda: None
+        )
+
+    def roles(self, **settings: Any) -> Roles:
+        config = parse_config({"run": {"device": "cuda"}, **settings})
+        return Roles(config, EVERYONE)
+
+    def slept(self) -> list[str]:
+        """What has been said of sleeping and waking since it was last asked for, as "policy sleeps"."""
+        words = {Worker.sleep.__name__: "sleeps", Worker.wake.__name__: "wakes"}
+        said = [f"{role} {words[method]}" for role, method in self.calls if method in words]
+        self.calls.clear()
+        return said
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """{role: what it was launched with, and the threads it was told}"""
-    seen: dict[str, Any] = {}
-
-    def launch(worker: Any, *, role: str, num_ranks: int, resources: Any, **options: Any) -> Any:
-        seen[role] = {**resources, "ranks": num_ranks}
-
-        def call(method: Any, threads: int, **more: Any) -> None:
-            seen[role]["threads"] = threads
-
-        return SimpleNamespace(role=role, num_ranks=num_ranks, call=call)
-
-    monkeypatch.setattr(WorkerGroup, "launch", launch)
-    return seen
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Cluster]:
+    return lambda gpus: Cluster(monkeypatch, gpus=gpus)
 
 
-def test_a_reward_that_is_a_function_takes_no_gpu(launched: dict[str, Any]) -> None:
+def test_on_gpus_of_their_own_roles_never_sleep(cluster: Any) -> None:
+    made = cluster(6)
+    roles = made.roles()
+    assert roles.turns(*SCORING_ROLES) == [SCORING_ROLES]
+    assert roles.can_overlap("rollout", SCORING_ROLES) and not roles.shares_gpus("policy") and roles.num_gpus == 6
+    for resident in (EVERYONE, ("rollout",), ("policy", "value"), ("rollout",)):
+        roles.make_resident(*resident)
+    assert made.slept() == []
+
+
+def test_roles_on_one_gpu_take_turns(cluster: Any) -> None:
+    made = cluster(1)
+    roles = made.roles()
+    assert roles.turns("reference", "policy", "value") == [("reference",), ("policy",), ("value",)]
+    assert not roles.can_overlap("rollout", ["reference"]) and roles.shares_gpus("rollout") and roles.num_gpus == 1
+    roles.start(*EVERYONE)
+    roles.make_resident("rollout")
+    assert made.slept() == [f"{role} sleeps" for role in SCORING_ROLES]
+    assert not roles.engines_forgot
+    roles.make_resident("policy")
+    assert made.slept() == ["rollout sleeps", "policy wakes"] and roles.engines_forgot
+    roles.make_resident("policy", "rollout")  # to send weights
+    assert made.slept() == ["rollout wakes"]
+    roles.make_resident("rollout")
+    assert made.slept() == ["policy sleeps"]
+    roles.make_resident("rollout")
+    assert made.slept() == []
+
+
+def test_of_six_roles_on_two_gpus_those_apart_work_at_the_same_time(cluster: Any) -> None:
+    made = cluster(2)
+    roles = made.roles()
+    # rollout, value, helpfulness on one; policy, reference, safety on the other
+    assert roles.turns("reference", "helpfulness", "safety", "policy", "value") == [
+        ("reference", "helpfulness"),
+        ("safety", "value"),
+        ("policy",),
+    ]
+    assert not roles.can_overlap("rollout", SCORING_ROLES)
+    assert roles.can_overlap("rollout", ["policy", "reference"])
+
+
+def test_an_iteration_of_ppo_on_one_gpu(cluster: Any) -> None:
+    """Generate, score in turns, update in turns, send the weights: each role wakes as seldom as can be."""
+    made = cluster(1)
+    roles = made.roles()
+    roles.start(*EVERYONE)
+    roles.make_resident("policy", "rollout")
+    roles.make_resident("rollout")
+    made.calls.clear()
+    rollouts = engines.generate(roles, prompts(), num_chunks=1, seed=(0, 0), temperature=1.0, max_new_tokens=4)
+    scoring = ScoringSettings(temperature=1.0, micro_batch_tokens=64, safety_threshold=0.15)
+    score(roles, scoring, rollouts)
+    section = parse_config({}).ppo
+    built = [SimpleNamespace(role="policy", result={}, data=(None,))]
+    ppo.update(roles, section.model_copy(update={"num_chunks": 1}), 0, built, seed=0)
+    engines.sync_weights(roles)
+    engines.ready_engines(roles)
+    order = [f"{role}.{method}" for role, method in made.calls]
+    assert order == [
+        "rollout.generate",
+        "rollout.sleep",
+        "reference.wake",
+        "reference.logprobs",
+        "reference.sleep",
+        "helpfulness.wake",
+        "helpfulness.score",
+        "helpfulness.sleep",
+        "safety.wake",
+        "safety.score",
+        "safety.sleep",
+        "policy.wake",
+        "policy.logprobs",
+        "policy.sleep",
+        "value.wake",
+        "value.values",
+        "value.train_value",
+        "value.sleep",
+        "policy.wake",
+        "policy.train_policy",
+        "rollout.wake",
+        "policy.export_weights",
+        "rollout.load_weights",
+        "policy.sleep",
+    ]
+
+
+def test_engines_that_slept_get_the_policys_weights_before_they_generate(cluster: Any) -> None:
+    made = cluster(1)
+    roles = made.roles()
+    roles.start(*EVERYONE)
+    roles.make_resident("rollout")
+    roles.make_resident("reference")
+    made.calls.clear()
+    engines.ready_engines(roles)
+    assert [f"{role}.{method}" for role, method in made.calls][-4:] == [
+        "rollout.wake",
+        "policy.export_weights",
+        "rollout.load_weights",
+        "policy.sleep",
+    ]
+    made.calls.clear()
+    engines.ready_engines(roles)
+    assert made.calls == []
+
+
+def test_a_layout_of_other_sizes_ends_all_roles_and_one_of_the_same_none(cluster: Any) -> None:
+    made = cluster(8)
+    roles = made.roles()
+    roles.start("policy")
+    same = parse_config({"run": {"device": "cuda"}, "ppo": {"num_steps": 3}})
+    roles.lay_out(same, EVERYONE)
+    assert list(roles._groups) == ["policy"] and made.freed == 0
+    roles.lay_out(parse_config({"run": {"device": "cuda"}, "roles": {"value": {"num_ranks": 2}}}), EVERYONE)
+    assert list(roles._groups) == [] and made.freed == 1
+    roles.start("value")
+    roles.lay_out(same, ("policy",))  # the next stage has all GPUs for its own roles
+    assert list(roles._groups) == [] and made.freed == 2
+
+
+def test_a_reward_that_is_a_function_sits_on_no_gpu() -> None:
     given = {"helpfulness": "my_rewards:words", "safety": "models/safety"}
-    roles = Roles(parse_config({"run": {"device": "cuda"}, "inputs": given}))
-    roles.start("helpfulness", "safety", "policy", "rollout")
-    assert {role: with_.get("GPU") for role, with_ in launched.items()} == {
-        "helpfulness": None,
-        "safety": 1.0,
-        "policy": 1.0,
-        "rollout": 1.0,
+    config = parse_config({"run": {"device": "cuda"}, "inputs": given})
+    layout = lay_out(demands(config, EVERYONE), [Host(gpus=8)])
+    assert {role: len(layout.of(role)[0].gpus) for role in EVERYONE} == {
+        **dict.fromkeys(EVERYONE, 1),
+        "helpfulness": 0,
     }
 
 
-def test_threads_are_divided_as_if_those_that_are_done_worked_along(launched: dict[str, Any]) -> None:
-    settings = {"run": {"device": "cpu"}, "cluster": {"cores": 12}, "roles": {"safety": {"num_ranks": 3}}}
-    roles = Roles(parse_config(settings))
-    roles.work_together("helpfulness", "safety")
-    assert {role: with_["threads"] for role, with_ in launched.items()} == {"helpfulness": 3, "safety": 3}
-    launched.clear()
-    roles = Roles(parse_config(settings))
-    roles.work_together("safety", among=("helpfulness", "safety"))
-    assert set(launched) == {"safety"} and launched["safety"]["threads"] == 3
-    roles.work_together("safety")
-    assert launched["safety"]["threads"] == 4  # 12 cores for 3 ranks
+def test_cores_are_divided_between_roles_that_work_at_the_same_time(cluster: Any) -> None:
+    made = cluster(0)
+    settings = {"cluster": {"cores": 12}, "roles": {"safety": {"num_ranks": 3}}}
+    roles = made.roles(run={"device": "cpu"}, **settings)
+    assert roles.turns("helpfulness", "safety") == [("helpfulness", "safety")]
+    assert not roles.can_overlap("rollout", ["policy"])
+    roles.make_resident("helpfulness", "safety")
+    assert made.threads == {"helpfulness": 3, "safety": 3}
+    roles.make_resident("safety")
+    assert made.threads["safety"] == 4  # 12 cores for 3 ranks
+    assert made.slept() == []
+
+
+class Engine:
+    """Notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.has_weights, self.asked = True, list[str]()
+
+    def sleep(self) -> None:
+        self.has_weights = False
+
+    def wake(self) -> None:
+        self.asked.append("wake")
+
+    def load_weights(self, buckets: Any, **_: Any) -> None:
+        self.has_weights = True
+
+
+def test_an_engine_that_wakes_reads_its_checkpoint_again_but_not_weights_of_a_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = RolloutWorker("rollout", 0, 1)
+    worker.wake()  # before there is an engine
+    worker._engine = engine = Engine()  # type: ignore[assignment]
+    read: list[str] = []
+    monkeypatch.setattr(worker, "load_checkpoint", lambda path: read.append(path))
+    worker._checkpoint = "models/chat"
+    worker.sleep()
+    worker.wake()
+    assert read == ["models/chat"] and engine.asked == ["wake"]
+    engine.has_weights = True
+    worker.wake()  # did not sleep, as on CPU
+    worker.load_weights([])
+    engine.has_weights = False
+    worker.wake()
+    assert read == ["models/chat"]
+
+
+def prompts() -> Any:
+    from rlhf_ray.records import PromptBatch
+
+    return PromptBatch(
+        tokens=((1, 2),), ids=("a",), messages=(({"role": "user", "content": "hi"},),), is_safety=(False,)
+    )

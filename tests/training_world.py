@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from seats import launch_alone
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -107,11 +108,10 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
 def launch(role: str, num_ranks: int, worker: type[TrainerWorker] = TrainingWorker) -> WorkerGroup:
     """A group with one compute thread a rank; its processes can import this module."""
     environment = worker_environment(threads=1, on_gpu=False)
-    return WorkerGroup.launch(
+    return launch_alone(
         worker,
         role=role,
         num_ranks=num_ranks,
-        resources={"CPU": 0.1},
         env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
         rendezvous=True,
         call_timeout_s=120,

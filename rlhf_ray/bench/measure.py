@@ -21,7 +21,7 @@ from model.checkpoint_files import expected_shapes, read_config
 from model.config import ModelConfig
 from rlhf_ray.bench.figures import Lap
 from rlhf_ray.bench.report import report
-from rlhf_ray.bench.workload import ROLES, SCORING, TRAINED, Workload
+from rlhf_ray.bench.workload import ROLES, TRAINED, Workload
 from rlhf_ray.data.batching import prompt_rows
 from rlhf_ray.data.prompts import random_prompts
 from rlhf_ray.errors import RunFailure
@@ -59,10 +59,10 @@ def run_bench(work: Workload) -> dict[str, Any]:
         with scratch_directory("rlhf-ray-bench-") as directory:
             context = Context(work.config, RunDir(directory), every_id=True)
             stack.callback(context.close)
+            context.work_at(f"bench {work.what}", work.config, ROLES[work.what])
             with doing(f"bench {work.what}", "making models, starting workers"):
                 inputs = make_inputs(context, work)
                 shapes = role_shapes(inputs, work)
-                context.roles.step = f"bench {work.what}"
                 context.roles.start(*ROLES[work.what])
                 repeat = PREPARE[work.what](context, inputs, work)
         laps = measure(context.roles, work, repeat)
@@ -114,7 +114,7 @@ def prepare_rollout(context: Context, inputs: Inputs, work: Workload) -> Repeat:
 
     def repeat(index: int) -> dict[str, float]:
         batch = prompts.select(prompt_rows(len(prompts), section.batch_size, seed=seed, step=index))
-        roles.work_together("rollout")
+        roles.make_resident("rollout")
         calls = generate(roles, batch, seed=(seed, index), **ppo.sampling(section))
         counts = collect(calls, timeout_s=roles.timeout_s, step=roles.step)
         return {"response/tokens_total": sum(count["response_tokens"] for count in counts)}
@@ -129,7 +129,6 @@ def prepare_score(context: Context, inputs: Inputs, work: Workload) -> Repeat:
     rollouts = given_rollouts(work)
 
     def repeat(index: int) -> dict[str, float]:
-        roles.work_together(*SCORING)
         scores = score(roles, ppo.scoring_settings(section), rollouts)
         built = ppo.build_experience(roles, section, rollouts, scores)
         collect([*itertools.chain(*scores.values()), *built], timeout_s=roles.timeout_s, step=roles.step)

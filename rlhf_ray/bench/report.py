@@ -1,6 +1,5 @@
 """The report of a benchmark: JSON for programs (docs/performance.md), a table for people."""
 
-import math
 import os
 import subprocess
 import time
@@ -16,13 +15,13 @@ from cluster.hardware import cpu
 from model.config import ModelConfig
 from model.flops import num_parameters, peak_flops, weight_bytes
 from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, utilisation
-from rlhf_ray.bench.workload import ROLES, Workload, model_flops
+from rlhf_ray.bench.workload import Workload, model_flops
 from rlhf_ray.run_state import package_versions
 
 
 def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], roles: Any) -> dict[str, Any]:
     """Everything that is known of the laps, as JSON values."""
-    seconds, device = spread([lap.seconds for lap in laps]), device_facts(work, roles.runtime.device)
+    seconds, device = spread([lap.seconds for lap in laps]), device_facts(work, roles)
     found: dict[str, Any] = {
         "benchmark": work.what,
         "model": {
@@ -69,17 +68,12 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
     }
 
 
-def device_facts(work: Workload, kind: str) -> dict[str, Any]:
+def device_facts(work: Workload, roles: Any) -> dict[str, Any]:
     """Kind, name and number of what the roles compute on; the name is that of the driver's machine."""
-    if kind == "cpu":
+    if roles.runtime.device == "cpu":
         return {"kind": "cpu", "name": str(cpu()), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
-    gpus = 0.0
-    for role in ROLES[work.what]:
-        settings: Any = getattr(work.config.roles, role)
-        size = settings.tensor_parallel_size if role == "rollout" else 1
-        gpus += settings.num_ranks * (size if size > 1 else settings.gpus_per_rank or 1.0)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
-    return {"kind": "cuda", "name": name, "count": math.ceil(gpus - 1e-6)}
+    return {"kind": "cuda", "name": name, "count": roles.num_gpus}
 
 
 def commit() -> str:

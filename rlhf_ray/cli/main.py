@@ -86,7 +86,7 @@ def _cluster_failures(goes_on: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     from cluster.deaths import why_dead
-    from cluster.placement import PlacementError
+    from cluster.layout import PlacementError
     from cluster.worker_group import WorkerError
     from rlhf_ray.recipe.remedies import what_helps
 
@@ -311,7 +311,7 @@ def plan(
         print(plan_json(made))
     else:
         print_plan(made)
-    return 0 if made.placement.fits else 1
+    return 0 if made.fits else 1
 
 
 def main() -> None:

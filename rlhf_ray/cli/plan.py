@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -151,62 +152,84 @@ def print_plan(plan: Plan) -> None:
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no edge to wrap at
     request = plan.request
+    placement = plan.placement
     table = Table(title=f"{request.stage}: GiB on each GPU of a role, when it needs most", box=SIMPLE_HEAD)
     table.add_column("role", no_wrap=True)
     for column in ("ranks", "GPUs", "ZeRO"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("when", no_wrap=True)
-    shown = [part for part in PARTS if any(getattr(each.memory, part) for each in plan.placement.roles)]
+    peaks = {each.role.name: each.option.peak for each in placement.placed}
+    shown = [part for part in PARTS if any(getattr(memory, part) for _, memory in peaks.values())]
     for part in shown:
         table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
-    for each in plan.placement.roles:
-        ranks, settings = each.option.num_ranks, each.option.settings
+    for role, (moment, memory) in peaks.items():
+        option = placement.options[role]
         table.add_row(
-            each.role,
-            str(ranks),
-            f"{ranks} x {each.gpu_share:g}",
-            str(settings.get(f"roles.{each.role}.zero_stage", "-")),
-            each.phase,
-            *(f"{getattr(each.memory, part) / GIB:.1f}" for part in shown),
-            f"{each.memory.total / GIB:.1f}",
+            role,
+            str(option.num_ranks),
+            f"{option.num_ranks} x {option.gpus_per_rank}",
+            str(option.settings.get(f"roles.{role}.zero_stage", "-")),
+            moment,
+            *(f"{getattr(memory, part) / GIB:.1f}" for part in shown),
+            f"{memory.total / GIB:.1f}",
         )
     console.print(table)
+    for line in placement.layout.lines():
+        console.print(line)
+    console.print(phase_table(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
     console.print(plan.verdict)
-    if plan.placement.fits:
+    if plan.fits:
         console.print("settings:")
         for override in plan.overrides:
             console.print(f"  --set {override}")
 
 
+def phase_table(plan: Plan) -> Table:
+    """What the roles on a GPU hold in each phase; GPUs that hold the same roles are one row."""
+    placement = plan.placement
+    groups = Counter(placement.gpus)
+    phases = dict.fromkeys(phase for option in placement.options.values() for phase in option.phases)
+    table = Table(title="GiB on a GPU by phase", box=SIMPLE_HEAD)
+    table.add_column("GPUs", justify="right", no_wrap=True)
+    table.add_column("roles")
+    for phase in phases:
+        table.add_column(phase, justify="right", no_wrap=True)
+    for names, count in groups.items():
+        held = [sum(placement.options[name].at(phase)[1].total for name in names) for phase in phases]
+        table.add_row(str(count), ", ".join(names), *(f"{total / GIB:.1f}" for total in held))
+    return table
+
+
 def plan_json(plan: Plan) -> str:
     """The plan for machines; all sizes in bytes."""
     request, placement = plan.request, plan.placement
-    names, fullest = placement.fullest
+    names, phase, fullest = placement.fullest
     return json.dumps(
         {
             "stage": request.stage,
-            "fits": placement.fits,
+            "fits": plan.fits,
             "verdict": plan.verdict,
             "notes": list(plan.notes),
             "gpus": request.gpus,
             "gpu_bytes": request.gpu_bytes,
             "gpus_used": len(placement.gpus),
-            "fullest_gpu": {"roles": list(names), "bytes": fullest},
+            "fullest_gpu": {"roles": list(names), "phase": phase, "bytes": fullest},
             "roles": {
-                each.role: {
+                each.role.name: {
                     "num_ranks": each.option.num_ranks,
-                    "gpus_per_rank": each.gpu_share,
-                    "zero_stage": each.option.settings.get(f"roles.{each.role}.zero_stage"),
-                    "phase": each.phase,
-                    "bytes": {**_parts(each.memory), "total": each.memory.total},
+                    "zero_stage": each.option.settings.get(f"roles.{each.role.name}.zero_stage"),
+                    "seats": [[seat.node, list(seat.gpus)] for seat in placement.layout.of(each.role.name)],
+                    "bytes": _parts(each.option.peak[1]),
                     "phases": {
-                        name: {**_parts(memory), "total": memory.total} for name, memory in each.option.phases.items()
+                        name: {moment: _parts(memory) for moment, memory in moments.items()}
+                        for name, moments in each.option.phases.items()
                     },
+                    "asleep": _parts(each.option.asleep),
                 }
-                for each in placement.roles
+                for each in placement.placed
             },
             "settings": dict(plan.settings),
             "overrides": plan.overrides,
@@ -216,4 +239,4 @@ def plan_json(plan: Plan) -> str:
 
 
 def _parts(memory: Memory) -> dict[str, int]:
-    return {part: getattr(memory, part) for part in PARTS}
+    return {**{part: getattr(memory, part) for part in PARTS}, "total": memory.total}

@@ -76,8 +76,8 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     work = step.begin()
     table = read_table(inputs["prompts_test"].path, PROMPTS).to_pylist()
     with doing(step.name, "starting the engine, loading models"):
-        context.roles.work_together(*SUMMARY_ROLES)
-        collect(load_frozen(context, inputs), timeout_s=context.roles.timeout_s, step="evaluate")
+        context.roles.start(*SUMMARY_ROLES)
+        load_frozen(context, inputs, step="evaluate")
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
         read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
         prompts = read("prompts_test", at_least=num_chunks(context))
@@ -93,9 +93,7 @@ def evaluate(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> di
     rows: dict[str, list[Row]] = {}
     tried: dict[str, dict[str, float]] = {}
     if refereed:  # in the place of the helpfulness model, which has scored all answers
-        context.roles.work_together("helpfulness")
-        loading = load_frozen(context, {**inputs, "helpfulness": inputs[REFEREE]}, ["helpfulness"])
-        collect(loading, timeout_s=context.roles.timeout_s, step="evaluate")
+        load_frozen(context, {**inputs, "helpfulness": inputs[REFEREE]}, ["helpfulness"], step="evaluate")
     for model in models:
         made = step.kept(digest(model), make[model])
         tried[model], decodings = made["tried"], made["decodings"]
@@ -154,8 +152,10 @@ def evaluate_model(
         early_stop: prompts on which it finds a temperature of its own.
     """
     roles, section = context.roles, context.config.evaluate
-    roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", runtime=roles.runtime, step="evaluate")
-    roles.work_together("rollout")
+    roles.make_resident("policy")
+    held = roles.frozen("policy")
+    roles["policy"].call(ScorerWorker.load_frozen, str(checkpoint), head="lm", **held, step="evaluate")
+    roles.make_resident("rollout")
     roles["rollout"].call(RolloutWorker.load_checkpoint, str(checkpoint), step="evaluate")
     temperatures = {temperature_suffix(temperature): temperature for temperature in section.temperatures}
     tried: dict[float, float] = {}
@@ -179,10 +179,9 @@ def mean_reward(context: Context, prompts: PromptBatch, temperature: float) -> f
 def decode_at(context: Context, prompts: PromptBatch, temperature: float) -> dict[str, Any]:
     """The loaded model's answers, one to each prompt, and their metrics."""
     roles = context.roles
-    roles.work_together("rollout")
+    roles.make_resident("rollout")
     rollouts = start_answers(context, prompts, temperature, seed=TEST_SEED, chunks=num_chunks(context))
     collect(rollouts, timeout_s=roles.timeout_s, step="evaluate")
-    roles.work_together(*SUMMARY_ROLES)
     settings = scoring_settings(context, temperature)
     scores = score(roles, settings, rollouts, roles_used=SUMMARY_ROLES)
     metrics = {"temperature": temperature, **summarize(roles, settings, rollouts, scores)}
@@ -199,7 +198,7 @@ def mean_self_bleu(context: Context, prompts: PromptBatch, temperature: float) -
     count, samples = min(section.diversity_prompts, len(prompts)), section.diversity_samples
     drawn = random.Random(f"{context.config.run.seed} diversity").sample(range(len(prompts)), count)
     repeated = prompts.select([row for row in drawn for _ in range(samples)])
-    roles.work_together("rollout")
+    roles.make_resident("rollout")
     rollouts = start_answers(context, repeated, temperature, seed=DIVERSITY_SEED, chunks=roles["rollout"].num_ranks)
     texts = [text for text, _ in decode(roles, rollouts, step="evaluate")]
     return statistics.fmean(self_bleu(texts[start : start + samples]) for start in range(0, len(texts), samples))

@@ -1,6 +1,6 @@
 """Bytes that a worker holds on its device, phase by phase: pure arithmetic, without torch.
 
-Follows what rlhf_ray/backends/deepspeed.py, model/llama.py, model/heads.py and model/logprobs.py allocate, in
+Follows what rlhf_ray/backends/train.py, model/llama.py, model/heads.py and model/logprobs.py allocate, in
 bfloat16. docs/planning.md explains the formulas and holds them against measurements.
 
 Letters: P parameters, M those of the largest matrix, R data-parallel ranks, V vocabulary, H hidden size.
@@ -18,7 +18,7 @@ from model.flops import (
     weight_bytes,
 )
 
-# DeepSpeed's defaults, which rlhf_ray/backends/deepspeed.py leaves alone (deepspeed/runtime/zero/config.py), elements.
+# DeepSpeed's defaults, which rlhf_ray/backends/train.py leaves alone (deepspeed/runtime/zero/config.py), elements.
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -43,9 +43,10 @@ def training_memory(
 ) -> dict[str, Memory]:
     """What a rank of a role under DeepSpeed holds, phase by phase, in bfloat16 with fp32 master weights.
 
-    As `rlhf_ray.backends.deepspeed` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16,
+    As `rlhf_ray.backends.train` sets DeepSpeed up. Models are loaded in host memory and reach the device in bf16,
     at stage 3 already divided, so that loading is never the largest phase:
 
+    idle: nothing passes through the model.
     head: all activations are kept and the head goes backward.
     backward: all activations are kept and the last block goes backward.
     reduction: gradients of a bucket have gathered and are reduced.
@@ -85,6 +86,7 @@ def training_memory(
     # Buckets fill on the way, when the activations of what they hold are gone.
     still_kept = work.kept * (parameters - bucket) // parameters if zero_stage > 1 else 0
     return {
+        "idle": replace(held, buffers=standing if zero_stage == 3 else 0),
         # ZeRO 2 allocates its bucket at the first gradient, after the head's own work.
         "head": replace(
             held,
@@ -148,17 +150,19 @@ def training_work(
     return Work(kept=kept, block=block, head=head)
 
 
-def scoring_memory(config: ModelConfig, tokens: int, *, targets: int | None, overhead: int) -> Memory:
-    """What a frozen role holds: the whole model, and a micro-batch on its way through."""
+def scoring_memory(config: ModelConfig, tokens: int, *, targets: int | None, held: Memory) -> Memory:
+    """What a role holds that scores: what it has at rest, and a micro-batch on its way through."""
     head = 4 * config.hidden_size * tokens
     if targets is not None:
         head = 8 * _chunk_rows(config, targets) * config.vocab_size + 2 * config.hidden_size * targets
-    return Memory(
-        weights=weight_bytes(config, scalar_head=targets is None),
-        activations=forward_working_bytes(config, tokens),
-        logits=head,
-        overhead=overhead,
-    )
+    return replace(held, activations=forward_working_bytes(config, tokens), logits=head)
+
+
+def frozen_memory(config: ModelConfig, *, scalar_head: bool, shards: int, overhead: int) -> Memory:
+    """What a frozen role holds at rest: the model, or this rank's share of it and what is gathered on the way."""
+    weights = weight_bytes(config, scalar_head=scalar_head)
+    gathered = 0 if shards == 1 else min(weights, 2 * MAX_LIVE_PARAMETERS)
+    return Memory(weights=-(-weights // shards), buffers=gathered, overhead=overhead)
 
 
 def largest_matrix(config: ModelConfig) -> int:

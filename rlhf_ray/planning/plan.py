@@ -4,18 +4,20 @@ Turns shapes and settings into byte counts (`planning.memory`) for `cluster.plan
 docs/planning.md explains the search.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.plan import GIB, Memory, Option, Placement, Role, place, place_given
+from cluster.layout import Host, PlacementError
+from cluster.plan import GIB, Memory, Moments, Option, Placed, Placement, Role, all_on_all, apart, first_that_fits, put
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
-from rlhf_ray.config import Config, TrainRole, config_with, dotted
+from rlhf_ray.config import Config, TrainRole, can_sleep, config_with, dotted
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import on_device
 from rlhf_ray.planning.batches import check_batches
-from rlhf_ray.planning.memory import largest_matrix, scoring_memory, training_memory, training_work
+from rlhf_ray.planning.memory import frozen_memory, largest_matrix, scoring_memory, training_memory, training_work
 from rlhf_ray.recipe.rounds import node_of
 from rlhf_ray.recipe.stages import STAGES
 
@@ -26,6 +28,16 @@ ZERO_STAGES = (1, 2, 3)
 OVERHEAD_GIB = 2.0
 """Allowance per process for CUDA context, NCCL, cuBLAS and allocator slack. Not measured."""
 MAX_GPUS = 1024
+NODE_GPUS = 8
+SYNC = "sync"
+"""The one turn that two roles on a GPU have together."""
+KINDS = (("policy", "value"), FROZEN, ("rollout",))
+"""Roles of PPO that are run in like ways where all are on all GPUs."""
+TOGETHER: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "ppo": [FROZEN, ("helpfulness", "safety"), (), ("value", *FROZEN), ("policy", "value", *FROZEN)],
+    "reward": [(), ("helpfulness", "safety")],
+}
+"""Sets of roles that may sit on one GPU where the others have some of their own, preferred first."""
 
 ENGINE_BATCHED_TOKENS = 16_384  # the most of vLLM's defaults, by which it measures its workspace when it starts
 
@@ -62,6 +74,11 @@ class Plan:
     notes: Sequence[str] = ()
 
     @property
+    def fits(self) -> bool:
+        """There are enough GPUs and none is over full."""
+        return self.placement.fits and len(self.placement.gpus) <= self.request.gpus
+
+    @property
     def overrides(self) -> list[str]:
         """`--set` arguments that give this placement."""
         return [f"{key}={_toml(value)}" for key, value in self.settings.items()]
@@ -77,56 +94,73 @@ def make_plan(request: Request) -> Plan:
         UserError: batch sizes of a given placement do not divide, or the stage has no role.
     """
     if request.given:
-        return _given_plan(request)
+        check_batches(request.config, [request.stage])
+        return _plan(request, _given(request), request.config)
     found = _search(request)
     if found is not None:
         placement, config = found
         return _plan(request, placement, config)
-    roles = _roles(request, request.config)
-    least = [(role, min(role.options, key=lambda option: option.peak[1].total)) for role in roles]
-    placement = place_given(
-        [(role, option, float(option.gpus_per_rank)) for role, option in least],
-        gpus=request.gpus,
-        gpu_bytes=request.gpu_bytes,
-        engine_share=0.0,
+    least = [
+        Placed(role, min(role.options, key=lambda option: option.peak[1].total))
+        for role in _roles(request, request.config)
+    ]
+    needed = sum(each.option.gpus for each in least)
+    return _plan(
+        request, put(least, nodes=_nodes(needed), gpu_bytes=request.gpu_bytes, engine_share=0.0), request.config
     )
-    return _plan(request, placement, request.config)
 
 
-def _given_plan(request: Request) -> Plan:
-    check_batches(request.config, [request.stage])
-    roles = []
-    for role in _roles(request, request.config):
-        settings = getattr(request.config.roles, role.name)
-        share = float(role.options[0].gpus_per_rank)
-        roles.append((role, role.options[0], share if share > 1 else settings.gpus_per_rank or 1.0))
-    placement = place_given(
-        roles,
-        gpus=request.gpus,
-        gpu_bytes=request.gpu_bytes,
-        engine_share=request.config.roles.rollout.gpu_memory_utilization,
-    )
-    return _plan(request, placement, request.config)
+def _nodes(gpus: int) -> list[Host]:
+    """GPUs in nodes as they mostly come."""
+    return [Host(gpus=min(NODE_GPUS, gpus - start)) for start in range(0, gpus, NODE_GPUS)]
+
+
+def _given(request: Request) -> Placement:
+    """As the config says.
+
+    Raises:
+        UserError: there are too few GPUs.
+    """
+    roles = request.config.roles
+    placed = [
+        Placed(role, role.options[0], getattr(roles, role.name).gpus or ()) for role in _roles(request, request.config)
+    ]
+    share = roles.rollout.gpu_memory_utilization
+    try:
+        return put(placed, nodes=_nodes(request.gpus), gpu_bytes=request.gpu_bytes, engine_share=share)
+    except PlacementError as error:
+        raise UserError(f"{error}; lower num_ranks, or plan for more GPUs") from error
 
 
 def _search(request: Request) -> tuple[Placement, Config] | None:
-    """The first that fits: micro-batches as configured, then ever smaller ones."""
-    if request.stage == "ppo":
-        sharing: list[tuple[str, ...]] = [
-            FROZEN,
-            ("helpfulness", "safety"),
-            (),
-            ("value", *FROZEN),
-            ("policy", "value", *FROZEN),
-            STAGES["ppo"].roles,
-        ]
-    else:
-        sharing = [(), STAGES[request.stage].roles]
-    for config in _micro_batches(request):
-        placement = place(_roles(request, config), sharing, gpus=request.gpus, gpu_bytes=request.gpu_bytes)
-        if placement is not None:
-            return placement, config
+    """The first that fits: all roles on all GPUs with models undivided, then by ever smaller micro-batches anything."""
+    sizes = {"num_gpus": request.gpus, "gpu_bytes": request.gpu_bytes}
+    together = TOGETHER.get(request.stage, [()])
+    configs = _micro_batches(request)
+
+    def everywhere(roles: Sequence[Role]) -> Iterator[Sequence[Placed]]:
+        return all_on_all(roles, KINDS, **sizes) if request.stage == "ppo" else iter(())
+
+    tries: list[tuple[Config, Callable[[list[Role]], Iterator[Sequence[Placed]]]]] = [
+        *((config, lambda roles: everywhere([_undivided(role) for role in roles])) for config in configs),
+        *(
+            (config, lambda roles: itertools.chain(everywhere(roles), *(apart(roles, t, **sizes) for t in together)))
+            for config in configs
+        ),
+    ]
+    for config, candidates in tries:
+        found = first_that_fits(
+            candidates(_roles(request, config)), nodes=_nodes(request.gpus), gpu_bytes=request.gpu_bytes
+        )
+        if found is not None:
+            return found, config
     return None
+
+
+def _undivided(role: Role) -> Role:
+    """In the ways in which a rank holds all weights: the others gather them layer by layer, again and again."""
+    whole = [option for option in role.options if option.settings.get(f"roles.{role.name}.zero_stage") != 3]
+    return replace(role, options=whole)
 
 
 def _micro_batches(request: Request) -> list[Config]:
@@ -195,7 +229,17 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     f"roles.{name}.zero_stage": zero_stage,
                     f"roles.{name}.activation_checkpointing": checkpointing,
                 }
-                options.append(Option(settings=settings, num_ranks=num_ranks, phases=phases))
+                moments = {**phases, "scoring": scoring_memory(model, tokens, targets=targets, held=phases["idle"])}
+                settings = {
+                    f"roles.{name}.num_ranks": num_ranks,
+                    f"roles.{name}.zero_stage": zero_stage,
+                    f"roles.{name}.activation_checkpointing": checkpointing,
+                }
+                asleep = Memory(overhead=request.overhead) if can_sleep(zero_stage) else phases["idle"]
+                turns: dict[str, Moments] = {name: moments}
+                if name == "policy":
+                    turns[SYNC] = {"sending weights": phases["idle"]}
+                options.append(Option(settings=settings, num_ranks=num_ranks, phases=turns, asleep=asleep))
     return Role(name=name, options=options)
 
 
@@ -231,12 +275,25 @@ def _divisors(number: int, limit: int) -> list[int]:
 
 
 def _frozen_role(request: Request, config: Config, name: str) -> Role:
-    model = request.model if name == "reference" else request.reward_model
-    tokens, targets, _ = _micro_batch(request, config, scalar_head=name != "reference")
-    num_ranks = getattr(config.roles, name).num_ranks if request.given else 1
-    memory = scoring_memory(model, tokens, targets=targets, overhead=request.overhead)
-    settings = {f"roles.{name}.num_ranks": num_ranks}
-    return Role(name=name, options=[Option(settings=settings, num_ranks=num_ranks, phases={"scoring": memory})])
+    model, scalar_head = (request.model, False) if name == "reference" else (request.reward_model, True)
+    tokens, targets, _ = _micro_batch(request, config, scalar_head=scalar_head)
+    current = getattr(config.roles, name)
+    options = []
+    for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
+        for divided in [current.zero_stage == 3] if request.given else (False, True):
+            shards = num_ranks if divided else 1
+            held = frozen_memory(model, scalar_head=scalar_head, shards=shards, overhead=request.overhead)
+            scoring = scoring_memory(model, tokens, targets=targets, held=held)
+            settings = {f"roles.{name}.num_ranks": num_ranks} | ({f"roles.{name}.zero_stage": 3} if divided else {})
+            options.append(
+                Option(
+                    settings=settings,
+                    num_ranks=num_ranks,
+                    phases={name: {"scoring": scoring}},
+                    asleep=Memory(overhead=request.overhead),
+                )
+            )
+    return Role(name=name, options=options)
 
 
 def _engine_role(request: Request, config: Config) -> Role:
@@ -250,20 +307,26 @@ def _engine_role(request: Request, config: Config) -> Role:
         if not request.given:
             engines = _divisors(config.ppo.batch_size, request.gpus // size)[::-1]
         for num_engines in engines:
-            memory = Memory(
-                weights=-(-weight_bytes(model) // size),
+            weights = Memory(weights=-(-weight_bytes(model) // size), overhead=request.overhead)
+            generating = replace(
+                weights,
                 activations=forward_working_bytes(model, ENGINE_BATCHED_TOKENS),
                 # Of each sequence the logits in fp32, their log-softmax and a copy sorted out by temperature.
                 logits=12 * rollout.max_num_seqs * model.vocab_size,
                 # vLLM does not start unless one sequence of the whole context fits.
                 kv_cache=-(-per_token * model.max_seq_len // size),
-                overhead=request.overhead,
             )
             settings = {"roles.rollout.num_engines": num_engines, "roles.rollout.tensor_parallel_size": size}
             options.append(
-                Option(settings=settings, num_ranks=num_engines, gpus_per_rank=size, phases={"generating": memory})
+                Option(
+                    settings=settings,
+                    num_ranks=num_engines,
+                    gpus_per_rank=size,
+                    phases={"rollout": {"generating": generating}, SYNC: {"taking weights": weights}},
+                    asleep=Memory(overhead=request.overhead),
+                )
             )
-    return Role(name="rollout", options=options, is_engine=True, kv_cache_wanted=sequences * length * per_token)
+    return Role(name="rollout", options=options, kv_cache_wanted=sequences * length * per_token)
 
 
 def _tensor_parallel_sizes(model: ModelConfig) -> list[int]:
@@ -288,15 +351,14 @@ def _plan(request: Request, placement: Placement, config: Config) -> Plan:
 def _settings(request: Request, placement: Placement, config: Config) -> dict[str, object]:
     """The placement as config keys, with the sizes it was planned for."""
     settings: dict[str, object] = {}
-    for each in placement.roles:
+    for each in placement.placed:
         settings |= each.option.settings
-        if each.option.gpus_per_rank == 1:
-            settings[f"roles.{each.role}.gpus_per_rank"] = each.gpu_share
-        if each.role == "rollout":
+        if each.gpus:
+            settings[f"roles.{each.role.name}.gpus"] = list(each.gpus)
+        if each.role.name == "rollout":
             share = config.roles.rollout.gpu_memory_utilization
             if not request.given:
-                needed = math.ceil(100 * each.memory.total / request.gpu_bytes) / 100
-                share = min(1.0, needed) if each.gpu_share < 1 else 0.9
+                share = math.floor(100 * each.option.peak[1].total / request.gpu_bytes) / 100
             settings["roles.rollout.gpu_memory_utilization"] = share
     section = getattr(config, request.stage)
     keys = {
@@ -313,7 +375,8 @@ def _settings(request: Request, placement: Placement, config: Config) -> dict[st
 
 def _num_chunks(request: Request, settings: Mapping[str, object], config: Config) -> int:
     """The least number of chunks, no less than configured, that ranks and engines divide and that divides the batch."""
-    parts = ("roles.policy.num_ranks", "roles.value.num_ranks", "roles.rollout.num_engines")
+    sharded = [f"roles.{role}.num_ranks" for role in FROZEN if settings.get(f"roles.{role}.zero_stage") == 3]
+    parts = ("roles.policy.num_ranks", "roles.value.num_ranks", "roles.rollout.num_engines", *sharded)
     step = math.lcm(*(int(str(settings[key])) for key in parts))
     fitting = (n for n in _divisors(config.ppo.batch_size, config.ppo.batch_size) if n % step == 0)
     return next((n for n in fitting if n >= config.ppo.num_chunks), config.ppo.num_chunks)
@@ -321,19 +384,21 @@ def _num_chunks(request: Request, settings: Mapping[str, object], config: Config
 
 def _verdict(request: Request, placement: Placement) -> str:
     total = request.gpu_bytes / GIB
-    names, fullest = placement.fullest
-    if placement.fits:
+    names, phase, fullest = placement.fullest
+    if placement.fits and len(placement.gpus) <= request.gpus:
         return f"fits: {fullest / GIB:.1f} of {total:.1f} GiB on the fullest GPU"
     if fullest > request.gpu_bytes:
-        phases = {each.role: each.phase for each in placement.roles}
-        if len(names) == 1:
-            who = f"{names[0]} ({phases[names[0]]}) needs"
-        else:
-            who = f"{', '.join(names)} on one GPU need"
-        why = f"{who} {fullest / GIB:.1f} of {total:.1f} GiB"
+        who = f"{names[0]} needs" if len(names) == 1 else f"{', '.join(names)} on one GPU need"
+        why = f"{who} {fullest / GIB:.1f} of {total:.1f} GiB ({moments(placement, names, phase)})"
     else:
         why = f"the roles need {_count(len(placement.gpus))}, there are {request.gpus}"
     return f"does not fit: {why}; nearest fit: {_nearest(request)}"
+
+
+def moments(placement: Placement, names: Sequence[str], phase: str) -> str:
+    """When roles need most in a phase: "update: policy backward, value step"."""
+    found = [f"{name} {placement.options[name].at(phase)[0]}" for name in names]
+    return f"{phase}: {', '.join(found)}"
 
 
 def _nearest(request: Request) -> str:
@@ -387,17 +452,27 @@ def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 def _notes(request: Request, placement: Placement, config: Config, settings: Mapping[str, object]) -> list[str]:
     notes = []
-    if not placement.fits:
+    if not placement.fits or len(placement.gpus) > request.gpus:
         if not request.given:
             notes.append("the table shows each role on GPUs of its own, in the way that needs least memory")
         return notes
     if idle := request.gpus - len(placement.gpus):
         notes.append(f"{idle} of {request.gpus} GPUs stay idle: batches do not divide by more ranks or engines")
-    for each in placement.roles:
-        if each.role == "rollout":
+    stays = [
+        each.role.name
+        for each in placement.placed
+        if each.option.asleep.weights and placement.layout.neighbours(each.role.name)
+    ]
+    if stays:
+        notes.append(f"{', '.join(stays)}: stays on its GPUs while others work there (ZeRO 0 and 1 cannot leave)")
+    if host := max(_host_bytes(placement, node) for node in range(len(placement.layout.nodes))):
+        notes.append(f"roles that sleep need up to {host / GIB:.0f} GiB of host memory on a node")
+    for each in placement.placed:
+        if each.role.name == "rollout":
             length = request.prompt_tokens + config.ppo.max_new_tokens
             size = each.option.gpus_per_rank
-            held = each.memory.kv_cache * size // (length * kv_cache_bytes_per_token(request.model))
+            cache = each.option.at("rollout")[1].kv_cache
+            held = cache * size // (length * kv_cache_bytes_per_token(request.model))
             wanted = min(
                 config.roles.rollout.max_num_seqs, config.ppo.batch_size // int(str(settings["ppo.num_chunks"]))
             )
@@ -409,5 +484,19 @@ def _notes(request: Request, placement: Placement, config: Config, settings: Map
     return notes
 
 
+def _host_bytes(placement: Placement, node: int) -> int:
+    """What the roles on a node hold in host memory when all are asleep; an engine forgets."""
+    total = 0
+    for seat in placement.layout.seats:
+        option = placement.options[seat.role]
+        sleeps = placement.layout.neighbours(seat.role) and not option.asleep.weights
+        if seat.node == node and sleeps and seat.role != "rollout":
+            memory = option.peak[1]
+            total += memory.weights + memory.gradients + memory.optimizer
+    return total
+
+
 def _toml(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

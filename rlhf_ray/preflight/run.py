@@ -8,9 +8,9 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster import hardware
+from cluster.layout import Host, PlacementError, lay_out
 from model.config import PRESETS, ModelConfig
 from rlhf_ray import machine
 from rlhf_ray.backends.engine_limits import check_engine
@@ -18,7 +18,7 @@ from rlhf_ray.config import Config, config_with, stage_settings, teachers, versi
 from rlhf_ray.config_errors import similar
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.machine import EMBEDDED, on_device, settled
+from rlhf_ray.machine import EMBEDDED, demands, settled
 from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.preflight.inputs import Model, check_inputs, shortest_context, weeks_of_people
 from rlhf_ray.preflight.machine import check_machine, try_writing
@@ -28,8 +28,6 @@ from rlhf_ray.recipe.ledger import Entry, Ledger, cannot_go_on, check_redo, miss
 from rlhf_ray.recipe.rounds import node_of, recipe
 from rlhf_ray.recipe.stages import STAGES, Made, Node, field_of, given_outputs, wanted_stages
 from rlhf_ray.run_state import RunDir
-
-TRAINED_ROLES = ("policy", "value", "helpfulness", "safety")
 
 SMALLEST_VOCABULARY = 286
 """Pieces `train_tokenizer` needs: special tokens, bytes, and room for digits to be learnt."""
@@ -164,8 +162,6 @@ def check_ranks(config: Config, running: Sequence[str]) -> None:
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
     """As `check_ranks`, for roles of a settled config that are up together."""
-    if config.run.device == "cuda":
-        _check_shares(config, roles)
     if config.cluster.address != EMBEDDED:
         return  # the cluster's own resources are checked when it is reached
     if config.run.device == "cpu":
@@ -177,23 +173,10 @@ def check_roles(config: Config, roles: Sequence[str]) -> None:
             "run.device='cuda': the torch installed here is built for CPUs; run DEVICE=cuda scripts/install.sh"
         )
     else:
-        _check_gpus(config, roles, gpus)
-
-
-def _check_shares(config: Config, roles: Sequence[str]) -> None:
-    """Ray gives out whole GPUs or parts of one, and fills a GPU before it takes the next."""
-    for role in on_device(config, roles):
-        settings: Any = getattr(config.roles, role)
-        share, field = settings.gpus_per_rank or 1.0, f"roles.{role}.gpus_per_rank"
-        if share > 1 and share % 1:
-            raise UserError(
-                f"{field}={share:g} must be a whole number, or at most 1: a fraction shares one GPU; set it to 1"
-            )
-        if role in TRAINED_ROLES and settings.num_ranks > 1 and share <= 0.5:
-            raise UserError(
-                f"{field}={share:g} must be above 0.5 with roles.{role}.num_ranks={settings.num_ranks}: two ranks of a "
-                "trained role would meet on one GPU, which NCCL refuses; raise it, or set num_ranks to 1"
-            )
+        try:
+            lay_out(demands(config, roles), [Host(gpus=gpus)])
+        except PlacementError as error:
+            raise UserError(f"{error}; lower num_ranks, or give cluster.address of a larger cluster") from error
 
 
 def _check_cores(config: Config, roles: Sequence[str]) -> None:
@@ -208,20 +191,6 @@ def _check_cores(config: Config, roles: Sequence[str]) -> None:
                 f"{field}={ranks} must be at most {cores}, the cores of this machine: ranks of a role "
                 "compute at the same time; lower it, or give cluster.address of a larger cluster"
             )
-
-
-def _check_gpus(config: Config, roles: Sequence[str], gpus: int) -> None:
-    rollout = config.roles.rollout
-    settings: dict[str, Any] = {role: getattr(config.roles, role) for role in on_device(config, roles)}
-    needed = {role: each.num_ranks * (each.gpus_per_rank or 1.0) for role, each in settings.items()}
-    if "rollout" in roles and rollout.tensor_parallel_size > 1:
-        needed["rollout"] = float(rollout.num_engines * rollout.tensor_parallel_size)
-    if sum(needed.values()) > gpus + 1e-6:
-        parts = ", ".join(f"{role} {amount:g}" for role, amount in needed.items())
-        raise UserError(
-            f"roles ask for {sum(needed.values()):g} GPUs ({parts}), this machine has {gpus}; lower "
-            "num_ranks or gpus_per_rank (a fraction shares a GPU), run fewer stages at once, or give cluster.address"
-        )
 
 
 def check_model(config: Config, running: Sequence[str]) -> None:

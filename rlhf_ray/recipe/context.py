@@ -46,6 +46,7 @@ class Context:
     """Whether engines may sample ids that the tokenizer does not know, as benchmarks with a stand-in for it do."""
     _roles: Any = None
     _at: str = ""
+    _seated: tuple[str, ...] = ()
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Context:
                 self._stack.enter_context(session(address=cluster.address, num_cpus=cluster.cores))
             except ConnectionError as error:
                 raise no_cluster(cluster.address, error) from error
-            self._roles = Roles(self.config)
+            self._roles = Roles(self.config, self._seated)
             self._roles.step = self._at
             self._stack.callback(self._roles.stop)
         return self._roles
@@ -75,11 +76,10 @@ class Context:
         Each stage has all GPUs for its own roles: those that it does not use are ended.
         """
         self.config, self._at = config, name
+        self._seated = tuple(roles)
         if self._roles is not None:
             self._roles.step = name
-            self._roles.resize(config)
-            if config.run.device == "cuda":
-                self._roles.release(roles)
+            self._roles.lay_out(config, self._seated)
 
     def release(self, needed: set[str]) -> None:
         """Frees what roles hold, and ends those that no later node needs; to be called when a node is done."""

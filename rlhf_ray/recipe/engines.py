@@ -35,7 +35,7 @@ def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
     if roles.engine_shape not in (None, shape):
         roles.end("rollout")
     roles.engine_shape = shape
-    roles.work_together("rollout")
+    roles.make_resident("rollout")
     settings = config.roles.rollout
     roles["rollout"].call(
         RolloutWorker.start,
@@ -48,6 +48,7 @@ def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
         every_id=context.every_id,
         precision=config.run.precision,
         on_gpu=roles.runtime.device == "cuda",
+        shares_device=roles.shares_gpus("rollout"),
         step="engine start",
     )
 
@@ -128,10 +129,18 @@ def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tu
 
 def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     """Sends the policy's weights to all engines; returns the buckets' object references."""
-    roles.work_together("policy")
+    roles.make_resident("policy", "rollout")
     buckets = roles["policy"].call(PolicyWorker.export_weights, step=step)[0]
     roles["rollout"].call(RolloutWorker.load_weights, buckets, step=step)
+    roles.engines_forgot = False
     return buckets
+
+
+def ready_engines(roles: Roles) -> None:
+    """Has the engines ready to sample from the policy: with its weights, which they forget when they sleep."""
+    if roles.engines_forgot:
+        sync_weights(roles)
+    roles.make_resident("rollout")
 
 
 def verify_weight_channel(
@@ -154,6 +163,7 @@ def verify_weight_channel(
             for r in range(policy.num_ranks)
         ]
         collect([probe, *trainer], timeout_s=roles.timeout_s, step="weight check")
+        roles.make_resident("rollout")
         gaps = engine.call_one(
             rank, RolloutWorker.check_weights, buckets, probe.data[0], trainer[0].data[0], step="weight check"
         )

@@ -49,7 +49,7 @@ def train_language_model(
     steps_done, state = step.latest_state()
     with doing(name, "starting workers, reading data"):
         policy = context.roles["policy"]
-        context.roles.work_together("policy")
+        context.roles.make_resident("policy")
         policy.call(
             TrainerWorker.build,
             source,

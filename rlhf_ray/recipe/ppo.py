@@ -29,7 +29,14 @@ from rlhf_ray.recipe.early_stopping import (
     link_whole,
     take_best,
 )
-from rlhf_ray.recipe.engines import generate, read_prompts, start_engines, sync_weights, verify_weight_channel
+from rlhf_ray.recipe.engines import (
+    generate,
+    read_prompts,
+    ready_engines,
+    start_engines,
+    sync_weights,
+    verify_weight_channel,
+)
 from rlhf_ray.recipe.scoring import (
     FROZEN_ROLES,
     READERS,
@@ -38,8 +45,8 @@ from rlhf_ray.recipe.scoring import (
     Scores,
     ScoringSettings,
     inputs_of,
-    load_frozen,
     score,
+    start_loading,
     summarize,
 )
 from rlhf_ray.recipe.stages import Artefact
@@ -145,14 +152,14 @@ def iteration(roles: Roles, section: PPOSection, index: int, prompts: PromptBatc
     roles.step = label
     batch = prompts.select(prompt_rows(len(prompts), section.batch_size, seed=seed, step=index))
     with clock.phase("rollout"):
-        roles.work_together("rollout")
+        ready_engines(roles)
         rollouts = generate(roles, batch, seed=(seed, index), **sampling(section))
-        if roles.runtime.device == "cuda":  # scoring of a chunk starts while later ones are still being generated
+        overlap = roles.can_overlap("rollout", SCORING_ROLES)
+        if overlap:  # scoring of a chunk starts while later ones are still being generated
             scores = score(roles, scoring, rollouts)
         collect(rollouts, timeout_s=roles.timeout_s, step=label)
     with clock.phase("score"):
-        if roles.runtime.device == "cpu":  # here it would only take the engine's cores away
-            roles.work_together(*SCORING_ROLES)
+        if not overlap:
             scores = score(roles, scoring, rollouts)
         built = build_experience(roles, section, rollouts, scores)
         # All in one, producers first: where one of them dies it is named, not the policy that misses its data.
@@ -193,25 +200,27 @@ def build_experience(
 def update(
     roles: Roles, section: PPOSection, index: int, built: Sequence[Call[Any]], *, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Updates policy and value at the same time; the policy waits while the value model warms up."""
+    """Updates value and policy, at the same time where they can; the policy waits while the value model warms up."""
     # Chunk c was built by rank c % ranks: back into the order of the batch, so that rows number the same on any ranks.
     experiences = [built[chunk % len(built)].data[chunk // len(built)] for chunk in range(section.num_chunks)]
     settings, label = update_settings(section, seed), f"ppo step {index}"
-    roles.work_together("policy", "value")
-    values = roles["value"].submit(ValueWorker.train_value, index, settings, *experiences)
+    train: dict[str, Any] = {"value": ValueWorker.train_value, "policy": PolicyWorker.train_policy}
     if index < section.value_warmup_steps:
-        return {}, collect(values, timeout_s=roles.timeout_s, step=label)[0]
-    policies = roles["policy"].submit(PolicyWorker.train_policy, index, settings, *experiences)
-    results = collect([*policies, *values], timeout_s=roles.timeout_s, step=label)
-    return results[0], results[-1]
+        del train["policy"]
+    metrics: dict[str, dict[str, float]] = {"policy": {}}
+    for turn in roles.turns(*train):
+        roles.make_resident(*turn)
+        calls = [call for role in turn for call in roles[role].submit(train[role], index, settings, *experiences)]
+        results = collect(calls, timeout_s=roles.timeout_s, step=label)
+        metrics |= {call.role: result for call, result in zip(calls, results, strict=True)}
+    return metrics["policy"], metrics["value"]
 
 
 def evaluate_held_out(roles: Roles, section: PPOSection, prompts: PromptBatch) -> dict[str, float]:
     """Both rewards and the KL of the policy on the held-out prompts, for early stopping."""
-    roles.work_together("rollout")
+    ready_engines(roles)
     rollouts = generate(roles, prompts, seed=(HELD_OUT_SEED, 0), **sampling(section))
     collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
-    roles.work_together(*SUMMARY_ROLES)
     scoring = scoring_settings(section)
     metrics = summarize(roles, scoring, rollouts, score(roles, scoring, rollouts, roles_used=SUMMARY_ROLES))
     kept = ("reward_helpfulness", "reward_safety", "reward_combined", "kl_per_sequence", "response_tokens")
@@ -234,27 +243,28 @@ def load_models(
     config, roles = context.config, context.roles
     section, runtime = config.ppo, roles.runtime
     label = "loading models"
-    roles.work_together(*roles_used)
     trained = {"policy": section.optim, "value": section.value_optim}
     trained = {role: optim for role, optim in trained.items() if role in roles_used}
-    calls = load_frozen(context, inputs, [role for role in roles_used if role in FROZEN_ROLES])
-    for role in trained:
-        calls += roles[role].submit(
-            TrainerWorker.build,
-            str(inputs[source_of(role, section)].path),
-            head="lm" if role == "policy" else "scalar",
-            seed=config.run.seed,
-            runtime=runtime,
-            fresh_head=role == "value" and section.value_init == "policy",
-        )
-    collect(calls, timeout_s=roles.timeout_s, step=label)
-    if section.value_head == "zero" and "value" in trained:
-        roles["value"].call(TrainerWorker.zero_head, step=label)
-    begun = []
-    for role, optim in trained.items():
-        updates = num_updates(section, role)
-        begun += roles.begin_training(role, optim=optim, num_steps=updates, state=state / role if state else None)
-    collect(begun, timeout_s=roles.timeout_s, step=label)
+    for turn in roles.turns(*roles_used):
+        roles.make_resident(*turn)
+        calls = start_loading(context, inputs, [role for role in turn if role in FROZEN_ROLES])
+        for role in [role for role in turn if role in trained]:
+            calls += roles[role].submit(
+                TrainerWorker.build,
+                str(inputs[source_of(role, section)].path),
+                head="lm" if role == "policy" else "scalar",
+                seed=config.run.seed,
+                runtime=runtime,
+                fresh_head=role == "value" and section.value_init == "policy",
+            )
+        collect(calls, timeout_s=roles.timeout_s, step=label)
+        if section.value_head == "zero" and "value" in turn:
+            roles["value"].call(TrainerWorker.zero_head, step=label)
+        begun = []
+        for role in [role for role in turn if role in trained]:
+            updates, own = num_updates(section, role), state / role if state else None
+            begun += roles.begin_training(role, optim=trained[role], num_steps=updates, state=own)
+        collect(begun, timeout_s=roles.timeout_s, step=label)
     if "policy" in trained:
         roles["policy"].call(PolicyWorker.set_version, version, step=label)
 

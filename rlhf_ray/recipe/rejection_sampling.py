@@ -54,8 +54,7 @@ def rejection_sample(context: Context, step: Step, inputs: Mapping[str, Artefact
     with doing(step.name, "starting workers, loading models"):
         roles = context.roles
         roles.start("rollout", *REWARDS)
-        roles.work_together(*REWARDS)
-        collect(load_frozen(context, inputs, REWARDS), timeout_s=roles.timeout_s, step=step.name)
+        load_frozen(context, inputs, REWARDS, step=step.name)
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
         read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
         prompts, held_out = read("prompts_train"), read("prompts_early_stop") if len(section.temperatures) > 1 else None
@@ -134,20 +133,19 @@ def sampling_at(context: Context, temperature: float, draw: int, samples: int) -
 def sample_groups(sampling: Sampling, groups: Sequence[PromptBatch]) -> Iterator[list[Row]]:
     """Rows of each group's answers, all of a prompt in turn.
 
-    On CPU sampling and scoring take turns; on GPUs the engines go on with the next two groups while one is scored.
+    On CPU, and where they share GPUs, sampling and scoring take turns; on GPUs of their own the engines go on with the
+    next two groups while one is scored.
     """
     roles = sampling.context.roles
-    on_gpu = roles.runtime.device == "cuda"
+    overlap = roles.can_overlap("rollout", REWARDS)
     begun: list[list[Call[Any]]] = []
     for index, prompts in enumerate(groups):
-        if not on_gpu:
-            roles.work_together("rollout")
-        for following in groups[index + len(begun) : index + (3 if on_gpu else 1)]:
+        roles.make_resident("rollout")
+        for following in groups[index + len(begun) : index + (3 if overlap else 1)]:
             begun.append(start_group(sampling, following))
         rollouts = begun.pop(0)
-        if not on_gpu:
+        if not overlap:
             collect(rollouts, timeout_s=roles.timeout_s, step=roles.step)
-            roles.work_together(*REWARDS)
         yield finish_group(sampling, prompts, rollouts)
 
 
@@ -235,9 +233,7 @@ def select(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict
     stale = [n for n, pool in pools.items() if any(pool.parents.get(r) != inputs[r].key for r in REWARDS)]
     if stale:
         with doing(step.name, "loading reward models"):
-            context.roles.work_together(*REWARDS)
-            calls = load_frozen(context, inputs, REWARDS)
-            collect(calls, timeout_s=context.roles.timeout_s, step=step.name)
+            load_frozen(context, inputs, REWARDS, step=step.name)
     chosen: dict[str, list[Row]] = {}
     draw = f"{context.config.run.seed} {step.name}"
     for name, pool in pools.items():
@@ -270,11 +266,13 @@ def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterat
     roles, budget = context.roles, context.config.rejection_sampling.micro_batch_tokens
     for rows in groups:
         prompts = as_prompts(rows, tokenizer)
-        calls = {name: score_samples(roles, name, prompts, rows, micro_batch_tokens=budget) for name in REWARDS}
-        helpfulness, safety = (
-            [value for part in collect(calls[name], timeout_s=roles.timeout_s, step=roles.step) for value in part]
-            for name in REWARDS
-        )
+        scores: dict[str, list[float]] = {}
+        for turn in roles.turns(*REWARDS):
+            roles.make_resident(*turn)
+            calls = {name: score_samples(roles, name, prompts, rows, micro_batch_tokens=budget) for name in turn}
+            for name in turn:
+                parts = collect(calls[name], timeout_s=roles.timeout_s, step=roles.step)
+                scores[name] = [value for part in parts for value in part]
         yield [
             {
                 **row,
@@ -282,5 +280,5 @@ def scored_anew(context: Context, inputs: Mapping[str, Artefact], groups: Iterat
                 "safety": safe,
                 "combined": combine(helpful, safe, is_safety=row["is_safety"], threshold=limit),
             }
-            for row, helpful, safe in zip(rows, helpfulness, safety, strict=True)
+            for row, helpful, safe in zip(rows, *(scores[name] for name in REWARDS), strict=True)
         ]

@@ -1,7 +1,8 @@
 """Reward modeling (Llama 2 §3.2.2): a helpfulness and a safety model, trained at the same time on two mixes."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,28 @@ HELD_OUT = "comparisons_held_out"
 
 
 def train_reward_models(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[str, Any]:
-    """Trains those that are asked for side by side, each in a directory of its name (the checkpoint: `model`)."""
-    section, names = context.config.reward, step.inputs.get("makes", GUIDELINES)
-    roles, timeout_s = context.roles, context.roles.timeout_s
-    begun = step.begin()
+    """Trains those that are asked for, each in a directory of its name (the checkpoint: `model`)."""
+    begun, roles = step.begin(), context.roles
+    facts: dict[str, Any] = {"sizes": {}, "accuracy": {}}
+    for turn in roles.turns(*step.inputs.get("makes", GUIDELINES)):
+        facts["sizes"] |= train_side_by_side(context, step, inputs, turn, begun)
+        for name in turn:
+            facts["accuracy"][name] = json.loads((begun / name / "accuracy.json").read_text(encoding="utf-8"))
+            roles[name].call(TrainerWorker.unload, step="reward end")
+    return facts
+
+
+def train_side_by_side(
+    context: Context, step: Step, inputs: Mapping[str, Artefact], names: Sequence[str], begun: Path
+) -> dict[str, dict[str, int]]:
+    """Both models, or the one whose turn it is, in their directories below `begun`; returns the data's sizes."""
+    section, roles, timeout_s = context.config.reward, context.roles, context.roles.timeout_s
     works = {name: begun / name for name in names}
     for work in works.values():
         work.mkdir(exist_ok=True)
     states = {name: newest_state(work) for name, work in works.items()}
     with doing(step.name, "starting workers, reading comparisons"):
-        roles.work_together(*names)
+        roles.make_resident(*names)
         sizes = _begin(context, inputs, states)
     progress = {name: steps_done for name, (steps_done, _) in states.items()}
     totals = {name: num_steps(sizes[name]["train"], section) for name in names}
@@ -71,16 +84,15 @@ def train_reward_models(context: Context, step: Step, inputs: Mapping[str, Artef
         name: roles[name].submit(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
         for name in names
     }
-    accuracies = {}
     for name, work in works.items():
         writers[name].close()
-        accuracies[name] = collect(tested[name], timeout_s=timeout_s, step="reward accuracy")[0]
-        write_json(work / "accuracy.json", accuracies[name])
+        accuracy = collect(tested[name], timeout_s=timeout_s, step="reward accuracy")[0]
+        write_json(work / "accuracy.json", accuracy)
         if not (work / "model").exists():  # one from before an interruption is the same and stays
             roles[name].call(TrainerWorker.save_model, str(work / "model"), num_labels=1, step="reward end")
         add_tokenizer(inputs["tokenizer"].path, work / "model")
-        console.print(f"reward {name}: held-out accuracy {accuracy_line(accuracies[name], name)}")
-    return {"sizes": sizes, "accuracy": accuracies}
+        console.print(f"reward {name}: held-out accuracy {accuracy_line(accuracy, name)}")
+    return sizes
 
 
 def _begin(
@@ -165,30 +177,35 @@ def measure_reward_models(context: Context, step: Step, inputs: Mapping[str, Art
 def held_out_accuracies(
     context: Context, name: str, inputs: Mapping[str, Artefact], models: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Of one version's models (by guideline, as paths) on all held-out comparisons, side by side."""
+    """Of one version's models (by guideline, as paths) on all held-out comparisons."""
     roles, section = context.roles, context.config.reward
-    roles.work_together(*models)
+    found: dict[str, dict[str, float]] = {}
+    for turn in roles.turns(*models):
+        roles.make_resident(*turn)
 
-    def all_of(method: Any, *args: Any, **options: Any) -> dict[str, list[Any]]:
-        calls = {model: roles[model].submit(method, *args, **options) for model in models}
-        return {model: collect(found, timeout_s=roles.timeout_s, step=name) for model, found in calls.items()}
+        def all_of(method: Any, *args: Any, turn: Sequence[str] = turn, **options: Any) -> dict[str, list[Any]]:
+            calls = {model: roles[model].submit(method, *args, **options) for model in turn}
+            return {model: collect(made, timeout_s=roles.timeout_s, step=name) for model, made in calls.items()}
 
-    loading = [
-        call
-        for model, path in models.items()
-        for call in roles[model].submit(ScorerWorker.load_frozen, path, head="scalar", runtime=roles.runtime)
-    ]
-    collect(loading, timeout_s=roles.timeout_s, step=name)
-    all_of(
-        TrainerWorker.open_data,
-        held_out_pairs,
-        tables_of(inputs),
-        str(inputs["tokenizer"].path),
-        held_out=held_out(inputs, section),
-        max_length=section.max_length,
-    )
-    found = all_of(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
-    return {model: ranks[0] for model, ranks in found.items()}
+        loading = [
+            call
+            for model in turn
+            for call in roles[model].submit(
+                ScorerWorker.load_frozen, models[model], head="scalar", **roles.frozen(model)
+            )
+        ]
+        collect(loading, timeout_s=roles.timeout_s, step=name)
+        all_of(
+            TrainerWorker.open_data,
+            held_out_pairs,
+            tables_of(inputs),
+            str(inputs["tokenizer"].path),
+            held_out=held_out(inputs, section),
+            max_length=section.max_length,
+        )
+        tested = all_of(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
+        found |= {model: ranks[0] for model, ranks in tested.items()}
+    return found
 
 
 def print_accuracies(results: Mapping[str, Mapping[str, float]], guideline: str) -> None:

@@ -25,6 +25,8 @@ FROZEN_ROLES = ("reference", *REWARDS)
 SUMMARY_ROLES = ("policy", *FROZEN_ROLES)
 """Those that score answers nobody learns from."""
 SCORING_ROLES = ("policy", "value", *FROZEN_ROLES)
+TURNS = (*FROZEN_ROLES, "policy", "value")
+"""The order of those that must take turns, before value and policy are trained."""
 READERS = ("chat", *REWARDS)
 """Inputs of a stage whose models read prompts and answers."""
 
@@ -55,9 +57,17 @@ def gate(threshold: float) -> float:
 
 
 def load_frozen(
-    context: Context, inputs: Mapping[str, Artefact], roles_used: Sequence[str] = FROZEN_ROLES
-) -> list[Call[None]]:
-    """Starts loading the reference policy and both rewards, models or functions."""
+    context: Context, inputs: Mapping[str, Artefact], roles_used: Sequence[str] = FROZEN_ROLES, *, step: str
+) -> None:
+    """Loads the reference policy and both rewards, models or functions."""
+    for turn in context.roles.turns(*roles_used):
+        context.roles.make_resident(*turn)
+        calls = start_loading(context, inputs, turn)
+        collect(calls, timeout_s=context.roles.timeout_s, step=step)
+
+
+def start_loading(context: Context, inputs: Mapping[str, Artefact], roles_used: Sequence[str]) -> list[Call[None]]:
+    """Starts loading those of one turn."""
     roles = context.roles
     calls: list[Call[None]] = []
     for role in roles_used:
@@ -67,14 +77,16 @@ def load_frozen(
             calls += roles[role].submit(ScorerWorker.load_function, source, **named)
         else:
             head = "lm" if role == "reference" else "scalar"
-            calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, runtime=roles.runtime)
+            calls += roles[role].submit(ScorerWorker.load_frozen, source, head=head, **roles.frozen(role))
     return calls
 
 
 def score(
     roles: Roles, settings: ScoringSettings, rollouts: Sequence[Call[Any]], *, roles_used: Sequence[str] = SCORING_ROLES
 ) -> Scores:
-    """Starts the log-probs of policy and reference, values and both rewards of every chunk."""
+    """Starts the log-probs of policy and reference, values and both rewards of every chunk; on return the last turn is
+    under way.
+    """
     budget = {"micro_batch_tokens": settings.micro_batch_tokens}
     likely = (ScorerWorker.logprobs, {"temperature": settings.temperature, **budget})
     methods: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -84,14 +96,18 @@ def score(
         "helpfulness": (ScorerWorker.score, budget),
         "safety": (ScorerWorker.score, budget),
     }
-    return {
-        role: [
-            roles[role].submit_one(chunk % roles[role].num_ranks, method, call.data[0], **options, num_data=1)
-            for chunk, call in enumerate(rollouts)
-        ]
-        for role, (method, options) in methods.items()
-        if role in roles_used
-    }
+    scores: dict[str, list[Call[Any]]] = {}
+    for turn in roles.turns(*(role for role in TURNS if role in roles_used)):
+        collect([call for calls in scores.values() for call in calls], timeout_s=roles.timeout_s, step=roles.step)
+        roles.make_resident(*turn)
+        for role in turn:
+            method, options = methods[role]
+            group = roles[role]
+            scores[role] = [
+                group.submit_one(chunk % group.num_ranks, method, call.data[0], **options, num_data=1)
+                for chunk, call in enumerate(rollouts)
+            ]
+    return scores
 
 
 def summarize(

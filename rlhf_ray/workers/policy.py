@@ -13,7 +13,7 @@ from rlhf_ray.algo.kl import KLEstimator, kl_estimate
 from rlhf_ray.algo.losses import explained_variance, importance_weights, lm_loss, policy_loss
 from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
-from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.train import NonFiniteError
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.batching import DrawRows, prompt_rows
 from rlhf_ray.records import Experience, Rollouts, StaleRolloutsError, WeightVersion
@@ -74,10 +74,10 @@ class PolicyWorker(TrainerWorker):
         sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
         for rows in self._equal_numbers([own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]):
             if not rows:
-                self._forward_nothing()
+                self.engine.forward_nothing()
                 continue
             packed = held_out.select(rows, self._runtime.device)
-            result = self._forward(
+            result = self.engine.forward(
                 packed.tokens,
                 position_ids=packed.position_ids,
                 segment_ids=packed.segment_ids,

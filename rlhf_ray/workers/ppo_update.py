@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from rlhf_ray.backends.deepspeed import TrainEngine
+from rlhf_ray.backends.train import TrainEngine
 from rlhf_ray.data.batching import minibatch_rows, padding_share, plan_micro_batches
 from rlhf_ray.records import Experience, select_rows
 

@@ -60,8 +60,7 @@ class RewardWorker(TrainerWorker):
         plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)
         for rows in plan[self.rank]:  # empty ones too: a sharded model's ranks must stay together
             batch = pairs.select(rows, self._runtime.device)
-            with torch.no_grad():
-                chosen, rejected = self._pair_scores(self._model, batch)
+            chosen, rejected = self._pair_scores(self.engine.forward, batch)
             hits = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
             for row, hit in zip(rows, hits[: len(rows)].tolist(), strict=True):
                 own = [groups.index(group) for group in pairs.groups(row)]

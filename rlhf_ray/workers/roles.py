@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 
+from cluster.layout import PlacementError, lay_out
+from cluster.placement import Place, cluster_nodes, reserve
 from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
-from rlhf_ray.machine import EMBEDDED, on_device
+from rlhf_ray.machine import EMBEDDED, demands
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -33,11 +35,16 @@ WORKER_CLASSES: dict[str, type[Worker]] = {
 class Roles:
     """Launches worker groups and shares this machine's cores between those that work at the same time."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, seated: Sequence[str] = ()):
+        """For roles of a settled config; `seated` as in `lay_out`."""
         self._groups: dict[str, WorkerGroup] = {}
+        self._place: Place | None = None
+        self._asleep: set[str] = set()
+        self.lay_out(config, seated)
         self.engine_shape: Any = None
         """Of the model that the engines were started on; they take weights of no other."""
+        self.engines_forgot = False
+        """Whether the engines have slept since a trainer sent them weights."""
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
         self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
@@ -52,32 +59,80 @@ class Roles:
         """Starts the roles that are not yet up, side by side: most of a start is imports."""
         missing = [role for role in roles if role not in self._groups]
         if missing:
+            place = self._take_place()
             with ThreadPoolExecutor(len(missing)) as pool:
-                launched = {role: pool.submit(self._launch, role) for role in missing}
+                launched = {role: pool.submit(self._launch, role, place) for role in missing}
             self._groups |= {role: group.result() for role, group in launched.items() if not group.exception()}
             for group in launched.values():
                 group.result()  # raises where one did not come up; the others are kept
         return [self._groups[role] for role in roles]
 
-    def work_together(self, *roles: str, among: Sequence[str] = ()) -> None:
-        """Divides the cores between roles whose ranks are about to compute at the same time.
+    def turns(self, *roles: str) -> list[tuple[str, ...]]:
+        """The roles in groups, each of which can work at the same time.
 
-        On CPU more runnable compute threads than cores are several times slower than too few, because threads spin
-        at every barrier.
+        On CPU it is one, which shares the cores. Roles that share a GPU take turns: there each would only slow the
+        other down, and while one works the others leave it their memory.
+        """
+        if self.runtime.device == "cpu":
+            return [roles]
+        layout = self._take_place().layout
+        turns: list[list[str]] = []
+        for role in roles:
+            turn = next((turn for turn in turns if layout.are_apart(role, turn)), None)
+            turns.append([role]) if turn is None else turn.append(role)
+        return [tuple(turn) for turn in turns]
 
-        Args:
-            among: the roles between which cores are divided, where these are more than the ones to be started. The
-                number of threads is a part of what makes bits equal, so it must not depend on what is done already.
+    def make_resident(self, *roles: str) -> None:
+        """Has the roles ready to compute at the same time, awake on GPUs that the others have left to them.
+
+        On CPU it divides the cores between them: more runnable compute threads than cores are several times slower than
+        too few, because threads spin at every barrier.
         """
         groups = self.start(*roles)
-        threads = max(1, self.cores // sum(getattr(self._config.roles, role).num_ranks for role in among or roles))
-        for group in groups:
-            group.call(_set_threads(group.role), threads, step=self.step)
+        if self.runtime.device == "cpu":
+            threads = max(1, self.cores // sum(getattr(self._config.roles, role).num_ranks for role in roles))
+            for group in groups:
+                group.call(_set_threads(group.role), threads, step=self.step)
+            return
+        layout = self._take_place().layout
+        leave = [
+            role
+            for role in self._groups
+            if role not in roles and role not in self._asleep and not layout.are_apart(role, roles)
+        ]
+        self._all(leave, Worker.sleep)
+        self._asleep |= {*leave}
+        self.engines_forgot |= "rollout" in leave
+        self._all([role for role in roles if role in self._asleep], Worker.wake)
+        self._asleep -= {*roles}
+
+    def can_overlap(self, role: str, others: Sequence[str]) -> bool:
+        """Whether a role can compute while others do: on GPUs of its own; on CPU it would only take their cores."""
+        return self.runtime.device == "cuda" and self._take_place().layout.are_apart(role, others)
+
+    def shares_gpus(self, role: str) -> bool:
+        """Whether other roles need its GPUs in turn."""
+        return bool(self._take_place().layout.neighbours(role))
+
+    def frozen(self, role: str) -> dict[str, Any]:
+        """How a model is held that the role only scores with: options of `ScorerWorker.load_frozen`."""
+        divided = getattr(self._config.roles, role).zero_stage == 3
+        return {"runtime": self.runtime, "divided": divided, "shares_device": self.shares_gpus(role)}
+
+    def _all(self, roles: Sequence[str], method: Callable[[Any], None]) -> None:
+        """Calls a method on all ranks of the roles, side by side."""
+        calls = [call for role in roles for call in self._groups[role].submit(method)]
+        collect(calls, timeout_s=self.timeout_s, step=self.step)
 
     @property
     def timeout_s(self) -> float:
         """Deadline of a call, seconds."""
         return self._config.cluster.call_timeout_s
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that the roles are on."""
+        return len({(seat.node, gpu) for seat in self._take_place().layout.seats for gpu in seat.gpus})
 
     def memory(self) -> dict[str, float]:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
@@ -105,15 +160,22 @@ class Roles:
             for role, condition in conditions.items()
             if condition == "dead" or (condition == "busy" and self._groups[role].num_ranks > 1)
         ]
-        for role in ended:
-            self._groups.pop(role).stop()
+        if self._place is not None and not self._place.is_whole():
+            ended = list(conditions)
+            self.stop()
+        self._stop([role for role in ended if role in self._groups])
         return ended
 
-    def resize(self, config: Config) -> None:
-        """Roles are of this config's size from now on; those that are up in another are ended."""
-        changed = [role for role in self._groups if getattr(config.roles, role) != getattr(self._config.roles, role)]
-        self._config = config
-        self._stop(changed)
+    def lay_out(self, config: Config, seated: Sequence[str]) -> None:
+        """Roles are of this config's sizes from now on; all end where that moves one that is up.
+
+        Args:
+            seated: those that share the GPUs; on CPU, and where none is named, all have seats.
+        """
+        everyone = config.run.device != "cuda" or not seated
+        self._config, self._seated = config, tuple(WORKER_CLASSES if everyone else seated)
+        if self._place is not None and not self._still_sits():
+            self.stop()
 
     def release(self, needed: Collection[str]) -> None:
         """Ends the roles that are not needed any more."""
@@ -130,36 +192,54 @@ class Roles:
         collect(calls, timeout_s=self.timeout_s, step=f"{self.step} end")
 
     def stop(self) -> None:
-        """Ends all roles."""
+        """Ends all roles, and gives their place back."""
         self._stop(list(self._groups))
+        if self._place is not None:
+            self._place.free()
+            self._place = None
 
     def _stop(self, roles: Sequence[str]) -> None:
         for role in roles:
             self._groups.pop(role).stop()
+            self._asleep.discard(role)
 
     def _ask(self, method: Callable[[Any], float]) -> dict[str, list[float]]:
         """What the method returns, by role and rank."""
         calls = {role: group.submit(method) for role, group in self._groups.items()}
         return {role: collect(ranks, timeout_s=self.timeout_s, step=self.step) for role, ranks in calls.items()}
 
-    def _launch(self, role: str) -> WorkerGroup:
+    def _still_sits(self) -> bool:
+        """Whether the place that is held is that of the seated roles; nodes that have joined since change nothing."""
+        assert self._place is not None
+        held = self._place.layout
+        try:
+            return lay_out(demands(self._config, self._seated), held.nodes) == held
+        except PlacementError:
+            return False
+
+    def _take_place(self) -> Place:
+        """Of all seated roles, once."""
+        if self._place is None:
+            cluster = self._config.cluster
+            nodes = cluster_nodes(cpus_per_rank=cluster.cpus_per_rank)
+            layout = lay_out(demands(self._config, self._seated), nodes)
+            self._place = reserve(layout, cpus_per_rank=cluster.cpus_per_rank, timeout_s=cluster.start_timeout_s)
+        return self._place
+
+    def _launch(self, role: str, place: Place) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)
-        num_ranks = settings.num_ranks
-        on_gpu = self.runtime.device == "cuda" and bool(on_device(self._config, [role]))
+        processes = settings.num_ranks * getattr(settings, "tensor_parallel_size", 1)
         embedded = self._config.cluster.address in (None, EMBEDDED)
-        if isinstance(settings, RolloutRole):
-            size = settings.tensor_parallel_size
-            gpus = float(size) if size > 1 else settings.gpus_per_rank or 1.0
-        else:
-            size, gpus = 1, settings.gpus_per_rank or 1.0
-        resources = {"CPU": self._config.cluster.cpus_per_rank, **({"GPU": gpus} if on_gpu else {})}
+        threads = max(1, self.cores // processes)
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
+            place,
             role=role,
-            num_ranks=num_ranks,
-            resources=resources,
-            env=worker_environment(threads=max(1, self.cores // (num_ranks * size)), on_gpu=on_gpu, embedded=embedded),
-            rendezvous=isinstance(settings, TrainRole),
+            env=[
+                worker_environment(threads=threads, on_gpu=bool(seat.gpus), embedded=embedded)
+                for seat in place.layout.of(role)
+            ],
+            rendezvous=not isinstance(settings, RolloutRole),
             start_timeout_s=self._config.cluster.start_timeout_s,
             call_timeout_s=self._config.cluster.call_timeout_s,
         )

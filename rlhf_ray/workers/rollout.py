@@ -12,7 +12,7 @@ from cluster.worker_group import Worker
 from model.checkpoint import iterate_tensors
 from model.checkpoint_files import read_config
 from rlhf_ray.algo.reward import combine_rewards
-from rlhf_ray.backends.vllm import Engine
+from rlhf_ray.backends.rollout import RolloutEngine
 from rlhf_ray.backends.weights import fill_buckets
 from rlhf_ray.data.chat import decode_answer, encode_prompt, load_tokenizer
 from rlhf_ray.data.light_tokenizer import LightTokenizer
@@ -27,12 +27,26 @@ class RolloutWorker(Worker):
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
-        self._engine: Engine | None = None
+        self._engine: RolloutEngine | None = None
         self._version = WeightVersion("", 0)
+        self._checkpoint: str | None = None
+        """That the weights are from; none where they are a trainer's."""
 
     def set_threads(self, threads: int) -> None:
         """Compute threads of the engine from now on."""
         torch.set_num_threads(threads)
+
+    def sleep(self) -> None:
+        """Leaves the GPU to other roles, until `wake`."""
+        if self._engine is not None:
+            self._engine.sleep()
+
+    def wake(self) -> None:
+        """Has the GPU again, and the weights of its checkpoint; those of a trainer must be sent anew."""
+        if self._engine is not None:
+            self._engine.wake()
+            if self._checkpoint is not None and not self._engine.has_weights:
+                self.load_checkpoint(self._checkpoint)
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far, GiB: of this process, or of the largest that the engine has beside it."""
@@ -53,7 +67,7 @@ class RolloutWorker(Worker):
         config = read_config(checkpoint)
         known = max(self._light.vocabulary.values()) + 1
         self._num_ids = config.vocab_size if every_id else min(known, config.vocab_size)
-        self._engine = Engine(checkpoint, config, num_ids=self._num_ids, **engine_options)
+        self._engine = RolloutEngine(checkpoint, config, num_ids=self._num_ids, **engine_options)
         self.load_checkpoint(checkpoint)
         self._engine.generate([self._ends[:1]], seeds=[0], temperature=1.0, max_new_tokens=2, end_ids=self._ends)
 
@@ -115,12 +129,13 @@ class RolloutWorker(Worker):
     def load_weights(self, buckets: list[Any]) -> WeightVersion:
         """Takes weights from the channel; returns which."""
         self.engine.load_weights(self._fetch(buckets))
+        self._checkpoint = None
         return self._version
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
         self._ends = special_ids(self._light, read_config(checkpoint)).ends
-        self._version = WeightVersion(checkpoint, 0)
+        self._version, self._checkpoint = WeightVersion(checkpoint, 0), checkpoint
         self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=self._version))
 
     def probe(self, prompts: PromptBatch) -> tuple[None, Rollouts]:
@@ -159,7 +174,7 @@ class RolloutWorker(Worker):
         self._version = bucket.version
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> RolloutEngine:
         """The vLLM engine."""
         assert self._engine is not None, f"{self.role}: start comes first"
         return self._engine

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from cluster.hardware import give_back_memory
 from cluster.worker_group import Worker
-from model.checkpoint import load_model
+from model.checkpoint import empty_model, load_model
+from model.checkpoint_files import read_config
 from model.config import ModelConfig
 from model.heads import last_token_scores, scored_lengths
 from model.llama import Head
-from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.frozen import FrozenEngine
+from rlhf_ray.backends.train import NonFiniteError, TrainEngine, init_distributed
 from rlhf_ray.data.batching import plan_micro_batches
 from rlhf_ray.data.chat import load_tokenizer
 from rlhf_ray.data.reward_function import find_function, score_with
@@ -45,7 +48,7 @@ class ScorerWorker(Worker):
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
-        self._model: nn.Module | None = None
+        self._engine: FrozenEngine | TrainEngine | None = None
         self._function: Callable[[Rollouts], Tensor] | None = None
         self._config: ModelConfig | None = None
         self._runtime = Runtime(precision="fp32", device="cpu")
@@ -54,12 +57,21 @@ class ScorerWorker(Worker):
         """Compute threads of this rank from now on; more runnable ones than cores spin against each other."""
         torch.set_num_threads(threads)
 
-    def load_frozen(self, checkpoint: str, *, head: Head, runtime: Runtime) -> None:
-        """Takes a checkpoint for scoring, in place of whatever the rank held."""
+    def load_frozen(
+        self, checkpoint: str, *, head: Head, runtime: Runtime, divided: bool = False, shares_device: bool = False
+    ) -> None:
+        """Takes a checkpoint for scoring, in place of whatever the rank held; see `FrozenEngine`."""
         self.unload()
         self._runtime = runtime
-        model = load_model(checkpoint, head=head, dtype=runtime.dtype, device=runtime.device)
-        self._config, self._model = model.config, model.eval().requires_grad_(False)
+        divided = divided and self.num_ranks > 1
+        if divided:
+            init_distributed(torch.device(runtime.device))
+        if divided and self.rank > 0:  # rank 0's weights are sent
+            model = empty_model(read_config(checkpoint), head=head, dtype=runtime.dtype)
+        else:
+            model = load_model(checkpoint, head=head, dtype=runtime.dtype)
+        self._config = model.config
+        self._engine = FrozenEngine(model, device=runtime.device, divided=divided, shares_device=shares_device)
 
     def load_function(self, spec: str, *, field: str, root: str, tokenizer: str) -> None:
         """Takes a Python function for scoring (`data/reward_function.py`), in place of whatever the rank held.
@@ -79,9 +91,23 @@ class ScorerWorker(Worker):
 
         self._function = score
 
+    def sleep(self) -> None:
+        """Leaves the device to other roles, until `wake`."""
+        if self._engine is not None:
+            self._engine.sleep()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Has the device again."""
+        if self._engine is not None:
+            self._engine.wake()
+
     def unload(self) -> None:
         """Frees the model."""
-        self._model = self._function = None
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._function = None
         gc.collect()
         give_back_memory()
         if torch.cuda.is_available():
@@ -98,7 +124,7 @@ class ScorerWorker(Worker):
         out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
-            result = self._forward(tokens, target_mask=mask, temperature=temperature, num_ids=rollouts.num_ids)
+            result = self.engine.forward(tokens, target_mask=mask, temperature=temperature, num_ids=rollouts.num_ids)
             out[rows, : tokens.shape[1]] = result.logprobs.cpu()
         return None, out
 
@@ -117,7 +143,7 @@ class ScorerWorker(Worker):
             for rows, tokens in self._batches(rollouts, micro_batch_tokens):
                 lengths = rollouts.lengths[rows].to(tokens.device)
                 lengths = scored_lengths(tokens, lengths, self._config.pad_token_id)
-                scores[rows] = last_token_scores(self._forward(tokens), lengths).float().cpu()
+                scores[rows] = last_token_scores(self.engine.forward(tokens), lengths).float().cpu()
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores
@@ -139,16 +165,18 @@ class ScorerWorker(Worker):
                 longest = int(rollouts.lengths[rows].max())
                 yield rows, rollouts.tokens[rows][:, :longest].to(self._runtime.device)
             else:
-                self._forward_nothing()
+                self.engine.forward_nothing()
 
     def _equal_numbers(self, plan: list[list[int]]) -> Sequence[list[int]]:
         """The plan this rank must go through; a sharded model's ranks all pass as many micro-batches."""
-        return plan
+        if not self.engine.sharded:
+            return plan
+        longest = torch.tensor(len(plan), device=self._runtime.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        return plan + [[]] * (int(longest) - len(plan))
 
-    def _forward_nothing(self) -> None:
-        raise AssertionError("a frozen replica has no empty micro-batches")
-
-    @torch.no_grad()
-    def _forward(self, tokens: Tensor, **kwargs: object) -> Any:
-        assert self._model is not None, f"{self.role}: no model is loaded"
-        return self._model(tokens, **kwargs)
+    @property
+    def engine(self) -> Any:
+        """What computes: frozen, or in training."""
+        assert self._engine is not None, f"{self.role}: no model is loaded"
+        return self._engine

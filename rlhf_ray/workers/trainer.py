@@ -1,6 +1,6 @@
 """A model being trained: the machinery that policy, value and reward workers share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from model.checkpoint import empty_model, iterate_tensors, load_model, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.llama import Head, Llama
-from rlhf_ray.backends.deepspeed import TrainEngine, init_distributed
+from rlhf_ray.backends.train import TrainEngine, init_distributed
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
 
 
@@ -20,7 +20,8 @@ class TrainerWorker(ScorerWorker):
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
-        self._engine: TrainEngine | None = None
+        self._built: Llama | None = None
+        """In host memory, until it is put under DeepSpeed."""
         self._data: Any = None
         self._source: str | ModelConfig = ""
         self._fresh: set[str] = set()
@@ -28,10 +29,7 @@ class TrainerWorker(ScorerWorker):
 
     def unload(self) -> None:
         """Frees model, optimizer and data."""
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
-        self._data = None
+        self._data = self._built = None
         super().unload()
 
     def build(
@@ -52,12 +50,12 @@ class TrainerWorker(ScorerWorker):
             model.init_weights(seed=seed)
         else:
             model = load_model(source, head=head, dtype=runtime.dtype, fresh_head=fresh_head, seed=seed)
-        self._config, self._model = model.config, model  # in host memory: DeepSpeed moves it
+        self._config, self._built = model.config, model
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
-        assert isinstance(self._model, Llama) and self._engine is None, "zero_head comes between build and begin"
-        torch.nn.init.zeros_(self._model.score.weight)
+        assert self._built is not None, "zero_head comes between build and begin_training"
+        torch.nn.init.zeros_(self._built.score.weight)
         self._fresh.add("score.weight")
 
     def begin_training(
@@ -70,11 +68,11 @@ class TrainerWorker(ScorerWorker):
         state: str | None = None,
     ) -> None:
         """Puts the built model under DeepSpeed; `state` is a directory of `save_state` to go on from."""
-        assert isinstance(self._model, Llama), f"{self.role}: build comes before begin_training"
+        assert self._built is not None, f"{self.role}: build comes before begin_training"
         init_distributed(torch.device(self._runtime.device))
-        self._model.model.activation_checkpointing = activation_checkpointing
+        self._built.model.activation_checkpointing = activation_checkpointing
         self._engine = TrainEngine(
-            self._model,
+            self._built,
             optim=optim,
             num_steps=num_steps,
             zero_stage=zero_stage,
@@ -82,7 +80,7 @@ class TrainerWorker(ScorerWorker):
             state=Path(state) if state else None,
             masters=self._exact_weights(),
         )
-        self._model = self._engine.module
+        self._built = None
 
     def _exact_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights of the checkpoint that the built model has rounded."""
@@ -109,23 +107,6 @@ class TrainerWorker(ScorerWorker):
         else:
             for _ in self.engine.weights():
                 pass
-
-    @property
-    def engine(self) -> TrainEngine:
-        """The DeepSpeed engine."""
-        assert self._engine is not None, f"{self.role}: begin_training comes first"
-        return self._engine
-
-    def _equal_numbers(self, plan: list[list[int]]) -> Sequence[list[int]]:
-        if self._engine is None or self._engine.zero_stage < 3 or self.num_ranks == 1:
-            return plan
-        longest = torch.tensor(len(plan), device=self._runtime.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        return plan + [[]] * (int(longest) - len(plan))
-
-    @torch.no_grad()
-    def _forward_nothing(self) -> None:
-        self.engine.forward_nothing()
 
     def _all_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -25,7 +25,7 @@ class ValueWorker(TrainerWorker):
         out = torch.zeros(num_rows, num_tokens + 1)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             # What is read at a token is the value of the state after it.
-            out[rows, 1 : tokens.shape[1] + 1] = self._forward(tokens).float().cpu()
+            out[rows, 1 : tokens.shape[1] + 1] = self.engine.forward(tokens).float().cpu()
         wanted = pad(rollouts.response_mask, (0, 1))
         wanted[torch.arange(num_rows), rollouts.lengths] = True
         return None, out * wanted

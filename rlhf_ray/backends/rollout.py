@@ -23,7 +23,7 @@ _MANY_SEQUENCES = 4096
 _TOKENS_A_STEP = 16_384
 
 
-class Engine:
+class RolloutEngine:
     """One vLLM engine for the model of a Hugging Face checkpoint; `load_weights` gives it weights."""
 
     def __init__(
@@ -38,6 +38,7 @@ class Engine:
         gpu_memory_utilization: float = 0.5,
         kv_cache_gib: float | None = None,
         on_gpu: bool = False,
+        shares_device: bool = False,
         seed: int = 0,
     ):
         """Starts the engine, with weights that mean nothing yet.
@@ -46,6 +47,7 @@ class Engine:
             num_ids: rows of the vocabulary, the first, that there are to the engine: it samples none of the others,
                 and its log-probs are over these.
             kv_cache_gib: on CPU, over all ranks; None for as much as the longest batch can fill.
+            shares_device: other roles need it in turn, so that the engine must be able to sleep.
         """
         _clean_environment()
         from vllm import LLM  # a heavy import, and the variables must come before it
@@ -77,6 +79,7 @@ class Engine:
             distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else cache // tensor_parallel_size,
+            enable_sleep_mode=on_gpu and shares_device,
             enforce_eager=not on_gpu,  # on CPU, compiling takes a minute and decodes no faster
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer's are
             seed=seed,
@@ -84,6 +87,8 @@ class Engine:
         )
         if not on_gpu:
             self._llm.collective_rpc(_allow_amx)
+        self._sleeps = on_gpu and shares_device
+        self._has_cache = self._has_weights = True
 
     def generate(
         self,
@@ -101,6 +106,7 @@ class Engine:
         """
         from vllm import SamplingParams
 
+        self._wake_cache()
         params = [
             SamplingParams(
                 temperature=temperature,
@@ -122,6 +128,7 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._wake_cache()
         # Blocks from the prefix cache have no log-probs, and may be another version's.
         self._llm.reset_prefix_cache()
         outputs = self._llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
@@ -146,8 +153,36 @@ class Engine:
             self._llm.collective_rpc(_take_weights, args=(bucket,), kwargs=options)
         lacking = set().union(*self._llm.collective_rpc(_end_weights, args=(expected,)))
         self._llm.reset_prefix_cache()
+        self._has_weights = not lacking
         if lacking:
             raise ValueError(f"the engine got no {min(lacking)} (one of {len(lacking)} tensors that are missing)")
+
+    def sleep(self) -> None:
+        """Leaves the GPU to others: forgets weights and cache."""
+        if self._sleeps:
+            self._llm.sleep(level=2)
+            self._has_weights = self._has_cache = False
+
+    def wake(self) -> None:
+        """Has room for weights again, which `load_weights` must bring; for the cache once it is wanted."""
+        if self._sleeps:
+            self._llm.wake_up(tags=["weights"])
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has any that mean something: none since it slept."""
+        return self._has_weights
+
+    def _wake_cache(self) -> None:
+        """Others have left the GPU by now."""
+        assert self._has_weights, "an engine that slept needs weights before it generates"
+        if not self._has_cache:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._has_cache = True
+
+    def close(self) -> None:
+        """Frees the engine."""
+        del self._llm
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far of the engine's largest process, GiB: allocated on the GPU, or resident."""

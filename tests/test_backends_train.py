@@ -11,7 +11,7 @@ from cluster.worker_group import WorkerError, collect
 from model.checkpoint import save_checkpoint
 from model.flops import num_parameters
 from model.llama import Llama
-from rlhf_ray.backends.deepspeed import NonFiniteError
+from rlhf_ray.backends.train import NonFiniteError
 from rlhf_ray.backends.train_state import read_state
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.trainer import TrainerWorker

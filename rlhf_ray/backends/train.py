@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.llama import Llama
 from rlhf_ray.backends.train_state import PARTS, read_state, read_steps, write_state
+from rlhf_ray.config import can_sleep
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
@@ -150,8 +151,28 @@ class TrainEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The model, to be called without gradients."""
+        """The model as it is called."""
         return self._engine
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks gather weights from each other on the way: all must pass as many micro-batches."""
+        return self.zero_stage == 3 and self.num_ranks > 1
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, **options: Any) -> Any:
+        """As `Llama.forward`, without gradients."""
+        return self._engine(tokens, **options)
+
+    def sleep(self) -> None:
+        """Leaves the device to others, as far as it can: DeepSpeed moves states of ZeRO 2 and 3 to host memory."""
+        if can_sleep(self.zero_stage):
+            self._engine.offload_states(pin_memory=self._engine.device.type == "cuda")
+
+    def wake(self) -> None:
+        """Comes back to it."""
+        if can_sleep(self.zero_stage):
+            self._engine.reload_states()
 
     def step(self, micro_batches: Sequence[B], loss_fn: LossFn[B]) -> dict[str, float]:
         """One optimizer step; gradients are those of the sum of the losses over micro-batches and ranks.
@@ -213,13 +234,10 @@ class TrainEngine:
         dist.all_reduce(table)
         return [float(x) for x in table.tolist()]
 
-    def forward_nothing(self) -> Tensor:
-        """A scalar made by all parameters from two tokens: takes part in what other ranks gather, and means nothing."""
-        module: Llama = self._engine.module
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._engine.device)
-        options = {"target_mask": torch.tensor([[False, True]], device=tokens.device)} if module.head == "lm" else {}
-        result = self._engine(tokens, **options)
-        return (result if isinstance(result, Tensor) else result.logprobs).sum()
+    @torch.no_grad()
+    def forward_nothing(self) -> None:
+        """Takes part in what other ranks gather."""
+        sample_forward(self._engine.module, self._engine, self._engine.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters in the model's dtype; all ranks must go through it together (ZeRO-3 gathers)."""
@@ -312,7 +330,8 @@ class TrainEngine:
         for group in self._adamw.param_groups:
             group["lr"] = 0.0
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(0.0 * self.forward_nothing())
+        nothing = sample_forward(self._engine.module, self._engine, self._engine.device)
+        self._engine.backward(0.0 * nothing)
         self._engine.step()
         self._link_moments()
 
@@ -323,12 +342,46 @@ class TrainEngine:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def destroy(self) -> None:
+    def close(self) -> None:
         """Frees the optimizer and what DeepSpeed hooked into the model."""
-        self._engine.destroy()
-        if self.zero_stage == 3:
-            _forget_sharded_models()
-        gc.collect()
+        destroy(self._engine, sharded=self.zero_stage == 3)
+
+
+def sample_forward(model: Llama, module: nn.Module, device: torch.device) -> Tensor:
+    """A scalar made by all parameters from two tokens, which means nothing; `module` is the model as it is called."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    options = {"target_mask": torch.tensor([[False, True]], device=device)} if model.head == "lm" else {}
+    result = module(tokens, **options)
+    return (result if isinstance(result, Tensor) else result.logprobs).sum()
+
+
+def divide(model: Llama, *, in_host_memory: bool) -> nn.Module:
+    """A frozen model, divided over the role's ranks as by ZeRO 3; rank 0's weights are those of all.
+
+    Args:
+        in_host_memory: each rank's share stays there, and is copied to the device when it is wanted.
+    """
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            **({"offload_param": {"device": "cpu", "pin_memory": True}} if in_host_memory else {}),
+        },
+    }
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return engine.eval()
+
+
+def destroy(engine: Any, *, sharded: bool) -> None:
+    """Frees what DeepSpeed holds of a model and has hooked into it."""
+    engine.destroy()
+    if sharded:
+        _forget_sharded_models()
+    gc.collect()
 
 
 def _forget_sharded_models() -> None:

@@ -1,0 +1,52 @@
+"""A model that only computes: whole on its device, or divided over its ranks where it is too large for one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.llama import Llama
+from rlhf_ray.backends.train import destroy, divide, sample_forward
+
+
+class FrozenEngine:
+    """A frozen model; what the engines of trained models have as well is named alike."""
+
+    def __init__(self, model: Llama, *, device: str, divided: bool = False, shares_device: bool = False):
+        """Takes a model that is in host memory.
+
+        Args:
+            divided: each rank holds a share of the weights and they gather layer by layer, so all ranks must pass as
+                many micro-batches; torch.distributed is up.
+            shares_device: others need the device in turn: a share of a divided model stays in host memory.
+        """
+        model = model.eval().requires_grad_(False)
+        self.sharded = divided
+        self._device, self._model = torch.device(device), model
+        self.module: nn.Module = divide(model, in_host_memory=shares_device) if divided else model.to(self._device)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, **options: Any) -> Any:
+        """As `Llama.forward`."""
+        return self.module(tokens, **options)
+
+    @torch.no_grad()
+    def forward_nothing(self) -> None:
+        """Takes part in what other ranks gather."""
+        sample_forward(self._model, self.module, self._device)
+
+    def sleep(self) -> None:
+        """Leaves the device to others."""
+        if not self.sharded:
+            self._model.to("cpu")
+
+    def wake(self) -> None:
+        """Comes back to it."""
+        if not self.sharded:
+            self._model.to(self._device)
+
+    def close(self) -> None:
+        """Frees the model."""
+        if self.sharded:
+            destroy(self.module, sharded=True)
+        del self.module, self._model
