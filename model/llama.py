@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import Examples, attend, lay_end_to_end, packing_mask
 from model.config import Llama3RopeScaling, ModelConfig
 from model.heads import LMHead, ScalarHead
 from model.logprobs import TokenLogprobs, fp32_logits
@@ -60,19 +61,6 @@ def rotate(x: Tensor, rotary: RotaryTables) -> Tensor:
     return x * rotary.cos + x.roll(x.shape[-1] // 2, dims=-1) * rotary.sin
 
 
-def packing_mask(segment_ids: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: position t may look at s <= t of its own example.
-
-    Padding (segment 0) sees padding, so that no row of the softmax is empty.
-
-    Args:
-        segment_ids: (B, T) int, 0 for padding, 1.. for the examples packed into the row.
-    """
-    length = segment_ids.shape[1]
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 inside."""
 
@@ -107,28 +95,11 @@ class Attention(nn.Module):
         self.v_proj = _Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.o_proj = _Linear(config.num_heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), rotary).transpose(1, 2)  # (B, N, T, D)
-        k = rotate(self.k_proj(x).view(heads), rotary).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q (B, N, T, D) over k, v (B, K, T, D); causal unless a mask says more."""
-    dtype = q.dtype
-    if q.device.type == "cpu":
-        # torch's bfloat16 CPU kernel runs backward 3x slower than float32 at 96 tokens and no faster at
-        # 1,024; its forward is level. Both passes upcast, so that scoring and training agree exactly.
-        q, k, v = q.float(), k.float(), v.float()
-    elif mask is not None and k.shape[1] != q.shape[1]:
-        # Among CUDA kernels that take a mask, only the one that holds all T x T scores groups heads itself.
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    grouped = k.shape[1] != q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return out.to(dtype)
+        q = rotate(self.q_proj(x).view(heads), rotary)  # (B, T, N, D)
+        k = rotate(self.k_proj(x).view(heads), rotary)  # (B, T, K, D)
+        return self.o_proj(attend(q, k, self.v_proj(x).view(heads), mask).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -154,7 +125,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -173,19 +144,35 @@ class Transformer(nn.Module):
         # Not a buffer: casting the model to bfloat16 must not round the tables, nor `to_empty` wipe them.
         self._tables: RotaryTables | None = None
 
-    def forward(self, tokens: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        x = self.embed_tokens(tokens)  # (B, T, H)
-        rotary = self._rotary(tokens, position_ids, x.dtype)
-        mask = None if segment_ids is None else packing_mask(segment_ids)
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        if not self.lays_end_to_end(tokens.device):
+            rotary = self._rotary(tokens, position_ids)
+            mask = None if segment_ids is None else packing_mask(segment_ids)
+            return self.norm(self._through_blocks(self.embed_tokens(tokens), rotary, mask))
+        examples = lay_end_to_end(tokens, position_ids=position_ids, segment_ids=segment_ids, lengths=lengths)
+        kept = tokens.flatten().index_select(0, examples.kept)[None]  # (1, E)
+        rotary = self._rotary(kept, examples.position_ids[None])
+        x = self.norm(self._through_blocks(self.embed_tokens(kept), rotary, examples))[0]  # (E, H)
+        rows = x.new_zeros(tokens.numel(), x.shape[1]).index_copy(0, examples.kept, x)
+        return rows.view(*tokens.shape, -1)
+
+    def lays_end_to_end(self, device: torch.device) -> bool:
+        """Whether examples pass through the blocks without padding: FlashAttention takes half precision alone."""
+        return device.type == "cuda" and self.embed_tokens.weight.dtype in (torch.bfloat16, torch.float16)
+
+    def _through_blocks(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # No dropout, hence no random state to replay.
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotary, mask)
-        return self.norm(x)
+        return x
 
-    def _rotary(self, tokens: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> RotaryTables:
+    def _rotary(self, tokens: Tensor, position_ids: Tensor | None) -> RotaryTables:
+        dtype = self.embed_tokens.weight.dtype
         if self._tables is None or self._tables.cos.device != tokens.device:
             self._tables = rotary_tables(self.config, tokens.device)
         length = tokens.shape[1]
@@ -232,6 +219,7 @@ class Llama(nn.Module):
         target_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         num_ids: int | None = None,
@@ -246,6 +234,8 @@ class Llama(nn.Module):
             position_ids: (B, T) int64, restarting at 0 in each packed example; by default 0..T-1.
             segment_ids: (B, T) int, 0 for padding, 1.. for the examples packed into a row; by default each
                 row is one example.
+            lengths: (B,) int64, tokens of each row, where a row is one example; what lies behind them is padding, which
+                need not be computed. By default T.
             temperature: Divides the logits before the softmax.
             with_entropy: Also return entropies.
             num_ids: The softmax is over the first so many ids; None for all.
@@ -263,7 +253,7 @@ class Llama(nn.Module):
                 f"target_mask is {state}: a model with head={self.head!r} "
                 f"{'needs' if target_mask is None else 'does not take'} it"
             )
-        hidden = self.model(tokens, position_ids, segment_ids)
+        hidden = self.model(tokens, position_ids, segment_ids, lengths)
         if target_mask is not None:
             return self._token_logprobs(hidden, tokens, target_mask, temperature, with_entropy, num_ids)
         return self.score(hidden) if self.head == "scalar" else hidden
@@ -297,7 +287,7 @@ class Llama(nn.Module):
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> Tensor:
         """(B, T, H) hidden states after the last norm. For inspection: bypasses `forward` and its hooks."""
-        return self.model(tokens, position_ids, segment_ids)
+        return self.model(tokens, position_ids, segment_ids, None)
 
     def logits(
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.attention import lay_end_to_end, packing_mask
 from model.config import PRESETS, Llama3RopeScaling, to_hf_config
-from model.llama import Llama, packing_mask
+from model.llama import Llama, Transformer
 
 TINY = PRESETS["tiny"]
 SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -152,6 +153,61 @@ def test_packed_rows_equal_separate_rows(dtype):
 def test_packing_mask_by_hand():
     expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     assert torch.equal(packing_mask(torch.tensor([[1, 1, 2, 0]]))[0, 0], expected)
+
+
+def test_examples_end_to_end_by_hand():
+    tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+    found = lay_end_to_end(tokens, position_ids=None, segment_ids=None, lengths=torch.tensor([3, 2]))
+    assert found.kept.tolist() == [0, 1, 2, 4, 5] and found.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert found.starts.tolist() == [0, 3, 5] and found.starts.dtype == torch.int32 and found.longest == 3
+    packed = {"segment_ids": torch.tensor([[1, 1, 2, 0], [1, 2, 2, 2]])}
+    packed["position_ids"] = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 2]])
+    found = lay_end_to_end(tokens, **packed, lengths=None)
+    assert found.kept.tolist() == [0, 1, 2, 4, 5, 6, 7] and found.position_ids.tolist() == [0, 1, 0, 0, 0, 1, 2]
+    assert found.starts.tolist() == [0, 2, 3, 4, 7] and found.longest == 3
+    whole = lay_end_to_end(tokens, position_ids=None, segment_ids=None, lengths=None)
+    assert whole.starts.tolist() == [0, 4, 8] and whole.kept.tolist() == list(range(8))
+
+
+DEVICES = [
+    ("cpu", torch.float32, 1e-5),
+    # bf16 by FlashAttention against bf16 by a mask: each rounds where it likes.
+    pytest.param(
+        "cuda", torch.bfloat16, 0.05, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
+@pytest.mark.parametrize("name", ["gqa", "mha"])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_examples_end_to_end_compute_what_rows_do(layout, head, name, device, dtype, tolerance, monkeypatch):
+    """Log-probs or scores, and gradients; on CPU example by example, on CUDA by FlashAttention."""
+    tokens = random_tokens(3, 20).to(device)
+    if layout == "packed":
+        segments = torch.tensor([[1] * 5 + [2] * 8 + [3] * 3 + [0] * 4, [1] * 20, [1] * 2 + [2] * 17 + [0]])
+        positions = [[*range(5), *range(8), *range(3), *range(4)], [*range(20)], [*range(2), *range(17), 0]]
+        options = {"segment_ids": segments.to(device), "position_ids": torch.tensor(positions, device=device)}
+        real = segments > 0
+    else:
+        lengths = torch.tensor([20, 7, 13])
+        options, real = {"lengths": lengths}, torch.arange(20) < lengths[:, None]
+    real = real.to(device)
+    wanted = real & (options.get("position_ids", torch.arange(20, device=device).expand(3, 20)) > 0)
+    found = []
+    for end_to_end in (False, True):
+        monkeypatch.setattr(Transformer, "lays_end_to_end", lambda self, device, flat=end_to_end: flat)
+        model = random_model(VARIANTS[name], head=head, activation_checkpointing=True).to(device, dtype)
+        mask = {"target_mask": wanted} if head == "lm" else {}
+        result = model(tokens, **mask, **options)
+        values = torch.where(wanted, result.logprobs if head == "lm" else result, 0.0)
+        values.square().sum().backward()
+        found.append((values.detach(), [parameter.grad.float() for parameter in model.parameters()]))
+    (rows, of_rows), (flat, of_flat) = found
+    torch.testing.assert_close(flat, rows, atol=tolerance, rtol=tolerance)
+    for one, other in zip(of_flat, of_rows, strict=True):
+        assert (one - other).norm() <= max(10 * tolerance, 1e-4) * other.norm()
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.hardware import Facts
 from cluster.layout import Host, lay_out
 from cluster.placement import Place
 from cluster.worker_group import Worker
@@ -39,13 +40,16 @@ class Cluster:
         def free() -> None:
             self.freed += 1
 
-        return SimpleNamespace(layout=layout, is_whole=lambda: True, free=free)
+        facts = dict.fromkeys(range(len(layout.nodes)), Facts(cores=12, memory_bytes=0, cpu="", gpus=()))
+        return SimpleNamespace(layout=layout, facts=facts, is_whole=lambda: True, free=free)
 
     def _launch(self, worker: Any, place: Place, *, role: str, **options: Any) -> Any:
         seats = place.layout.of(role)
 
         def submit_one(rank: int, method: Any, *args: Any, **more: Any) -> Any:
-            if rank == 0:
+            if method.__name__ == "set_threads":
+                self.threads[role] = args[0]
+            elif rank == 0:
                 self.calls.append((role, method.__name__))
             return SimpleNamespace(role=role, result={}, data=(None,) * 9)
 
@@ -53,9 +57,6 @@ class Cluster:
             return [submit_one(rank, method) for rank in range(len(seats))]
 
         def call(method: Any, *args: Any, **more: Any) -> list[Any]:
-            if method.__name__ == "set_threads":
-                self.threads[role] = args[0]
-                return []
             return [made.result for made in submit(method)]
 
         return SimpleNamespace(
@@ -211,14 +212,16 @@ def test_a_reward_that_is_a_function_sits_on_no_gpu() -> None:
 
 def test_cores_are_divided_between_roles_that_work_at_the_same_time(cluster: Any) -> None:
     made = cluster(0)
-    settings = {"cluster": {"cores": 12}, "roles": {"safety": {"num_ranks": 3}}}
-    roles = made.roles(run={"device": "cpu"}, **settings)
+    roles = made.roles(run={"device": "cpu"}, roles={"safety": {"num_ranks": 3}})
     assert roles.turns("helpfulness", "safety") == [("helpfulness", "safety")]
     assert not roles.can_overlap("rollout", ["policy"])
     roles.make_resident("helpfulness", "safety")
     assert made.threads == {"helpfulness": 3, "safety": 3}
     roles.make_resident("safety")
     assert made.threads["safety"] == 4  # 12 cores for 3 ranks
+    fewer = made.roles(run={"device": "cpu"}, cluster={"cores": 4}, roles={"safety": {"num_ranks": 3}})
+    fewer.make_resident("helpfulness")
+    assert made.threads["helpfulness"] == 4
     assert made.slept() == []
 
 

@@ -203,7 +203,7 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
         model = request.model
     scalar_head = name != "policy"
     parameters = num_parameters(model, scalar_head=scalar_head)
-    tokens, targets, packed = _micro_batch(request, config, scalar_head=scalar_head)
+    tokens, targets = _micro_batch(request, config, scalar_head=scalar_head)
     current: TrainRole = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
@@ -214,7 +214,6 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     tokens,
                     targets=targets,
                     activation_checkpointing=checkpointing,
-                    packed_row_length=packed,
                 )
                 phases = training_memory(
                     parameters,
@@ -243,16 +242,16 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
     return Role(name=name, options=options)
 
 
-def _micro_batch(request: Request, config: Config, *, scalar_head: bool) -> tuple[int, int | None, int | None]:
-    """(padded tokens, tokens that go through the language-model head or None, length of a packed row or None)."""
+def _micro_batch(request: Request, config: Config, *, scalar_head: bool) -> tuple[int, int | None]:
+    """(tokens, tokens that go through the language-model head or None)."""
     row = _row_tokens(request, config)
     if request.stage in ("pretrain", "sft"):
         tokens = row * getattr(config, request.stage).micro_batch_size
-        return tokens, tokens, row
+        return tokens, tokens
     tokens = max(row, getattr(config, request.stage).micro_batch_tokens)
     if scalar_head:
-        return tokens, None, None
-    return tokens, -(-tokens * config.ppo.max_new_tokens // row), None
+        return tokens, None
+    return tokens, -(-tokens * config.ppo.max_new_tokens // row)
 
 
 def _stage_choices(request: Request, current: TrainRole) -> Sequence[int]:
@@ -276,7 +275,7 @@ def _divisors(number: int, limit: int) -> list[int]:
 
 def _frozen_role(request: Request, config: Config, name: str) -> Role:
     model, scalar_head = (request.model, False) if name == "reference" else (request.reward_model, True)
-    tokens, targets, _ = _micro_batch(request, config, scalar_head=scalar_head)
+    tokens, targets = _micro_batch(request, config, scalar_head=scalar_head)
     current = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):

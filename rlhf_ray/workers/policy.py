@@ -154,9 +154,8 @@ class PolicyWorker(TrainerWorker):
         def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = batch.tokens.to(self._runtime.device)
             mask = batch.response_mask.to(self._runtime.device)
-            result = model(
-                tokens, target_mask=mask, temperature=settings.temperature, with_entropy=True, num_ids=batch.num_ids
-            )
+            options = {"temperature": settings.temperature, "with_entropy": True, "num_ids": batch.num_ids}
+            result = model(tokens, target_mask=mask, lengths=batch.lengths, **options)
             value, metrics = policy_loss(
                 result.logprobs,
                 batch.logprobs.to(tokens.device),

@@ -74,6 +74,6 @@ class RewardWorker(TrainerWorker):
 
     @staticmethod
     def _pair_scores(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        scores = last_token_scores(model(batch.tokens), batch.lengths).float()
+        scores = last_token_scores(model(batch.tokens, lengths=batch.lengths), batch.lengths).float()
         chosen, rejected = scores.chunk(2)
         return chosen, rejected

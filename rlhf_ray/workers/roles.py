@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,6 +16,7 @@ from cluster.placement import Place, cluster_nodes, reserve
 from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
 from rlhf_ray.machine import EMBEDDED, demands
+from rlhf_ray.progress import console
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -47,7 +49,6 @@ class Roles:
         """Whether the engines have slept since a trainer sent them weights."""
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
-        self.cores = config.cluster.cores or len(os.sched_getaffinity(0))
         # Of a settled config (rlhf_ray.machine): neither is "auto" any more.
         self.runtime = Runtime(precision=config.run.precision, device=config.run.device)
 
@@ -88,13 +89,19 @@ class Roles:
         On CPU it divides the cores between them: more runnable compute threads than cores are several times slower than
         too few, because threads spin at every barrier.
         """
-        groups = self.start(*roles)
-        if self.runtime.device == "cpu":
-            threads = max(1, self.cores // sum(getattr(self._config.roles, role).num_ranks for role in roles))
-            for group in groups:
-                group.call(_set_threads(group.role), threads, step=self.step)
-            return
+        self.start(*roles)
         layout = self._take_place().layout
+        if self.runtime.device == "cpu":
+            seats = [seat for role in roles for seat in layout.of(role)]
+            on_node = Counter(seat.node for seat in seats)
+            calls = [
+                self._groups[seat.role].submit_one(
+                    seat.rank, _set_threads(seat.role), max(1, self._cores(seat.node) // on_node[seat.node])
+                )
+                for seat in seats
+            ]
+            collect(calls, timeout_s=self.timeout_s, step=self.step)
+            return
         leave = [
             role
             for role in self._groups
@@ -217,26 +224,34 @@ class Roles:
         except PlacementError:
             return False
 
+    def _cores(self, node: int) -> int:
+        """That compute threads may fill on a node."""
+        return self._config.cluster.cores or self._take_place().facts[node].cores
+
     def _take_place(self) -> Place:
-        """Of all seated roles, once."""
+        """Of all seated roles, once; said on GPUs, where it matters."""
         if self._place is None:
             cluster = self._config.cluster
             nodes = cluster_nodes(cpus_per_rank=cluster.cpus_per_rank)
             layout = lay_out(demands(self._config, self._seated), nodes)
             self._place = reserve(layout, cpus_per_rank=cluster.cpus_per_rank, timeout_s=cluster.start_timeout_s)
+            if self.runtime.device == "cuda":
+                for line in layout.lines():
+                    console.print(line, highlight=False, soft_wrap=True)
         return self._place
 
     def _launch(self, role: str, place: Place) -> WorkerGroup:
         settings: Any = getattr(self._config.roles, role)
         processes = settings.num_ranks * getattr(settings, "tensor_parallel_size", 1)
         embedded = self._config.cluster.address in (None, EMBEDDED)
-        threads = max(1, self.cores // processes)
         return WorkerGroup.launch(
             WORKER_CLASSES[role],
             place,
             role=role,
             env=[
-                worker_environment(threads=threads, on_gpu=bool(seat.gpus), embedded=embedded)
+                worker_environment(
+                    threads=max(1, self._cores(seat.node) // processes), on_gpu=bool(seat.gpus), embedded=embedded
+                )
                 for seat in place.layout.of(role)
             ],
             rendezvous=not isinstance(settings, RolloutRole),

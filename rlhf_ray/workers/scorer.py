@@ -124,7 +124,8 @@ class ScorerWorker(Worker):
         out = torch.zeros(rollouts.tokens.shape, dtype=torch.float32)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             mask = rollouts.response_mask[rows][:, : tokens.shape[1]].to(tokens.device)
-            result = self.engine.forward(tokens, target_mask=mask, temperature=temperature, num_ids=rollouts.num_ids)
+            options = {"temperature": temperature, "num_ids": rollouts.num_ids}
+            result = self.engine.forward(tokens, target_mask=mask, lengths=rollouts.lengths[rows], **options)
             out[rows, : tokens.shape[1]] = result.logprobs.cpu()
         return None, out
 
@@ -142,8 +143,8 @@ class ScorerWorker(Worker):
             scores = torch.zeros(rollouts.tokens.shape[0])
             for rows, tokens in self._batches(rollouts, micro_batch_tokens):
                 lengths = rollouts.lengths[rows].to(tokens.device)
-                lengths = scored_lengths(tokens, lengths, self._config.pad_token_id)
-                scores[rows] = last_token_scores(self.engine.forward(tokens), lengths).float().cpu()
+                read_at = scored_lengths(tokens, lengths, self._config.pad_token_id)
+                scores[rows] = last_token_scores(self.engine.forward(tokens, lengths=lengths), read_at).float().cpu()
         if not torch.isfinite(scores).all():
             raise NonFiniteError(f"{self.role} scored an answer {scores[~torch.isfinite(scores)][0].item()}")
         return {"mean": scores.mean().item()}, scores

@@ -25,7 +25,8 @@ class ValueWorker(TrainerWorker):
         out = torch.zeros(num_rows, num_tokens + 1)
         for rows, tokens in self._batches(rollouts, micro_batch_tokens):
             # What is read at a token is the value of the state after it.
-            out[rows, 1 : tokens.shape[1] + 1] = self.engine.forward(tokens).float().cpu()
+            read = self.engine.forward(tokens, lengths=rollouts.lengths[rows])
+            out[rows, 1 : tokens.shape[1] + 1] = read.float().cpu()
         wanted = pad(rollouts.response_mask, (0, 1))
         wanted[torch.arange(num_rows), rollouts.lengths] = True
         return None, out * wanted
@@ -36,7 +37,7 @@ class ValueWorker(TrainerWorker):
         def loss(model: Any, batch: Experience, *, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
             device = self._runtime.device
             return value_loss(
-                state_values(model(batch.tokens.to(device))).float(),
+                state_values(model(batch.tokens.to(device), lengths=batch.lengths)).float(),
                 batch.values.to(device),
                 batch.returns.to(device),
                 batch.response_mask.to(device),
