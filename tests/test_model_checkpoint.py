@@ -439,7 +439,7 @@ def test_files_have_the_modes_that_the_umask_gives(tmp_path):
     try:
         save(tmp_path / "model", random_model(TINY), max_shard_bytes=2**16)
         write_state(
-            tmp_path / "state", [("w", {part: torch.zeros(2) for part in PARTS})], steps=1, max_bytes=1
+            tmp_path / "state", [("w", 0, {part: torch.zeros(2) for part in PARTS})], steps=1, max_bytes=1
         )  # a trainer's
     finally:
         os.umask(before)

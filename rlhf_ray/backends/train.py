@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.llama import Llama
-from rlhf_ray.backends.train_state import PARTS, read_state, read_steps, write_state
+from rlhf_ray.backends.train_state import PARTS, StateReader, write_state
 from rlhf_ray.config import can_sleep
 
 B = TypeVar("B")
@@ -103,9 +103,9 @@ class TrainEngine:
 
         if state is not None and dist.get_rank() == 0:  # before DeepSpeed takes copies of the weights
             parameters = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, parts in read_state(state, ("weight",)):
-                    parameters[name].copy_(parts["weight"])
+            with torch.no_grad(), StateReader(state) as reader:
+                for name in reader.names:
+                    parameters[name].copy_(reader.read(name, "weight").view_as(parameters[name]))
 
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         gains = [p for p in model.parameters() if p.dim() < 2]
@@ -244,28 +244,36 @@ class TrainEngine:
         return whole_weights(self._engine.module, sharded=self.zero_stage == 3)
 
     def save_state(self, directory: Path) -> None:
-        """Writes fp32 weights, AdamW moments and the step; rank 0 writes, all ranks go through it together."""
+        """Writes fp32 weights, AdamW moments and the step; each rank what it holds of them."""
         if not self._adamw.state:  # no step was taken yet, as while the value model warms up
             self._make_moments()
             self._set_steps(0)
         self._link_moments()
-        parameters = ((name, self._whole_state(p)) for name, p in self._engine.module.named_parameters())
-        if dist.get_rank() == 0:
-            step = next(iter(self._adamw.state.values()))["step"]
-            write_state(directory, parameters, steps=int(step))
-        else:
-            for _ in parameters:
-                pass
+        steps = next(iter(self._adamw.state.values()))["step"]
+        runs = ((name, start, held) for name, _, start, held in self._held() if held["weight"].numel())
+        write_state(directory, runs, steps=int(steps), rank=dist.get_rank())
 
-    def _whole_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        if self.zero_stage == 0:
-            master = self._masters()[parameter]
-            moments = self._adamw.state[master]
-            return {"weight": master.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def _held(self) -> Iterator[tuple[str, nn.Parameter, int, dict[str, Tensor]]]:
+        """What this rank holds of each parameter: (name, parameter, first element, tensors by PARTS), which are where
+        DeepSpeed has them. At stage 0, of which every rank holds all, it is rank 0's.
+        """
+        for name, parameter in self._engine.module.named_parameters():
+            if self.zero_stage == 0:
+                if dist.get_rank() == 0:
+                    master = self._masters()[parameter]
+                    moments = self._adamw.state[master]
+                    yield name, parameter, 0, {"weight": master, **{part: moments[part] for part in PARTS[1:]}}
+            elif self.zero_stage == 3:
+                from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        moments = {part: safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]}
-        return {"weight": safe_get_full_fp32_param(parameter), **moments}
+                size, whole = parameter.ds_tensor.numel(), int(parameter.ds_numel)
+                start = min(whole, size * dist.get_rank())
+                own = slice(0, min(size, whole - start))  # what is behind pads the last rank's
+                moments = {part: safe_get_local_optimizer_state(parameter, part)[own] for part in PARTS[1:]}
+                yield name, parameter, start, {"weight": safe_get_local_fp32_param(parameter)[own], **moments}
+            elif (mapping := parameter._hp_mapping) is not None:
+                moments = {part: mapping.get_optim_state_fragment(part) for part in PARTS[1:]}
+                yield name, parameter, mapping.lp_fragment_address.start, {"weight": mapping.hp_fragment, **moments}
 
     def _take_masters(self, masters: Iterable[tuple[str, Tensor]]) -> None:
         """DeepSpeed made its own from the model's weights."""
@@ -278,13 +286,28 @@ class TrainEngine:
     def _take_state(self, directory: Path) -> None:
         """Takes master weights, moments and step from disk; the model has its weights already."""
         self._make_moments()
-        parameters = dict(self._engine.module.named_parameters())
-        with torch.no_grad():
-            for name, parts in read_state(directory):
-                self._set_state(
-                    parameters[name], {part: tensor.to(self._engine.device) for part, tensor in parts.items()}
-                )
-        self._set_steps(read_steps(directory))
+        with torch.no_grad(), StateReader(directory) as reader:
+            for name, parameter, start, held in self._held():
+                for part, tensor in held.items():
+                    found = reader.read(name, part, start=start, numel=tensor.numel())
+                    self._set_held(parameter, part, tensor, found.to(tensor.device))
+            if self.zero_stage == 0:  # every rank holds all
+                for name, parameter in self._engine.module.named_parameters():
+                    self._set_state(parameter, {part: reader.read(name, part).view_as(parameter) for part in PARTS})
+            self._set_steps(reader.steps)
+
+    def _set_held(self, parameter: nn.Parameter, part: str, tensor: Tensor, found: Tensor) -> None:
+        """Puts what was read in the place of what this rank holds."""
+        if self.zero_stage != 3:
+            tensor.copy_(found.view_as(tensor))
+            return
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        padded = nn.functional.pad(found, (0, parameter.ds_tensor.numel() - len(found)))  # type: ignore[attr-defined]
+        if part == "weight":
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, part)
 
     def _set_steps(self, steps: int) -> None:
         """Goes to a place in the schedule and in AdamW's bias correction; the moments are there."""

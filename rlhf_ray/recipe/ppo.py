@@ -285,8 +285,10 @@ def source_of(role: str, section: PPOSection) -> str:
 def save_state(roles: Roles, step: Step, steps_done: int, stopping: EarlyStopping) -> None:
     """A checkpoint from which this stage resumes bit for bit."""
     with step.new_state(steps_done) as directory:
-        for role in ("policy", "value"):
-            roles[role].call(TrainerWorker.save_state, str(directory / role), step=f"ppo checkpoint {steps_done}")
+        for turn in roles.turns("policy", "value"):
+            roles.make_resident(*turn)
+            calls = [c for role in turn for c in roles[role].submit(TrainerWorker.save_state, str(directory / role))]
+            collect(calls, timeout_s=roles.timeout_s, step=f"ppo checkpoint {steps_done}")
         write_json(directory / "early_stopping.json", stopping.__dict__)
 
 
