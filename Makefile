@@ -9,7 +9,7 @@ DEMO := configs/demo.toml $(if $(filter 1,$(ROUNDS)),--set rounds=none --set pai
 RUN := runs/demo$(if $(filter 1,$(ROUNDS)),-round)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce smollm2 test test-fast check clean
+.PHONY: help install demo reproduce smollm2 test test-fast test-gpu check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -41,6 +41,9 @@ test: install  ## every test
 
 test-fast: install  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+test-gpu: install  ## what needs a GPU, in parts of four minutes; lines of JSON in runs/gpu_check
+	$(BIN)/python scripts/gpu_check.py
 
 check: install  ## lint, format, types and links
 	$(BIN)/ruff check .

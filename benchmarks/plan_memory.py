@@ -144,10 +144,10 @@ def measure(name: str) -> dict[str, int]:
 
     batch = torch.randint(config.vocab_size, (rows, length))
     # What libraries allocate at their first use is theirs, not the model's.
-    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16)))[1].destroy()
+    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16)))[1].close()
     gc.collect()
     before = resident_bytes()
-    train(config, batch)[1].destroy()
+    train(config, batch)[1].close()
     resident_growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

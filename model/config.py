@@ -136,6 +136,9 @@ PRESETS: dict[str, ModelConfig] = {
     "llama2-13b": _llama2(5120, 40, 40, 40),
     "llama2-34b": _llama2(8192, 48, 64, 8, multiplier=1.0),
     "llama2-70b": _llama2(8192, 80, 64, 8, multiple_of=4096, multiplier=1.3),
+    # Benchmarks on one GPU: 1.1 and 3.0 billion parameters, with heads as FlashAttention likes them.
+    "1b": _llama2(2048, 22, 32, 4),
+    "3b": _llama2(3072, 28, 24, 8),
     # Unit tests. vLLM's CPU attention takes no heads narrower than 32.
     "tiny": ModelConfig(
         vocab_size=512,

@@ -145,7 +145,11 @@ class Transformer(nn.Module):
         self._tables: RotaryTables | None = None
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, lengths: Tensor | None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         if not self.lays_end_to_end(tokens.device):
             rotary = self._rotary(tokens, position_ids)
@@ -287,7 +291,7 @@ class Llama(nn.Module):
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> Tensor:
         """(B, T, H) hidden states after the last norm. For inspection: bypasses `forward` and its hooks."""
-        return self.model(tokens, position_ids, segment_ids, None)
+        return self.model(tokens, position_ids, segment_ids)
 
     def logits(
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None

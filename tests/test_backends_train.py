@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import ray
 import torch
 from training_world import BATCH, RTOL, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
 
@@ -13,7 +14,9 @@ from model.flops import num_parameters
 from model.llama import Llama
 from rlhf_ray.backends.train import NonFiniteError
 from rlhf_ray.backends.train_state import StateReader
+from rlhf_ray.records import Rollouts, WeightVersion
 from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.scorer import Runtime, ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 LM_STEP = {"batch_size": BATCH, "micro_batch_size": 2, "seed": 3}
@@ -182,3 +185,78 @@ def test_a_model_that_was_unloaded_leaves_no_memory_behind(group, tmp_path, zero
     for resident in group.call(TrainingWorker.resident_after_unload, 10, *options):
         # The third build is in fp32 and the fourth in bf16, as are the ninth and the tenth.
         assert max(resident[8:]) < 1.02 * max(resident[2:4]), [f"{number / 2**20:.0f} MiB" for number in resident]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_training_that_sleeps_between_steps_is_the_same_training(group, tmp_path, zero_stage, precision):
+    """The states of ZeRO 2 and 3 leave the device and come back; a sleeper is woken before it is asked for anything."""
+
+    def trained(*, sleeps):
+        begin(group, TIED, "lm", zero_stage=zero_stage, precision=precision)
+        group.call(TrainerWorker.open_data, lm_data, 3 * BATCH, TIED.vocab_size, "unpacked")
+        metrics = []
+        for step in range(4):
+            if sleeps:
+                group.call(TrainerWorker.sleep)
+                group.call(TrainerWorker.wake)
+            metrics.append(group.call(PolicyWorker.train_lm, step, **LM_STEP)[0])
+            metrics.append({"held out": group.call(PolicyWorker.evaluate_lm, micro_batch_size=4)[0]})
+        state = tmp_path / str(sleeps)
+        group.call(TrainerWorker.save_state, str(state))
+        with StateReader(state) as reader:
+            kept = {name: reader.read(name, "exp_avg") for name in reader.names}
+        return metrics, weights_of(group) | kept
+
+    (metrics, weights), (own_metrics, own) = trained(sleeps=False), trained(sleeps=True)
+    assert own_metrics == metrics
+    assert all(torch.equal(own[name], weight) for name, weight in weights.items())
+
+
+def rollouts(rows):
+    """Dialogues of several lengths, of which the second half is the answer."""
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(4, 16, (rows,), generator=generator)
+    tokens = torch.randint(4, TIED.vocab_size, (rows, 16), generator=generator)
+    columns = torch.arange(16)
+    answers = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
+    return Rollouts(
+        tokens=tokens * (columns < lengths[:, None]),
+        response_mask=answers,
+        rollout_logprobs=torch.zeros(rows, 16),
+        finished=torch.ones(rows, dtype=torch.bool),
+        is_safety=torch.zeros(rows, dtype=torch.bool),
+        prompt_ids=tuple(map(str, range(rows))),
+        messages=tuple([] for _ in range(rows)),
+        policy_version=WeightVersion("", 0),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares_device", [False, True])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_a_divided_frozen_model_scores_what_a_whole_one_does(group, tmp_path, head, shares_device):
+    """Its ranks have different numbers of micro-batches of their own, and in the end one of them none at all."""
+    model = Llama(TIED, head=head)
+    model.init_weights(seed=2)
+    save_checkpoint(tmp_path / "m", TIED, model.state_dict().items(), num_labels=1 if head == "scalar" else None)
+    method, options = (ScorerWorker.logprobs, {"temperature": 0.7}) if head == "lm" else (ScorerWorker.score, {})
+    parts, found = [rollouts(7), rollouts(2)], []
+    for divided in (False, True):
+        held = {"runtime": Runtime(precision="fp32", device="cpu"), "divided": divided, "shares_device": shares_device}
+        group.call(ScorerWorker.load_frozen, str(tmp_path / "m"), head=head, **held)
+        group.call(ScorerWorker.sleep)
+        group.call(ScorerWorker.wake)
+        calls = [
+            group.submit_one(rank, method, part, micro_batch_tokens=32, num_data=1, **options)
+            for rank, part in enumerate(parts)
+        ]
+        collect(calls, timeout_s=60)
+        alone = group.submit_one(1, method, parts[0], micro_batch_tokens=32, num_data=1, **options)
+        collect([alone, *([group.submit_one(0, ScorerWorker.join_in)] if divided else [])], timeout_s=60)
+        found.append([ray.get(call.data[0], timeout=60) for call in (*calls, alone)])
+        group.call(ScorerWorker.unload)
+    for whole, divided in zip(*found, strict=True):
+        assert whole.abs().sum() > 0
+        torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)

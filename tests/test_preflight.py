@@ -208,9 +208,10 @@ def test_gpus_that_cannot_be(tmp_path, gpus, monkeypatch):
         ({"policy": {"num_ranks": 2, "gpus": [3, 3]}}, "policy: two of its ranks would meet on a GPU of gpus=[3, 3]; "),
         ({"value": {"gpus": [8]}}, "value: there is no GPU 8: they number from 0 to 7; "),
     ):
-        said = complaint(config(run={"device": "cuda"}, roles=given), tmp_path / "new")
+        said = complaint(config(run={"device": "cuda"}, ppo={"num_chunks": 2}, roles=given), tmp_path / "new")
         assert said.startswith(line) and said.endswith("; lower num_ranks, or give cluster.address of a larger cluster")
-    check_run(config(run={"device": "cuda"}, roles={"policy": {"num_ranks": 2, "gpus": [3, 5]}}), tmp_path / "new")
+    apart = {"policy": {"num_ranks": 2, "gpus": [3, 5]}}
+    check_run(config(run={"device": "cuda"}, ppo={"num_chunks": 2}, roles=apart), tmp_path / "new")
     monkeypatch.setattr(machine, "is_cpu_build", lambda: True)
     line = complaint(config(run={"device": "cuda"}), tmp_path / "new")
     assert line.startswith("run.device='cuda': the torch installed here is built for CPUs; ")

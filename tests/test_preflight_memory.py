@@ -46,14 +46,16 @@ def check(monkeypatch, capsys):
 
 
 def test_a_7b_model_on_24_gib_is_told_what_it_needs_and_what_would_fit(check):
-    said = check(24, ["run.precision=bf16"], file="llama2-7b", stages=["ppo"], chat=PRESETS["llama2-7b"])
-    # 6.74 billion parameters, ZeRO 1: weights 2, gradients 2 and 4, masters and moments 12 bytes each; 125.5 GiB.
-    assert "policy 125.5" in said and "may use 24.0 here" in said
+    roles = ("policy", "value", "reference", "helpfulness", "safety")
+    given = ["run.precision=bf16", "roles.rollout.num_engines=1", *(f"roles.{role}.num_ranks=1" for role in roles)]
+    said = check(24, given, file="llama2-7b", stages=["ppo"], chat=PRESETS["llama2-7b"])
+    # 6.74 billion parameters, ZeRO 2: weights 2, gradients 4, masters and moments 12 bytes each; 113.0 GiB.
+    assert "policy 113.0" in said and "may use 24.0 here" in said
     assert "inputs.chat has 6,738 million parameters" in said
     most = float(re.search(r"take a model of ([\d,]+) million", said)[1].replace(",", ""))
     smaller = PRESETS["llama2-7b"].model_copy(update={"num_layers": 1, "hidden_size": 2048, "ffn_size": 5504})
     assert num_parameters(smaller) < most * 1e6
-    assert "needs" not in check(24, ["run.precision=bf16"], file="llama2-7b", stages=["ppo"], chat=smaller)
+    assert "needs" not in check(24, given, file="llama2-7b", stages=["ppo"], chat=smaller)
 
 
 def test_what_was_seen_to_fit_is_let_through(check):

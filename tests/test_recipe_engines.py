@@ -27,15 +27,16 @@ class Engines:
 
     def submit_one(self, rank: int, method: Any, prompts: PromptBatch, **options: Any) -> Call[Any]:
         self.asked += zip(prompts.ids, options["seeds"], strict=True)
-        return Call("rollout", rank, method.__name__, None)
+        return Call("rollout", rank, method.__name__, None, (None,) * options["num_data"])
 
 
 @pytest.mark.parametrize(("num_chunks", "num_engines"), [(1, 1), (2, 1), (3, 3), (6, 2)])
 def test_every_answer_of_a_batch_has_its_own_seed_whatever_the_chunks(num_chunks: int, num_engines: int) -> None:
     engines = Engines(num_engines)
     roles: Any = {"rollout": engines}
-    generate(roles, BATCH, num_chunks=num_chunks, seed=(7, 4), temperature=1.0, max_new_tokens=8)
-    assert engines.asked == list(zip(IDS, request_seeds((7, 4), IDS), strict=True))
+    calls = generate(roles, BATCH, num_chunks=num_chunks, seed=(7, 4), temperature=1.0, max_new_tokens=8)
+    assert [call.rank for call in calls] == [chunk % num_engines for chunk in range(num_chunks)]
+    assert sorted(engines.asked) == sorted(zip(IDS, request_seeds((7, 4), IDS), strict=True))
     assert len({seed for _, seed in engines.asked}) == len(IDS)
 
 

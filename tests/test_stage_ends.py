@@ -92,6 +92,9 @@ class Roles(dict[str, Group]):
     def shares_gpus(self, role: str) -> bool:
         return False
 
+    def is_sharded(self, role: str) -> bool:
+        return False
+
     def frozen(self, role: str) -> dict[str, Any]:
         return {}
 

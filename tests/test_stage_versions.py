@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 
+from cluster.hardware import facts
+from cluster.layout import Demand, Host, lay_out
 from cluster.worker_group import WorkerGroup
 from model.checkpoint import save_checkpoint
 from model.checkpoint_files import expected_shapes
@@ -343,9 +346,13 @@ class RolesHere(Roles):
         self.results: list[tuple[str, dict[str, Any], Any]] = []
         self.workers: dict[str, Any] = {}
 
-    def _launch(self, role: str) -> WorkerGroup:
+    def _take_place(self) -> Any:
+        layout = lay_out([Demand(role) for role in WORKER_CLASSES], [Host()])
+        return SimpleNamespace(layout=layout, facts={0: facts()})
+
+    def _launch(self, role: str, place: Any) -> WorkerGroup:
         self.workers[role] = WORKER_CLASSES[role](role, 0, 1)
-        return WorkerGroup(role, [Actor(self.workers[role], self.results)], None, timeout_s=60)
+        return WorkerGroup(role, [Actor(self.workers[role], self.results)], timeout_s=60)
 
 
 def weights_name(version: WeightVersion) -> tuple[str, int]:
@@ -382,7 +389,7 @@ def write_outputs(to: str, directory: str) -> None:
     from rlhf_ray.recipe import ppo
 
     ray.put, ray.get, ray.wait = Ref, lambda ref, **options: ref.value, lambda refs, **options: (refs, [])
-    rollout.Engine = FixedAnswers  # type: ignore[assignment,misc]
+    rollout.RolloutEngine = FixedAnswers  # type: ignore[assignment,misc]
     ppo.verify_weight_channel = lambda *args, **options: {}  # the engine has no log-probs to be compared
     inputs = write_inputs(Path(directory))
     outputs = {}
@@ -417,7 +424,8 @@ def output_of(
     for role, worker in roles.workers.items():
         yield from flat(f"{role} data", data_of(worker))
     yield from flat(
-        "asked for", [request(options, result) for method, options, result in roles.results if method == "generate"]
+        "asked for",
+        [asked for name, options, result in roles.results if name == "generate" for asked in requests(options, result)],
     )
     made = [result[1:] for method, _, result in roles.results if method == "build_experience"]
     yield from flat("experience", [probes(experience) for part in made for experience in part])
@@ -467,20 +475,21 @@ def data_of(worker: Any) -> dict[str, Any]:
     return found
 
 
-def request(options: Mapping[str, Any], result: Any) -> dict[str, Any]:
-    """What an engine was asked for, and with which weights."""
-    rollouts = result[1]
+def requests(options: Mapping[str, Any], result: Any) -> Iterator[dict[str, Any]]:
+    """What an engine was asked for, chunk by chunk, and with which weights."""
     asked = {name: options[name] for name in ("temperature", "max_new_tokens")}
-    prompts = [
-        row[: mask.tolist().index(True)].tolist()
-        for row, mask in zip(rollouts.tokens, rollouts.response_mask, strict=True)
-    ]
-    return {
-        **asked,
-        "weights": hashed(weights_name(rollouts.policy_version)),
-        "prompts": hashed(prompts),
-        "seeds": hashed(options["seeds"]),
-    }
+    seeds = iter(options["seeds"])
+    for rollouts in result[1:]:
+        prompts = [
+            row[: mask.tolist().index(True)].tolist()
+            for row, mask in zip(rollouts.tokens, rollouts.response_mask, strict=True)
+        ]
+        yield {
+            **asked,
+            "weights": hashed(weights_name(rollouts.policy_version)),
+            "prompts": hashed(prompts),
+            "seeds": hashed([next(seeds) for _ in prompts]),
+        }
 
 
 def probes(experience: Experience) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from cluster.hardware import Facts
 from cluster.layout import Host, lay_out
 from cluster.placement import Place
-from cluster.worker_group import Worker
+from cluster.worker_group import Call, Worker
 from rlhf_ray.config import parse_config
 from rlhf_ray.machine import demands
 from rlhf_ray.recipe import engines, ppo
@@ -33,8 +33,8 @@ class Cluster:
         monkeypatch.setattr(roles_module, "reserve", self._reserve)
         monkeypatch.setattr(WorkerGroup, "launch", self._launch)
         for module in (roles_module, engines, ppo):
-            monkeypatch.setattr(module, "collect", lambda calls, **_: [call.result for call in calls])
-        monkeypatch.setattr("rlhf_ray.recipe.scoring.collect", lambda calls, **_: [call.result for call in calls])
+            monkeypatch.setattr(module, "collect", lambda calls, **_: [{} for _ in calls])
+        monkeypatch.setattr("rlhf_ray.recipe.scoring.collect", lambda calls, **_: [{} for _ in calls])
 
     def _reserve(self, layout: Any, **_: Any) -> Any:
         def free() -> None:
@@ -51,13 +51,13 @@ class Cluster:
                 self.threads[role] = args[0]
             elif rank == 0:
                 self.calls.append((role, method.__name__))
-            return SimpleNamespace(role=role, result={}, data=(None,) * 9)
+            return Call(role, rank, method.__name__, object(), (None,) * more.get("num_data", 0))
 
         def submit(method: Any, *args: Any, **more: Any) -> list[Any]:
             return [submit_one(rank, method) for rank in range(len(seats))]
 
         def call(method: Any, *args: Any, **more: Any) -> list[Any]:
-            return [made.result for made in submit(method)]
+            return [{} for _ in submit(method)]
 
         return SimpleNamespace(
             role=role, num_ranks=len(seats), call=call, submit=submit, submit_one=submit_one, stop=lambda: None
@@ -84,7 +84,7 @@ def test_on_gpus_of_their_own_roles_never_sleep(cluster: Any) -> None:
     made = cluster(6)
     roles = made.roles()
     assert roles.turns(*SCORING_ROLES) == [SCORING_ROLES]
-    assert roles.can_overlap("rollout", SCORING_ROLES) and not roles.shares_gpus("policy") and roles.num_gpus == 6
+    assert roles.can_overlap("rollout", SCORING_ROLES) and not roles.shares_gpus("policy") and len(roles.gpus()) == 6
     for resident in (EVERYONE, ("rollout",), ("policy", "value"), ("rollout",)):
         roles.make_resident(*resident)
     assert made.slept() == []
@@ -94,7 +94,7 @@ def test_roles_on_one_gpu_take_turns(cluster: Any) -> None:
     made = cluster(1)
     roles = made.roles()
     assert roles.turns("reference", "policy", "value") == [("reference",), ("policy",), ("value",)]
-    assert not roles.can_overlap("rollout", ["reference"]) and roles.shares_gpus("rollout") and roles.num_gpus == 1
+    assert not roles.can_overlap("rollout", ["reference"]) and roles.shares_gpus("rollout") and roles.gpus() == [""]
     roles.start(*EVERYONE)
     roles.make_resident("rollout")
     assert made.slept() == [f"{role} sleeps" for role in SCORING_ROLES]
@@ -134,7 +134,7 @@ def test_an_iteration_of_ppo_on_one_gpu(cluster: Any) -> None:
     scoring = ScoringSettings(temperature=1.0, micro_batch_tokens=64, safety_threshold=0.15)
     score(roles, scoring, rollouts)
     section = parse_config({}).ppo
-    built = [SimpleNamespace(role="policy", result={}, data=(None,))]
+    built = [Call("policy", 0, "build_experience", object(), (None,))]
     ppo.update(roles, section.model_copy(update={"num_chunks": 1}), 0, built, seed=0)
     engines.sync_weights(roles)
     engines.ready_engines(roles)
@@ -165,6 +165,18 @@ def test_an_iteration_of_ppo_on_one_gpu(cluster: Any) -> None:
         "rollout.load_weights",
         "policy.sleep",
     ]
+
+
+def test_an_engine_has_all_its_chunks_at_once_unless_others_wait_for_the_first(cluster: Any) -> None:
+    made = cluster(8)
+    roles = made.roles(roles={"rollout": {"num_engines": 2}})
+    batch = prompts().select([0] * 8)
+    options: dict[str, Any] = {"num_chunks": 4, "seed": (0, 0), "temperature": 1.0, "max_new_tokens": 4}
+    together = engines.generate(roles, batch, **options)
+    assert [call.rank for call in together] == [0, 1, 0, 1]
+    assert together[0].ref is together[2].ref and together[0].ref is not together[1].ref
+    streamed = engines.generate(roles, batch, stream=True, **options)
+    assert [call.rank for call in streamed] == [0, 1, 0, 1] and len({id(call.ref) for call in streamed}) == 4
 
 
 def test_engines_that_slept_get_the_policys_weights_before_they_generate(cluster: Any) -> None:

@@ -159,6 +159,11 @@ class TrainEngine:
         """Whether ranks gather weights from each other on the way: all must pass as many micro-batches."""
         return self.zero_stage == 3 and self.num_ranks > 1
 
+    @property
+    def max_padding(self) -> float:
+        """Share of padding above which micro-batches are split; where none is computed, they never are."""
+        return max_padding(self._engine.module, self._engine.device)
+
     @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:
         """As `Llama.forward`, without gradients."""
@@ -167,7 +172,14 @@ class TrainEngine:
     def sleep(self) -> None:
         """Leaves the device to others, as far as it can: DeepSpeed moves states of ZeRO 2 and 3 to host memory."""
         if can_sleep(self.zero_stage):
-            self._engine.offload_states(pin_memory=self._engine.device.type == "cuda")
+            from deepspeed.ops.adam import fused_adam
+
+            # Stage 3 moves states of DeepSpeed's own AdamW alone, by its class; torch's has the same two.
+            own, fused_adam.FusedAdam = fused_adam.FusedAdam, type(self._adamw)
+            try:
+                self._engine.offload_states(pin_memory=self._engine.device.type == "cuda")
+            finally:
+                fused_adam.FusedAdam = own
 
     def wake(self) -> None:
         """Comes back to it."""
@@ -370,6 +382,11 @@ class TrainEngine:
         destroy(self._engine, sharded=self.zero_stage == 3)
 
 
+def max_padding(model: Llama, device: torch.device) -> float:
+    """See the engines' `max_padding`."""
+    return 1.0 if model.model.lays_end_to_end(device) else 0.1
+
+
 def sample_forward(model: Llama, module: nn.Module, device: torch.device) -> Tensor:
     """A scalar made by all parameters from two tokens, which means nothing; `module` is the model as it is called."""
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -396,7 +413,8 @@ def divide(model: Llama, *, in_host_memory: bool) -> nn.Module:
     }
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def destroy(engine: Any, *, sharded: bool) -> None:
@@ -453,7 +471,8 @@ def _deepspeed_config(optim: Any, *, zero_stage: int, precision: str) -> dict[st
         "gradient_clipping": optim.grad_clip,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": accumulate},
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        # Stage 3 gathers the next weights while it computes, as DeepSpeed does by default; on CPU both want the cores.
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": zero_stage == 3 and torch.cuda.is_available()},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

@@ -117,7 +117,8 @@ def prepare_rollout(context: Context, inputs: Inputs, work: Workload) -> Repeat:
         roles.make_resident("rollout")
         calls = generate(roles, batch, seed=(seed, index), **ppo.sampling(section))
         counts = collect(calls, timeout_s=roles.timeout_s, step=roles.step)
-        return {"response/tokens_total": sum(count["response_tokens"] for count in counts)}
+        of_engines = {call.ref: count for call, count in zip(calls, counts, strict=True)}  # one call, several chunks
+        return {"response/tokens_total": float(sum(map(sum, of_engines.values())))}
 
     return repeat
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -69,11 +68,11 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
 
 
 def device_facts(work: Workload, roles: Any) -> dict[str, Any]:
-    """Kind, name and number of what the roles compute on; the name is that of the driver's machine."""
+    """Kind, name and number of what the roles compute on; a CPU's name is that of the driver's machine."""
     if roles.runtime.device == "cpu":
         return {"kind": "cpu", "name": str(cpu()), "count": work.config.cluster.cores or len(os.sched_getaffinity(0))}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else UNKNOWN
-    return {"kind": "cuda", "name": name, "count": roles.num_gpus}
+    names = sorted(set(roles.gpus()))
+    return {"kind": "cuda", "name": ", ".join(names) or UNKNOWN, "count": len(roles.gpus())}
 
 
 def commit() -> str:

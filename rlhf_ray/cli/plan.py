@@ -192,7 +192,7 @@ def phase_table(plan: Plan) -> Table:
     placement = plan.placement
     groups = Counter(placement.gpus)
     phases = dict.fromkeys(phase for option in placement.options.values() for phase in option.phases)
-    table = Table(title="GiB on a GPU by phase", box=SIMPLE_HEAD)
+    table = Table(title="GiB on a GPU in each turn", box=SIMPLE_HEAD)
     table.add_column("GPUs", justify="right", no_wrap=True)
     table.add_column("roles")
     for phase in phases:

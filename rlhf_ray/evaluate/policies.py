@@ -206,7 +206,7 @@ def mean_self_bleu(context: Context, prompts: PromptBatch, temperature: float) -
 
 def start_answers(
     context: Context, prompts: PromptBatch, temperature: float, *, seed: int, chunks: int
-) -> list[Call[dict[str, float]]]:
+) -> list[Call[list[int]]]:
     """Starts sampling the loaded model's answers; `seed` is the kind of draw."""
     return generate(
         context.roles,

@@ -30,10 +30,7 @@ def check_batches(config: Config, running: Sequence[str]) -> None:
         ("ppo.minibatch_size", "roles.policy.num_ranks"),
         ("ppo.minibatch_size", "roles.value.num_ranks"),
     )
-    divided = [role for role in ("reference", "helpfulness", "safety") if getattr(roles, role).zero_stage == 3]
-    values |= {f"roles.{role}.num_ranks": getattr(roles, role).num_ranks for role in divided}
-    # The ranks of a divided model gather its weights from each other: all pass as many chunks.
-    for field, divisor in (*rules, *(("ppo.num_chunks", f"roles.{role}.num_ranks") for role in divided)):
+    for field, divisor in rules:
         value, by = values[field], values[divisor]
         if field.split(".")[0] in running and value % by:
             nearest = max(by, value // by * by)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +99,37 @@ def generate(
     seed: tuple[int, int],
     temperature: float,
     max_new_tokens: int,
-) -> list[Call[dict[str, float]]]:
-    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and ids alone."""
+    stream: bool = False,
+) -> list[Call[list[int]]]:
+    """Starts sampling one answer to each prompt, in chunks; engine and seeds depend on config, step and ids alone.
+
+    Args:
+        stream: an engine has its chunks one after another, so that others can begin on the first; else all at once,
+            which is faster.
+    Returns:
+        of each chunk the call that makes it, with the rollouts as data; the result is each answer's number of tokens.
+    """
     engines = roles["rollout"]
     seeds = request_seeds(seed, prompts.ids)
     bounds = [len(prompts) * chunk // num_chunks for chunk in range(num_chunks + 1)]
-    return [
-        engines.submit_one(
-            chunk % engines.num_ranks,
-            RolloutWorker.generate,
-            prompts.select(range(start, end)),
-            seeds=seeds[start:end],
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            num_data=1,
-        )
-        for chunk, (start, end) in enumerate(itertools.pairwise(bounds))
-    ]
+    rows = [range(start, end) for start, end in itertools.pairwise(bounds)]
+    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    made: dict[int, Call[list[int]]] = {}
+    for rank in range(min(engines.num_ranks, num_chunks)):
+        own = list(range(rank, num_chunks, engines.num_ranks))
+        for chunks in [[chunk] for chunk in own] if stream else [own]:
+            together = [row for chunk in chunks for row in rows[chunk]]
+            call = engines.submit_one(
+                rank,
+                RolloutWorker.generate,
+                prompts.select(together),
+                seeds=[seeds[row] for row in together],
+                sizes=[len(rows[chunk]) for chunk in chunks],
+                num_data=len(chunks),
+                **options,
+            )
+            made |= {chunk: replace(call, data=(data,)) for chunk, data in zip(chunks, call.data, strict=True)}
+    return [made[chunk] for chunk in range(num_chunks)]
 
 
 def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tuple[str, bool]]:

@@ -153,8 +153,8 @@ def iteration(roles: Roles, section: PPOSection, index: int, prompts: PromptBatc
     batch = prompts.select(prompt_rows(len(prompts), section.batch_size, seed=seed, step=index))
     with clock.phase("rollout"):
         ready_engines(roles)
-        rollouts = generate(roles, batch, seed=(seed, index), **sampling(section))
         overlap = roles.can_overlap("rollout", SCORING_ROLES)
+        rollouts = generate(roles, batch, seed=(seed, index), stream=overlap, **sampling(section))
         if overlap:  # scoring of a chunk starts while later ones are still being generated
             scores = score(roles, scoring, rollouts)
         collect(rollouts, timeout_s=roles.timeout_s, step=label)

@@ -31,11 +31,12 @@ def train_reward_models(context: Context, step: Step, inputs: Mapping[str, Artef
     """Trains those that are asked for, each in a directory of its name (the checkpoint: `model`)."""
     begun, roles = step.begin(), context.roles
     facts: dict[str, Any] = {"sizes": {}, "accuracy": {}}
-    for turn in roles.turns(*step.inputs.get("makes", GUIDELINES)):
+    for place, turn in enumerate(roles.turns(*step.inputs.get("makes", GUIDELINES))):
+        if place:  # the one before has done its work
+            roles.unload()
         facts["sizes"] |= train_side_by_side(context, step, inputs, turn, begun)
         for name in turn:
             facts["accuracy"][name] = json.loads((begun / name / "accuracy.json").read_text(encoding="utf-8"))
-            roles[name].call(TrainerWorker.unload, step="reward end")
     return facts
 
 

@@ -107,6 +107,9 @@ def score(
                 group.submit_one(chunk % group.num_ranks, method, call.data[0], **options, num_data=1)
                 for chunk, call in enumerate(rollouts)
             ]
+            if roles.is_sharded(role):
+                for chunk in range(len(rollouts), -(-len(rollouts) // group.num_ranks) * group.num_ranks):
+                    group.submit_one(chunk % group.num_ranks, ScorerWorker.join_in)
     return scores
 
 
@@ -152,17 +155,16 @@ def score_samples(
     group = roles[role]
     answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in samples]
     bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
-    return [
-        group.submit_one(
-            rank,
-            ScorerWorker.score_answers,
-            prompts.select(range(start, end)),
-            answers[start:end],
-            micro_batch_tokens=micro_batch_tokens,
-        )
-        for rank, (start, end) in enumerate(itertools.pairwise(bounds))
-        if start < end
-    ]
+    calls = []
+    for rank, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if start < end:
+            own = prompts.select(range(start, end)), answers[start:end]
+            calls.append(
+                group.submit_one(rank, ScorerWorker.score_answers, *own, micro_batch_tokens=micro_batch_tokens)
+            )
+        elif roles.is_sharded(role):
+            group.submit_one(rank, ScorerWorker.join_in)
+    return calls
 
 
 def inputs_of(

@@ -51,7 +51,12 @@ def ppo_update(
         )
         for rows in schedule:
             own_lengths = [lengths[row] for row in rows]
-            plan = plan_micro_batches(own_lengths, token_budget=settings.micro_batch_tokens, num_ranks=engine.num_ranks)
+            plan = plan_micro_batches(
+                own_lengths,
+                token_budget=settings.micro_batch_tokens,
+                num_ranks=engine.num_ranks,
+                max_padding=engine.max_padding,
+            )
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
             metrics = engine.step(batches, partial(loss, denominator=denominator))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.heads import last_token_scores
 from rlhf_ray.algo.ranking import ranking_loss, safety_loss
-from rlhf_ray.data.batching import epoch_part, plan_micro_batches
+from rlhf_ray.data.batching import Plan, epoch_part, plan_micro_batches
 from rlhf_ray.workers.trainer import TrainerWorker
 
 
@@ -23,7 +23,7 @@ class RewardWorker(TrainerWorker):
         rows = self._data.order[epoch][part]
         # A pair is two rows of the length of its longer one.
         lengths = [2 * pairs.length(row) for row in rows]
-        plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)
+        plan = self._plan(lengths, micro_batch_tokens)
         denominator = len(rows) / self.num_ranks
         labelled = sum(pairs.is_labelled(row) for row in rows) / self.num_ranks
 
@@ -57,7 +57,7 @@ class RewardWorker(TrainerWorker):
         groups = sorted({group for row in range(len(pairs)) for group in pairs.groups(row)})
         right, count = torch.zeros(2, len(groups), dtype=torch.float64)
         lengths = [2 * pairs.length(row) for row in range(len(pairs))]
-        plan = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=self.num_ranks)
+        plan = self._plan(lengths, micro_batch_tokens)
         for rows in plan[self.rank]:  # empty ones too: a sharded model's ranks must stay together
             batch = pairs.select(rows, self._runtime.device)
             chosen, rejected = self._pair_scores(self.engine.forward, batch)
@@ -71,6 +71,10 @@ class RewardWorker(TrainerWorker):
             **{f"accuracy/{group}": share for group, share in zip(groups, (right / count).tolist(), strict=True)},
             **{f"count/{group}": number for group, number in zip(groups, count.tolist(), strict=True)},
         }
+
+    def _plan(self, lengths: list[int], token_budget: int) -> Plan:
+        options = {"num_ranks": self.num_ranks, "max_padding": self.engine.max_padding}
+        return plan_micro_batches(lengths, token_budget=token_budget, **options)
 
     @staticmethod
     def _pair_scores(model: Any, batch: Any) -> tuple[Tensor, Tensor]:

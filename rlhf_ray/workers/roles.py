@@ -121,10 +121,18 @@ class Roles:
         """Whether other roles need its GPUs in turn."""
         return bool(self._take_place().layout.neighbours(role))
 
+    def is_sharded(self, role: str) -> bool:
+        """Whether the role's ranks gather weights from each other: all must take part in what one of them computes."""
+        settings = getattr(self._config.roles, role)
+        return settings.zero_stage == 3 and settings.num_ranks > 1
+
     def frozen(self, role: str) -> dict[str, Any]:
         """How a model is held that the role only scores with: options of `ScorerWorker.load_frozen`."""
-        divided = getattr(self._config.roles, role).zero_stage == 3
-        return {"runtime": self.runtime, "divided": divided, "shares_device": self.shares_gpus(role)}
+        return {
+            "runtime": self.runtime,
+            "divided": self.is_sharded(role),
+            "shares_device": self.shares_gpus(role),
+        }
 
     def _all(self, roles: Sequence[str], method: Callable[[Any], None]) -> None:
         """Calls a method on all ranks of the roles, side by side."""
@@ -136,10 +144,12 @@ class Roles:
         """Deadline of a call, seconds."""
         return self._config.cluster.call_timeout_s
 
-    @property
-    def num_gpus(self) -> int:
-        """GPUs that the roles are on."""
-        return len({(seat.node, gpu) for seat in self._take_place().layout.seats for gpu in seat.gpus})
+    def gpus(self) -> list[str]:
+        """Names of the GPUs that the roles are on; "" of one whose node does not tell."""
+        place = self._take_place()
+        used = {(seat.node, gpu) for seat in place.layout.seats for gpu in seat.gpus}
+        names = {node: facts.gpus for node, facts in place.facts.items()}
+        return [names[node][gpu] if gpu < len(names[node]) else "" for node, gpu in sorted(used)]
 
     def memory(self) -> dict[str, float]:
         """Peak memory of each role's largest rank so far, GiB, and of this driver."""
@@ -250,7 +260,10 @@ class Roles:
             role=role,
             env=[
                 worker_environment(
-                    threads=max(1, self._cores(seat.node) // processes), on_gpu=bool(seat.gpus), embedded=embedded
+                    threads=max(1, self._cores(seat.node) // processes),
+                    on_gpu=bool(seat.gpus),
+                    embedded=embedded,
+                    is_engine=isinstance(settings, RolloutRole),
                 )
                 for seat in place.layout.of(role)
             ],
@@ -273,14 +286,16 @@ class Roles:
         )
 
 
-def worker_environment(*, threads: int, on_gpu: bool, embedded: bool = True) -> dict[str, str]:
+def worker_environment(*, threads: int, on_gpu: bool, embedded: bool = True, is_engine: bool = False) -> dict[str, str]:
     """Environment of a rank, set before its process starts.
 
     Args:
         embedded: the rank is on this machine. What is installed on others, and where, is not known here.
+        is_engine: vLLM's own allocator, by which it sleeps, refuses segments that grow.
     """
     return {
         **(_allocator() if embedded and not on_gpu else {}),
+        **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if on_gpu and not is_engine else {}),
         "OMP_NUM_THREADS": str(threads),
         # Idle threads sleep, because roles on one machine take turns on its cores; but not at once: waking them costs
         # more than a small model's matrix products.

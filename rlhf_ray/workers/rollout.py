@@ -1,5 +1,6 @@
 """Rollouts by vLLM: prompts in, answers out as records, weights in through the channel."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,8 +79,13 @@ class RolloutWorker(Worker):
         seeds: Sequence[int],
         temperature: float,
         max_new_tokens: int,
-    ) -> tuple[dict[str, float], Rollouts]:
-        """Samples one answer to each prompt; returns (counts, rollouts)."""
+        sizes: Sequence[int] = (),
+    ) -> tuple[Any, ...]:
+        """Samples one answer to each prompt; returns (tokens of each answer, rollouts of each chunk).
+
+        Args:
+            sizes: prompts of each chunk; by default they are one.
+        """
         completions = self.engine.generate(
             list(prompts.tokens),
             seeds=seeds,
@@ -87,8 +93,17 @@ class RolloutWorker(Worker):
             max_new_tokens=max_new_tokens,
             end_ids=self._ends if prompts.ends_at_eos else (),
         )
-        rollouts = to_rollouts(prompts, completions, policy_version=self._version, num_ids=self._num_ids)
-        return {"response_tokens": float(sum(len(c.tokens) for c in completions))}, rollouts
+        bounds = [0, *itertools.accumulate(sizes or [len(prompts)])]
+        chunks = [
+            to_rollouts(
+                prompts.select(range(start, end)),
+                completions[start:end],
+                policy_version=self._version,
+                num_ids=self._num_ids,
+            )
+            for start, end in itertools.pairwise(bounds)
+        ]
+        return [len(completion.tokens) for completion in completions], *chunks
 
     def decode(self, rollouts: Rollouts) -> list[tuple[str, bool]]:
         """(answer text, finished) of each row."""

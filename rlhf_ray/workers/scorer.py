@@ -63,7 +63,6 @@ class ScorerWorker(Worker):
         """Takes a checkpoint for scoring, in place of whatever the rank held; see `FrozenEngine`."""
         self.unload()
         self._runtime = runtime
-        divided = divided and self.num_ranks > 1
         if divided:
             init_distributed(torch.device(runtime.device))
         if divided and self.rank > 0:  # rank 0's weights are sent
@@ -158,9 +157,15 @@ class ScorerWorker(Worker):
         scores: list[float] = self.score(rollouts, micro_batch_tokens=micro_batch_tokens)[1].tolist()
         return scores
 
+    def join_in(self) -> None:
+        """Takes part in what other ranks of a sharded model score, with nothing of its own."""
+        for _ in self._equal_numbers([]):
+            self.engine.forward_nothing()
+
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
-        [plan] = plan_micro_batches(rollouts.lengths.tolist(), token_budget=micro_batch_tokens, num_ranks=1)
+        lengths, most = rollouts.lengths.tolist(), self.engine.max_padding
+        [plan] = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=1, max_padding=most)
         for rows in self._equal_numbers(plan):
             if rows:
                 longest = int(rollouts.lengths[rows].max())

@@ -1,0 +1,167 @@
+"""What needs a GPU, in order of value: each step a command with its own limit, and a line of JSON when it ends.
+
+    python scripts/gpu_check.py [PART ...] [--out DIR] [--device cpu]
+
+Parts: numeric, demo, train, rollout, sync, round, two; by default all, in this order. A step takes four minutes at
+most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is not
+run again. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 240
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a part."""
+
+    name: str
+    command: list[str]
+    limit_s: int = LIMIT_S
+    result: str = ""
+    """File below DIR with figures, which go into the line."""
+    gpus: int = 1
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def parts(device: str, out: Path) -> dict[str, list[Step]]:
+    """All steps."""
+    on_gpu = device == "cuda"
+    rlhf_ray, python = [sys.executable, "-m", "rlhf_ray.cli.main"], [sys.executable]
+    shapes = ("1b", "3b") if on_gpu else ("tiny",)
+    small = [] if on_gpu else ["--micro-tokens", "256", "--micro-batches", "2", "--steps", "2"]
+    settings = {
+        "run.device": device,
+        "model.preset": "1b" if on_gpu else "tiny",
+        "tokenizer.vocab_size": 32_000 if on_gpu else 512,
+        "roles.policy.zero_stage": 2,  # so that they can leave the GPU to others
+        "roles.value.zero_stage": 2,
+        "ppo.batch_size": 64 if on_gpu else 4,
+        "ppo.minibatch_size": 32 if on_gpu else 4,
+    }
+    chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    tokens = "256" if on_gpu else "8"
+    lengths = ["--prompt-tokens", tokens, "--response-tokens", tokens, "--repeats", "3", "--warmup", "1"]
+    empty = out / "empty.toml"
+    empty.write_text("", encoding="utf-8")
+
+    def bench(what: str) -> Step:
+        file = f"bench_{what}.json"
+        command = [*rlhf_ray, "bench", what, str(empty), *chosen, *lengths, "--out", str(out / file)]
+        return Step(f"bench {what}", command, result=file)
+
+    demo = {
+        "run.device": device,
+        "rounds": "none",
+        "pretrain.num_steps": 300 if on_gpu else 5,
+        "sft.epochs": 1,
+        "pairs.num_prompts": 1000 if on_gpu else 40,
+        "ppo.num_steps": 6 if on_gpu else 1,
+        "testbed.num_prompts_test": 200 if on_gpu else 20,
+    }
+    if not on_gpu:
+        demo |= {"testbed.num_corpus": 500, "testbed.num_demonstrations": 200}
+        demo |= {"ppo.batch_size": 8, "ppo.minibatch_size": 8}
+    demo_settings = [word for key, value in demo.items() for word in ("--set", f"{key}={value}")]
+    return {
+        "numeric": [
+            Step("attention", [*python, "-m", "pytest", "-q", "tests/test_model_llama.py", "-k", "end_to_end"]),
+        ],
+        "demo": [Step("demo", [*rlhf_ray, "run", "configs/demo.toml", "--out", str(out / "demo"), *demo_settings])],
+        "train": [
+            Step(
+                f"train {shape}",
+                [*python, "benchmarks/train_speed.py", shape, *small, "--result", str(out / f"train_{shape}.json")],
+                result=f"train_{shape}.json",
+            )
+            for shape in shapes
+        ],
+        "rollout": [bench("rollout")],
+        "sync": [bench("sync")],
+        "round": [bench("round")],
+        "two": [
+            Step(
+                f"two ranks, ZeRO {stage}",
+                [
+                    *[*rlhf_ray, "bench", "round", str(empty), *chosen, *lengths],
+                    *["--set", f"roles.policy.zero_stage={stage}", "--set", "roles.policy.num_ranks=2"],
+                    *["--set", "ppo.num_chunks=2", "--out", str(out / f"two_zero{stage}.json")],
+                ],
+                result=f"two_zero{stage}.json",
+                gpus=2,
+            )
+            for stage in (2, 3)
+        ],
+    }
+
+
+def run(step: Step, out: Path) -> dict[str, object]:
+    """Runs one; its output goes to a log of its name."""
+    log = out / f"{step.name.replace(' ', '_').replace(',', '')}.log"
+    begin = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            step.command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **step.env}, start_new_session=True
+        )
+        try:
+            code: int | str = process.wait(step.limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 15)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+            code = f"over {step.limit_s} s"
+    line: dict[str, object] = {"step": step.name, "rc": code, "seconds": round(time.monotonic() - begin, 1)}
+    if code != 0:
+        line["end"] = log.read_text(encoding="utf-8", errors="replace")[-600:]
+    elif step.result and (out / step.result).exists():
+        line["result"] = json.loads((out / step.result).read_text(encoding="utf-8"))
+    return line
+
+
+def main() -> None:
+    """The parts that are asked for and not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    known = parts(options.device, out)
+    if unknown := [part for part in options.parts if part not in known]:
+        raise SystemExit(f"error: PART {unknown[0]} is not known; there are {', '.join(known)}")
+    lines = out / "check.jsonl"
+    done = (
+        {json.loads(line)["step"] for line in lines.read_text(encoding="utf-8").splitlines()}
+        if lines.exists()
+        else set()
+    )
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    for part in options.parts or known:
+        for step in known[part]:
+            if step.name in done:
+                continue
+            if options.device == "cuda" and gpus < step.gpus:
+                why = f"needs {step.gpus} GPUs, there are {gpus}"
+                line: dict[str, object] = {"step": step.name, "rc": "not run", "end": why}
+            else:
+                line = run(step, out)
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {name: value for name, value in line.items() if name != "result"}
+            print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The check for GPU machines, rehearsed on CPU with small shapes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "gpu_check.py"
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+
+
+@pytest.mark.slow
+def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path: Path) -> None:
+    parts = ("numeric", "train", "sync", "round")
+    done = check(*parts, "--device", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = {row["step"]: row for row in map(json.loads, (tmp_path / "check.jsonl").read_text().splitlines())}
+    assert {name: row["rc"] for name, row in lines.items()} == dict.fromkeys(
+        ("attention", "train tiny", "bench sync", "bench round"), 0
+    ), lines
+    runs = lines["train tiny"]["result"]["runs"]
+    assert set(runs) == {f"{kind}/{side}" for kind in ("sft", "reward", "ppo") for side in ("bare", "zero1", "zero2")}
+    assert all(run["tokens_per_s"] > 0 and run["mfu"] is None for run in runs.values())
+    assert lines["bench round"]["result"]["seconds"]["median"] > 0
+    again = check(*parts, "--device", "cpu", "--out", str(tmp_path))
+    assert (again.returncode, again.stdout) == (0, "")
+    assert len((tmp_path / "check.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_part_that_is_not_known_is_told(tmp_path: Path) -> None:
+    done = check("numerics", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: PART numerics is not known; there are numeric, demo, train")
+
+
+def test_what_needs_more_gpus_than_there_are_is_not_run(tmp_path: Path) -> None:
+    done = check("two", "--out", str(tmp_path))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if gpus < 2:
+        assert [row["rc"] for row in rows] == ["not run", "not run"]
+        assert rows[0]["end"] == f"needs 2 GPUs, there are {gpus}"
