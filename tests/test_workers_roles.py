@@ -198,6 +198,23 @@ def test_engines_that_slept_get_the_policys_weights_before_they_generate(cluster
     assert made.calls == []
 
 
+def test_an_engine_that_is_awake_leaves_its_cache_before_weights_are_sent(cluster: Any) -> None:
+    made = cluster(1)
+    roles = made.roles()
+    roles.start(*EVERYONE)
+    roles.make_resident("rollout")
+    made.calls.clear()
+    engines.sync_weights(roles)
+    assert [f"{role}.{method}" for role, method in made.calls] == [
+        "rollout.sleep",
+        "policy.wake",
+        "rollout.wake",
+        "policy.export_weights",
+        "rollout.load_weights",
+    ]
+    assert not roles.engines_forgot
+
+
 def test_a_layout_of_other_sizes_ends_all_roles_and_one_of_the_same_none(cluster: Any) -> None:
     made = cluster(8)
     roles = made.roles()
@@ -241,36 +258,28 @@ class Engine:
     """Notes what is asked of it."""
 
     def __init__(self) -> None:
-        self.has_weights, self.asked = True, list[str]()
+        self.asked: list[str] = []
 
-    def sleep(self) -> None:
-        self.has_weights = False
+    def sleep(self, *, keep_weights: bool) -> None:
+        self.asked.append("sleep, weights in host memory" if keep_weights else "sleep and forget")
 
     def wake(self) -> None:
         self.asked.append("wake")
 
     def load_weights(self, buckets: Any, **_: Any) -> None:
-        self.has_weights = True
+        self.asked.append("load")
 
 
-def test_an_engine_that_wakes_reads_its_checkpoint_again_but_not_weights_of_a_trainer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_engine_keeps_the_weights_of_a_checkpoint_when_it_sleeps_and_forgets_those_of_a_trainer() -> None:
     worker = RolloutWorker("rollout", 0, 1)
-    worker.wake()  # before there is an engine
+    worker.sleep()  # before there is an engine
+    worker.wake()
     worker._engine = engine = Engine()  # type: ignore[assignment]
-    read: list[str] = []
-    monkeypatch.setattr(worker, "load_checkpoint", lambda path: read.append(path))
-    worker._checkpoint = "models/chat"
     worker.sleep()
     worker.wake()
-    assert read == ["models/chat"] and engine.asked == ["wake"]
-    engine.has_weights = True
-    worker.wake()  # did not sleep, as on CPU
     worker.load_weights([])
-    engine.has_weights = False
-    worker.wake()
-    assert read == ["models/chat"]
+    worker.sleep()
+    assert engine.asked == ["sleep, weights in host memory", "wake", "load", "sleep and forget"]
 
 
 def prompts() -> Any:

@@ -157,20 +157,20 @@ class RolloutEngine:
         if lacking:
             raise ValueError(f"the engine got no {min(lacking)} (one of {len(lacking)} tensors that are missing)")
 
-    def sleep(self) -> None:
-        """Leaves the GPU to others: forgets weights and cache."""
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Leaves the GPU to others: forgets its cache, and its weights unless they are to be kept in host memory."""
         if self._sleeps:
-            self._llm.sleep(level=2)
-            self._has_weights = self._has_cache = False
+            self._llm.sleep(level=1 if keep_weights else 2)
+            self._has_weights, self._has_cache = keep_weights, False
 
     def wake(self) -> None:
-        """Has room for weights again, which `load_weights` must bring; for the cache once it is wanted."""
+        """Has its weights again, or room for what `load_weights` must bring; its cache once it is wanted."""
         if self._sleeps:
             self._llm.wake_up(tags=["weights"])
 
     @property
     def has_weights(self) -> bool:
-        """Whether it has any that mean something: none since it slept."""
+        """Whether it has any that mean something: none where it has slept without keeping them."""
         return self._has_weights
 
     def _wake_cache(self) -> None:

@@ -50,6 +50,7 @@ def keep_best(roles: Roles, work: Path, index: int) -> None:
     The policy that PPO starts from lies on disk as the chat model.
     """
     if index >= 0 and not best_directory(work, index).exists():
+        roles.make_resident("policy")
         roles["policy"].call(TrainerWorker.save_model, str(best_directory(work, index)), step=f"ppo step {index}")
 
 

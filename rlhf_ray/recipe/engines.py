@@ -144,6 +144,8 @@ def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tu
 
 def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     """Sends the policy's weights to all engines; returns the buckets' object references."""
+    if roles.shares_gpus("rollout"):
+        roles.make_resident("policy")  # while the engine wakes with room for weights alone, without its cache
     roles.make_resident("policy", "rollout")
     buckets = roles["policy"].call(PolicyWorker.export_weights, step=step)[0]
     roles["rollout"].call(RolloutWorker.load_weights, buckets, step=step)

@@ -133,6 +133,7 @@ def save_models(
         if stopping.best_step == steps_done - 1 and best.exists():
             link_whole(best, last)
         else:
+            context.roles.make_resident("policy")
             context.roles["policy"].call(TrainerWorker.save_model, str(last), step="after PPO")
     if not model.exists():
         if stopping.best_step == steps_done - 1:

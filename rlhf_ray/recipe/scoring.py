@@ -98,7 +98,9 @@ def score(
     }
     scores: dict[str, list[Call[Any]]] = {}
     for turn in roles.turns(*(role for role in TURNS if role in roles_used)):
-        collect([call for calls in scores.values() for call in calls], timeout_s=roles.timeout_s, step=roles.step)
+        if scores:  # producers first: where one of them dies it is named, not those that miss its data
+            before = [*rollouts, *itertools.chain(*scores.values())]
+            collect(before, timeout_s=roles.timeout_s, step=roles.step)
         roles.make_resident(*turn)
         for role in turn:
             method, options = methods[role]

@@ -30,24 +30,22 @@ class RolloutWorker(Worker):
         super().__init__(role, rank, num_ranks)
         self._engine: RolloutEngine | None = None
         self._version = WeightVersion("", 0)
-        self._checkpoint: str | None = None
-        """That the weights are from; none where they are a trainer's."""
+        self._of_checkpoint = True
+        """Whether the weights are a checkpoint's, not a trainer's."""
 
     def set_threads(self, threads: int) -> None:
         """Compute threads of the engine from now on."""
         torch.set_num_threads(threads)
 
     def sleep(self) -> None:
-        """Leaves the GPU to other roles, until `wake`."""
+        """Leaves the GPU to other roles, until `wake`; keeps a checkpoint's weights, and forgets a trainer's."""
         if self._engine is not None:
-            self._engine.sleep()
+            self._engine.sleep(keep_weights=self._of_checkpoint)
 
     def wake(self) -> None:
-        """Has the GPU again, and the weights of its checkpoint; those of a trainer must be sent anew."""
+        """Has the GPU again; a trainer must send its weights anew."""
         if self._engine is not None:
             self._engine.wake()
-            if self._checkpoint is not None and not self._engine.has_weights:
-                self.load_checkpoint(self._checkpoint)
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far, GiB: of this process, or of the largest that the engine has beside it."""
@@ -144,13 +142,13 @@ class RolloutWorker(Worker):
     def load_weights(self, buckets: list[Any]) -> WeightVersion:
         """Takes weights from the channel; returns which."""
         self.engine.load_weights(self._fetch(buckets))
-        self._checkpoint = None
+        self._of_checkpoint = False
         return self._version
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
         self._ends = special_ids(self._light, read_config(checkpoint)).ends
-        self._version, self._checkpoint = WeightVersion(checkpoint, 0), checkpoint
+        self._version, self._of_checkpoint = WeightVersion(checkpoint, 0), True
         self.engine.load_weights(fill_buckets(iterate_tensors(checkpoint), version=self._version))
 
     def probe(self, prompts: PromptBatch) -> tuple[None, Rollouts]:
