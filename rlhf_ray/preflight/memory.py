@@ -140,7 +140,8 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
         if role not in REWARD_MODELS or not is_function(getattr(config.inputs, role) or ""):
             own, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
             copy = weight_bytes(own, scalar_head=scalar, bytes_per_parameter=size)
-            sizes[role] = getattr(config.roles, role).num_ranks * copy
+            settings = getattr(config.roles, role)
+            sizes[role] = copy if settings.zero_stage == 3 else settings.num_ranks * copy
     if "rollout" in STAGES[stage].roles:
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib
