@@ -24,6 +24,7 @@ from ray.exceptions import (
 )
 
 from cluster.deaths import Process, Starts, why_dead
+from cluster.hardware import resident_bytes
 from cluster.placement import Place
 
 R = TypeVar("R")
@@ -81,6 +82,9 @@ class Worker:
 
     def wake(self) -> None:
         """Has them again."""
+
+    def give_back(self) -> None:
+        """Gives memory of the devices back that it holds and does not use."""
 
     def peak_memory_gib(self) -> float:
         """Highest resident memory of this process so far, GiB."""
@@ -303,6 +307,12 @@ class WorkerGroup:
                 if error.died:
                     return "dead"
         return "idle" if len(answered) == len(calls) else "busy"
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Waits so long at most until the processes on this machine have ended, and with them what they held."""
+        deadline = time.monotonic() + seconds
+        while any(resident_bytes(pid) for pid in self.pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """Ends the ranks; their seats are free for others."""

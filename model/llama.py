@@ -151,6 +151,8 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None,
         lengths: Tensor | None = None,
     ) -> Tensor:
+        if position_ids is None and tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens must not exceed max_seq_len={self.config.max_seq_len}")
         if not self.lays_end_to_end(tokens.device):
             rotary = self._rotary(tokens, position_ids)
             mask = None if segment_ids is None else packing_mask(segment_ids)
@@ -163,8 +165,11 @@ class Transformer(nn.Module):
         return rows.view(*tokens.shape, -1)
 
     def lays_end_to_end(self, device: torch.device) -> bool:
-        """Whether examples pass through the blocks without padding: FlashAttention takes half precision alone."""
-        return device.type == "cuda" and self.embed_tokens.weight.dtype in (torch.bfloat16, torch.float16)
+        """Whether examples pass through the blocks without padding: FlashAttention takes device, dtype and heads."""
+        if device.type != "cuda" or self.embed_tokens.weight.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        takes_heads = self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
+        return takes_heads and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def _through_blocks(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
         for block in self.layers:
@@ -179,11 +184,8 @@ class Transformer(nn.Module):
         dtype = self.embed_tokens.weight.dtype
         if self._tables is None or self._tables.cos.device != tokens.device:
             self._tables = rotary_tables(self.config, tokens.device)
-        length = tokens.shape[1]
         if position_ids is None:
-            if length > self.config.max_seq_len:
-                raise ValueError(f"rows of {length} tokens must not exceed max_seq_len={self.config.max_seq_len}")
-            return RotaryTables(*(table[:length].to(dtype) for table in self._tables))
+            return RotaryTables(*(table[: tokens.shape[1]].to(dtype) for table in self._tables))
         return RotaryTables(*(table[position_ids].to(dtype) for table in self._tables))
 
 

@@ -59,8 +59,19 @@ class Cluster:
         def call(method: Any, *args: Any, **more: Any) -> list[Any]:
             return [{} for _ in submit(method)]
 
+        def call_one(rank: int, method: Any, *args: Any, **more: Any) -> Any:
+            submit_one(rank, method)
+            return {}
+
         return SimpleNamespace(
-            role=role, num_ranks=len(seats), call=call, submit=submit, submit_one=submit_one, stop=lambda: None
+            call_one=call_one,
+            role=role,
+            num_ranks=len(seats),
+            call=call,
+            submit=submit,
+            submit_one=submit_one,
+            stop=lambda: None,
+            wait_until_gone=lambda seconds: None,
         )
 
     def roles(self, **settings: Any) -> Roles:
@@ -160,6 +171,8 @@ def test_an_iteration_of_ppo_on_one_gpu(cluster: Any) -> None:
         "value.sleep",
         "policy.wake",
         "policy.train_policy",
+        "rollout.expect_weights",
+        "policy.give_back",
         "rollout.wake",
         "policy.export_weights",
         "rollout.load_weights",
@@ -206,13 +219,27 @@ def test_an_engine_that_is_awake_leaves_its_cache_before_weights_are_sent(cluste
     made.calls.clear()
     engines.sync_weights(roles)
     assert [f"{role}.{method}" for role, method in made.calls] == [
+        "rollout.expect_weights",
         "rollout.sleep",
         "policy.wake",
+        "policy.give_back",
         "rollout.wake",
         "policy.export_weights",
         "rollout.load_weights",
     ]
     assert not roles.engines_forgot
+
+
+def test_weights_are_checked_with_the_policy_awake_and_then_asleep(cluster: Any) -> None:
+    made = cluster(2)
+    roles = made.roles(roles={role: {"num_ranks": 2} for role in ("policy", "value")} | {"rollout": {"num_engines": 2}})
+    roles.start(*EVERYONE)
+    buckets = engines.sync_weights(roles)
+    made.calls.clear()
+    with pytest.raises(KeyError):  # the stand-ins say nothing of gaps
+        engines.verify_weight_channel(roles, buckets, prompts(), precision="fp32")
+    order = [f"{role}.{method}" for role, method in made.calls]
+    assert order == ["rollout.probe", "policy.logprobs", "policy.logprobs", "policy.sleep", "rollout.check_weights"]
 
 
 def test_a_layout_of_other_sizes_ends_all_roles_and_one_of_the_same_none(cluster: Any) -> None:

@@ -144,8 +144,9 @@ def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tu
 
 def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
     """Sends the policy's weights to all engines; returns the buckets' object references."""
-    if roles.shares_gpus("rollout"):
-        roles.make_resident("policy")  # while the engine wakes with room for weights alone, without its cache
+    if roles.shares_gpus("rollout"):  # the engine wakes with room for weights alone, and without those that it had
+        roles["rollout"].call(RolloutWorker.expect_weights, step=step)
+        roles.make_resident("policy")
     roles.make_resident("policy", "rollout")
     buckets = roles["policy"].call(PolicyWorker.export_weights, step=step)[0]
     roles["rollout"].call(RolloutWorker.load_weights, buckets, step=step)
@@ -169,7 +170,7 @@ def verify_weight_channel(
         WeightChannelError: scrambling changed nothing, or the synced engine differs from the trainer.
     """
     engine, policy = roles["rollout"], roles["policy"]
-    worst: dict[str, float] = {}
+    probes: list[tuple[Call[Any], Call[Any]]] = []
     for rank in range(engine.num_ranks):
         probe = engine.submit_one(rank, RolloutWorker.probe, prompts, num_data=1)
         # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
@@ -180,9 +181,12 @@ def verify_weight_channel(
             for r in range(policy.num_ranks)
         ]
         collect([probe, *trainer], timeout_s=roles.timeout_s, step="weight check")
-        roles.make_resident("rollout")
+        probes.append((probe, trainer[0]))
+    roles.make_resident("rollout")  # from here on the policy may be asleep
+    worst: dict[str, float] = {}
+    for rank, (probe, own) in enumerate(probes):
         gaps = engine.call_one(
-            rank, RolloutWorker.check_weights, buckets, probe.data[0], trainer[0].data[0], step="weight check"
+            rank, RolloutWorker.check_weights, buckets, probe.data[0], own.data[0], step="weight check"
         )
         limit = MAX_SYNCED_GAP[precision]
         if not gaps["synced_gap"] <= limit:

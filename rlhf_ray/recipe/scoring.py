@@ -31,7 +31,7 @@ READERS = ("chat", *REWARDS)
 """Inputs of a stage whose models read prompts and answers."""
 
 Scores = Mapping[str, Sequence[Call[Any]]]
-"""Role -> what it says of each chunk, by reference."""
+"""Role -> what it says of each chunk, by reference; behind them calls of ranks that only took part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,8 @@ def score(
                 for chunk, call in enumerate(rollouts)
             ]
             if roles.is_sharded(role):
-                for chunk in range(len(rollouts), -(-len(rollouts) // group.num_ranks) * group.num_ranks):
-                    group.submit_one(chunk % group.num_ranks, ScorerWorker.join_in)
+                idle = range(len(rollouts), -(-len(rollouts) // group.num_ranks) * group.num_ranks)
+                scores[role] += [group.submit_one(n % group.num_ranks, ScorerWorker.join_in) for n in idle]
     return scores
 
 
@@ -165,7 +165,7 @@ def score_samples(
                 group.submit_one(rank, ScorerWorker.score_answers, *own, micro_batch_tokens=micro_batch_tokens)
             )
         elif roles.is_sharded(role):
-            group.submit_one(rank, ScorerWorker.join_in)
+            calls.append(group.submit_one(rank, ScorerWorker.join_in))
     return calls
 
 

@@ -13,7 +13,7 @@ import ray
 
 from cluster.layout import PlacementError, lay_out
 from cluster.placement import Place, cluster_nodes, reserve
-from cluster.worker_group import Call, Worker, WorkerGroup, collect, peak_gib
+from cluster.worker_group import Call, Worker, WorkerError, WorkerGroup, collect, peak_gib
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
 from rlhf_ray.machine import EMBEDDED, demands
 from rlhf_ray.progress import console
@@ -32,6 +32,10 @@ WORKER_CLASSES: dict[str, type[Worker]] = {
     "reference": ScorerWorker,
     "rollout": RolloutWorker,
 }
+
+
+ENDS_S = 10.0
+"""For processes to end that were told to."""
 
 
 class Roles:
@@ -110,8 +114,10 @@ class Roles:
         self._all(leave, Worker.sleep)
         self._asleep |= {*leave}
         self.engines_forgot |= "rollout" in leave
-        self._all([role for role in roles if role in self._asleep], Worker.wake)
-        self._asleep -= {*roles}
+        waking = [role for role in roles if role in self._asleep]
+        self._all([r for r in roles if r not in waking and not layout.are_apart(r, waking)], Worker.give_back)
+        self._all(waking, Worker.wake)
+        self._asleep -= {*waking}
 
     def can_overlap(self, role: str, others: Sequence[str]) -> bool:
         """Whether a role can compute while others do: on GPUs of its own; on CPU it would only take their cores."""
@@ -135,9 +141,13 @@ class Roles:
         }
 
     def _all(self, roles: Sequence[str], method: Callable[[Any], None]) -> None:
-        """Calls a method on all ranks of the roles, side by side."""
+        """Calls a method on all ranks of the roles, side by side; where it fails, none is left half way."""
         calls = [call for role in roles for call in self._groups[role].submit(method)]
-        collect(calls, timeout_s=self.timeout_s, step=self.step)
+        try:
+            collect(calls, timeout_s=self.timeout_s, step=self.step)
+        except WorkerError:
+            self._stop([role for role in roles if self._groups[role].condition() != "dead"])
+            raise
 
     @property
     def timeout_s(self) -> float:
@@ -216,9 +226,13 @@ class Roles:
             self._place = None
 
     def _stop(self, roles: Sequence[str]) -> None:
-        for role in roles:
-            self._groups.pop(role).stop()
-            self._asleep.discard(role)
+        ended = [self._groups.pop(role) for role in roles]
+        self._asleep -= {*roles}
+        for group in ended:
+            group.stop()
+        if self.runtime.device == "cuda":  # memory of the GPUs comes free with the processes
+            for group in ended:
+                group.wait_until_gone(ENDS_S)
 
     def _ask(self, method: Callable[[Any], float]) -> dict[str, list[float]]:
         """What the method returns, by role and rank."""

@@ -42,6 +42,10 @@ class RolloutWorker(Worker):
         if self._engine is not None:
             self._engine.sleep(keep_weights=self._of_checkpoint)
 
+    def expect_weights(self) -> None:
+        """A trainer is about to send its own: those it has need not be kept."""
+        self._of_checkpoint = False
+
     def wake(self) -> None:
         """Has the GPU again; a trainer must send its weights anew."""
         if self._engine is not None:

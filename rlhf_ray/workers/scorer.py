@@ -94,8 +94,12 @@ class ScorerWorker(Worker):
         """Leaves the device to other roles, until `wake`."""
         if self._engine is not None:
             self._engine.sleep()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.give_back()
+
+    def give_back(self) -> None:
+        """What torch's allocator has kept for later."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Has the device again."""
@@ -109,8 +113,7 @@ class ScorerWorker(Worker):
         self._engine = self._function = None
         gc.collect()
         give_back_memory()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.give_back()
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far, GiB: allocated on the GPU, or resident in this process."""
@@ -157,10 +160,11 @@ class ScorerWorker(Worker):
         scores: list[float] = self.score(rollouts, micro_batch_tokens=micro_batch_tokens)[1].tolist()
         return scores
 
-    def join_in(self) -> None:
-        """Takes part in what other ranks of a sharded model score, with nothing of its own."""
+    def join_in(self) -> list[float]:
+        """Takes part in what other ranks of a sharded model score, with nothing of its own; no scores."""
         for _ in self._equal_numbers([]):
             self.engine.forward_nothing()
+        return []
 
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
