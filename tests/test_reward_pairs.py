@@ -118,7 +118,7 @@ def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory
     worker._data = data = reward_pairs({"": path}, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
     assert len(data.train) % 4 and len(data.train) > 10  # a last step of an epoch has fewer
     steps = []
-    engine: Any = SimpleNamespace(step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
+    engine: Any = SimpleNamespace(max_padding=0.1, step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
     worker._engine = engine
     section = RewardSection(batch_size=batch_size, epochs=2)
     options = {"batch_size": batch_size, "micro_batch_tokens": 100, "safety_loss_coef": 0.0}
