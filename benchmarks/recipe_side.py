@@ -1,5 +1,6 @@
 """This project's PPO on the work of `ppo_work`: real Ray, vLLM and DeepSpeed, set up as the PPO stage does."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from rlhf_ray.records import PromptBatch, WeightBucket, WeightVersion
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.rollout import RolloutWorker
+
+# Workers import the classes below from this directory, which a session does not tell them of.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 
 class MeasuredRollout(RolloutWorker):
@@ -105,7 +109,7 @@ def recipe_side(work: Work, directory: Path, *, only_sync: bool = False) -> Iter
     """
     classes = dict(roles_module.WORKER_CLASSES)
     roles_module.WORKER_CLASSES.update(rollout=MeasuredRollout, policy=MeasuredPolicy)
-    context = Context(_config(work), RunDir(directory / "run"))
+    context = Context(_config(work), RunDir(directory / "run"), every_id=True)
     try:
         roles, roles_used = context.roles, ("policy",) if only_sync else SCORING_ROLES
         roles.start("rollout", *roles_used)
