@@ -67,10 +67,13 @@ class Layout:
         """The role's seats, rank by rank."""
         return [seat for seat in self.seats if seat.role == role]
 
+    def gpus(self, role: str, *, rank: int | None = None) -> set[tuple[int, int]]:
+        """(node, GPU) of each that the role sits on, or one of its ranks."""
+        return {(seat.node, gpu) for seat in self.of(role) for gpu in seat.gpus if rank in (None, seat.rank)}
+
     def neighbours(self, role: str) -> set[str]:
         """Other roles that sit on a GPU of this one's."""
-        own = {(seat.node, gpu) for seat in self.of(role) for gpu in seat.gpus}
-        return {s.role for s in self.seats if s.role != role and not own.isdisjoint((s.node, gpu) for gpu in s.gpus)}
+        return {other for other in self.roles if other != role and not self.gpus(role).isdisjoint(self.gpus(other))}
 
     def are_apart(self, role: str, others: Collection[str]) -> bool:
         """Whether a role has no GPU in common with any of the others: they can work at the same time."""

@@ -154,13 +154,21 @@ class Call(Generic[R]):
     process: Process | None = None
 
 
-def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "", starts: Starts | None = None) -> list[R]:
+def collect(
+    calls: Sequence[Call[R]],
+    *,
+    timeout_s: float,
+    step: str = "",
+    starts: Starts | None = None,
+    partners: "WorkerGroup | None" = None,
+) -> list[R]:
     """Results of `calls` in order, raising as soon as a rank fails: the others may wait for it for ever.
 
     Args:
         starts: where the ranks are still coming up, tells of those that do not.
+        partners: ranks that the called ones wait for, in a communicator that notices no death.
     Raises:
-        WorkerError: a rank raised, died, or had not answered after `timeout_s` seconds.
+        WorkerError: a rank raised, died, or had not answered after `timeout_s` seconds; or a partner died.
     """
     deadline = time.monotonic() + timeout_s
     results: dict[Any, R] = {}
@@ -174,6 +182,8 @@ def collect(calls: Sequence[Call[R]], *, timeout_s: float, step: str = "", start
             late = next(iter(waiting.values()))
             if starts is not None and (failure := starts.failure()):
                 raise _error(late, step, failure)
+            if partners is not None:
+                partners.raise_if_dead(step)
             if left_s == 0.0:
                 raise _error(late, step, f"gave no answer within {timeout_s:.0f} s", GetTimeoutError())
             continue
@@ -264,6 +274,11 @@ class WorkerGroup:
         return len(self._actors)
 
     @property
+    def actors(self) -> list[Any]:
+        """Ray's handle of each rank, for other ranks to call."""
+        return list(self._actors)
+
+    @property
     def pids(self) -> list[int]:
         """Process id of each rank."""
         return [process.pid for process in self._processes]
@@ -296,16 +311,27 @@ class WorkerGroup:
 
     def condition(self, *, patience_s: float = 5.0) -> Condition:
         """ "dead": a rank's process is gone; "busy": one is in a call; else "idle"."""
+        try:
+            return self.raise_if_dead("", patience_s=patience_s)
+        except WorkerError:
+            return "dead"
+
+    def raise_if_dead(self, step: str, *, patience_s: float = 0.2) -> Condition:
+        """ "busy" or "idle", as `condition`.
+
+        Raises:
+            WorkerError: a rank's process is gone.
+        """
         calls = self.submit(Worker.ready)
         # A dead rank's call fails at once, a busy one's waits in its queue.
         answered, _ = ray.wait([call.ref for call in calls], num_returns=len(calls), timeout=patience_s)
         for call in calls:
             try:
                 if call.ref in set(answered):
-                    _result(call, "")
+                    _result(call, step)
             except WorkerError as error:
                 if error.died:
-                    return "dead"
+                    raise
         return "idle" if len(answered) == len(calls) else "busy"
 
     def wait_until_gone(self, seconds: float) -> None:

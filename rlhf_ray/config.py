@@ -210,6 +210,9 @@ class RolloutRole(Section):
     """As of the other roles; of an engine that spreads, as many as it spreads over."""
     gpu_memory_utilization: Execution[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.5
     """Share of the GPU's memory vLLM may take (weights and KV cache)."""
+    weights: Execution[Literal["auto", "store"]] = "auto"
+    """How the policy's weights come: "auto" takes CUDA IPC or NCCL where the layout has a way for them; "store" goes
+    through host memory and Ray's object store in any case."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together. Samples depend on it: a run with another value draws others."""
     kv_cache_gib: Execution[Positive | None] = None

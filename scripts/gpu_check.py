@@ -54,10 +54,12 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     empty = out / "empty.toml"
     empty.write_text("", encoding="utf-8")
 
-    def bench(what: str) -> Step:
-        file = f"bench_{what}.json"
-        command = [*rlhf_ray, "bench", what, str(empty), *chosen, *lengths, "--out", str(out / file)]
-        return Step(f"bench {what}", command, result=file)
+    def bench(what: str, **more: str) -> Step:
+        name = " ".join([what, *more.values()])
+        file = f"bench_{name.replace(' ', '_')}.json"
+        set_too = [word for key, value in more.items() for word in ("--set", f"roles.rollout.{key}={value}")]
+        command = [*rlhf_ray, "bench", what, str(empty), *chosen, *set_too, *lengths, "--out", str(out / file)]
+        return Step(f"bench {name}", command, result=file)
 
     demo = {
         "run.device": device,
@@ -86,7 +88,7 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
             for shape in shapes
         ],
         "rollout": [bench("rollout")],
-        "sync": [bench("sync")],
+        "sync": [bench("sync"), bench("sync", weights="store")],
         "round": [bench("round")],
         "two": [
             Step(

@@ -26,7 +26,7 @@ from rlhf_ray.run_state import RunDir
 
 OTHERS = (True, False, 1, 2, 3, 0.3, 0.5, "tiny", "fp32", "bf16", "cosine", "constant", "none", "large", "k2")
 OTHERS += ("penalty", "policy", "keep", (0.5,), (0.7, 0.8), ("newest", "elsewhere"), {"longer": "elsewhere"})
-OTHERS += ("random", "development", (0, 1))
+OTHERS += ("random", "development", (0, 1), "store")
 """Values among which every field has a valid one that is not its default."""
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
 ALL = [name for name in STAGES if name not in (*ON_DEMAND, "reward-accuracy")]

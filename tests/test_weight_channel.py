@@ -16,20 +16,17 @@ import psutil
 import pytest
 import ray
 import torch
+from channel_world import PADDED, VOCAB, World, inputs_of, start
 from torch import Tensor
-from training_world import OPTIM, TIED, UNTIED
+from training_world import OPTIM, TIED
 
 from cluster.hardware import resident_bytes
 from cluster.worker_group import WorkerError, collect
-from model.checkpoint import iterate_tensors, save_checkpoint
+from model.checkpoint import iterate_tensors
 from model.checkpoint_files import read_config
-from model.config import ModelConfig
-from model.llama import Head, Llama
 from rlhf_ray.backends import rollout as vllm_engine
 from rlhf_ray.backends.engine_limits import CPU_BLOCK, kv_cache_bytes
 from rlhf_ray.backends.weights import fill_buckets
-from rlhf_ray.config import Config, parse_config
-from rlhf_ray.data.schemas import PROMPTS, write_table
 from rlhf_ray.recipe import ppo
 from rlhf_ray.recipe.context import Context
 from rlhf_ray.recipe.engines import (
@@ -37,12 +34,9 @@ from rlhf_ray.recipe.engines import (
     WeightChannelError,
     generate,
     read_prompts,
-    start_engines,
     sync_weights,
     verify_weight_channel,
 )
-from rlhf_ray.recipe.stages import Artefact, given_outputs
-from rlhf_ray.recipe.tokenizer import save_tokenizer, train_tokenizer
 from rlhf_ray.records import PromptBatch, Rollouts, WeightVersion
 from rlhf_ray.run_state import RunDir
 from rlhf_ray.workers.policy import PolicyWorker
@@ -51,10 +45,7 @@ from rlhf_ray.workers.rollout import RolloutWorker
 from rlhf_ray.workers.scorer import ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
-NUM_PROMPTS = 12
 VERSION = WeightVersion("ppo", 3)
-VOCAB, PADDED = 300, 1500
-"""Rows of the embedding: the tokenizer's and a few, or far more, which are as likely to be sampled as the others."""
 KINDS = (
     "model.embed_tokens.weight",
     *(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -66,85 +57,33 @@ KINDS = (
 """A tensor of each kind."""
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """Checkpoints, one tokenizer beside them, and a prompts table."""
-
-    directory: Path
-
-    @classmethod
-    def make(cls, directory: Path) -> "World":
-        tokenizer = train_tokenizer(["hello there", "what is a cat", "abcdefgh"] * 9, vocab_size=VOCAB)
-        world = cls(directory)
-        for name, config, head in (
-            ("tied", TIED, "lm"),
-            ("tied-trained", TIED, "lm"),
-            ("untied", UNTIED.model_copy(update={"vocab_size": PADDED}), "lm"),
-            ("untied-trained", UNTIED.model_copy(update={"vocab_size": PADDED}), "lm"),
-            ("helpfulness", TIED, "scalar"),
-            ("safety", TIED, "scalar"),
-        ):
-            world._save(name, config, head)
-        save_tokenizer(tokenizer, directory / "tokenizer")
-        rows = [
-            {
-                "prompt_id": str(i),
-                "messages": [{"role": "user", "content": "hello cat " + "ab" * i}],
-                "is_safety": i % 3 == 0,
-                "kind": "test",
-                "truth": "",
-            }
-            for i in range(NUM_PROMPTS)
-        ]
-        write_table(directory / "prompts.parquet", rows, PROMPTS)
-        return world
-
-    def _save(self, name: str, config: ModelConfig, head: Head) -> None:
-        config = config.model_copy(update={"vocab_size": VOCAB} if config.vocab_size != PADDED else {})
-        model = Llama(config, head=head)
-        model.init_weights(seed=len(name))
-        with torch.no_grad():  # as large as trained weights: log-probs that differ between tokens
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.mul_(4)
-        save_checkpoint(
-            self.directory / name,
-            config,
-            model.named_parameters(),
-            num_labels=1 if head == "scalar" else None,
-        )
-
-    def config(self, chat: str, precision: str, tensor_parallel_size: int) -> Config:
-        """Of a run whose PPO is ready to begin."""
-        inputs = {name: str(self.directory / name) for name in ("helpfulness", "safety")}
-        chat_directory, prompts = str(self.directory / chat), str(self.directory / "prompts.parquet")
-        return parse_config(
-            {
-                "run": {"precision": precision, "device": "cpu"},
-                "cluster": {"cores": 2, "call_timeout_s": 300.0},
-                "roles": {"rollout": {"tensor_parallel_size": tensor_parallel_size}},
-                "inputs": {**inputs, "tokenizer": str(self.directory / "tokenizer"), "chat": chat_directory},
-                "data": {"prompts_train": prompts, "prompts_early_stop": prompts},
-                "ppo": {"batch_size": 8, "minibatch_size": 4, "max_new_tokens": 6, "num_chunks": 2},
-            }
-        )
-
-
 class UnpluggableRollout(RolloutWorker):
     """An engine whose weight channel can be made to do nothing, or to lose a tensor."""
 
-    def own_gap(self, probe: Rollouts, logprobs: Tensor) -> float:
-        return self._probe_gap(probe, logprobs).mean().item()
-
     def unplug(self) -> None:
         self.engine.load_weights = lambda buckets, **options: [None for _ in buckets]
+
+    def take_others(self, checkpoint: str, dtype: torch.dtype) -> None:
+        """From now on what arrives unscrambled are these weights."""
+        own = self.engine.load_weights
+
+        def load(buckets: Any, *, scrambled: bool) -> None:
+            for _ in buckets:
+                pass
+            other = ((name, tensor.to(dtype)) for name, tensor in iterate_tensors(checkpoint))
+            own(fill_buckets(other, version=VERSION), scrambled=scrambled)
+
+        self._whole_load, self.engine.load_weights = own, load
+
+    def take_own(self) -> None:
+        self.engine.load_weights = self._whole_load
 
     def lose(self, lost: str, how: str) -> None:
         """From now on `lost` does not arrive, or is taken and the engine computes with what it had before."""
         whole = self._whole = getattr(self, "_whole", vllm_engine._take_weights)
 
         def take(worker: Any, bucket: Any, *, scrambled: bool, **options: Any) -> None:
-            one = vllm_engine._for_engine
+            one = vllm_engine.for_engine
 
             def losing(weights: Any, **settings: Any) -> Iterator[tuple[str, Tensor]]:
                 for name, tensor in one(weights, **settings):
@@ -153,11 +92,11 @@ class UnpluggableRollout(RolloutWorker):
                     elif how == "stays scrambled":
                         yield name, vllm_engine.scramble(tensor)
 
-            vllm_engine._for_engine = losing
+            vllm_engine.for_engine = losing
             try:
                 whole(worker, bucket, scrambled=scrambled, **options)
             finally:
-                vllm_engine._for_engine = one
+                vllm_engine.for_engine = one
 
         vllm_engine._take_weights = take if lost else whole
 
@@ -215,18 +154,6 @@ def run(request, world):
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def inputs_of(context: Context) -> dict[str, Artefact]:
-    """What the config names."""
-    given = given_outputs(context.config)
-    return {name: Artefact(name, Path(source.path), "", source.field) for name, source in given.items()}
-
-
-def start(context: Context) -> None:
-    """Engines on the chat model."""
-    inputs = inputs_of(context)
-    start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
-
-
 @pytest.fixture
 def prompts(run) -> PromptBatch:
     return read_prompts(inputs_of(run), "prompts_train", max_new_tokens=6, readers=["chat"])
@@ -239,8 +166,7 @@ def gap(roles, prompts: PromptBatch) -> float:
         0, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
     )
     collect([probe, trainer], timeout_s=300)
-    gaps = roles["rollout"].call_one(0, UnpluggableRollout.own_gap, probe.data[0], trainer.data[0])
-    return float(gaps)
+    return float(roles["rollout"].call_one(0, RolloutWorker.probe_gap, probe.data[0], trainer.data[0])["mean"])
 
 
 @pytest.mark.slow
@@ -261,11 +187,12 @@ def test_after_a_sync_the_engine_computes_what_the_trainer_does(run, prompts):
     precision = run.config.run.precision
     assert gap(run.roles, prompts) > 0.5  # two different models
     run.roles["policy"].call(PolicyWorker.set_version, VERSION)
-    buckets = sync_weights(run.roles)
+    sync_weights(run.roles)
     assert gap(run.roles, prompts) <= MAX_SYNCED_GAP[precision]
-    gaps = verify_weight_channel(run.roles, buckets, prompts, precision=precision)
+    gaps = verify_weight_channel(run.roles, prompts, precision=precision)
     assert gaps["synced_gap"] <= gaps["synced_gap_max"] < {"fp32": 1e-3, "bf16": 0.5}[precision]
     assert gaps["scrambled_gap"] > 0.5
+    buckets = run.roles["policy"].call(PolicyWorker.export_weights)[0]
     assert run.roles["rollout"].call(RolloutWorker.load_weights, buckets) == [VERSION]  # the bucket's
 
 
@@ -315,18 +242,18 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(run, prompts):
 def test_a_tensor_that_is_lost_on_the_way_is_found_out(run, prompts, how):
     if run.config.roles.rollout.tensor_parallel_size > 1:
         pytest.skip("the other processes cannot be made to lose one")
-    precision, buckets = run.config.run.precision, sync_weights(run.roles)
+    precision = run.config.run.precision
     tied = read_config(run.config.inputs.chat).tie_embeddings
     # A tied matrix arrives under both names, and the engine keeps the later one for both.
     for kind in KINDS[1:] if tied and how == "stays scrambled" else KINDS:
         run.roles["rollout"].call(UnpluggableRollout.lose, kind, how)
         with pytest.raises((WeightChannelError, WorkerError)) as caught:
-            verify_weight_channel(run.roles, buckets, prompts, precision=precision)
+            verify_weight_channel(run.roles, prompts, precision=precision)
         assert "after a weight sync its log-probs differ" in str(caught.value) or "the engine got no" in str(
             caught.value
         ), kind
     run.roles["rollout"].call(UnpluggableRollout.lose, "", "")
-    verify_weight_channel(run.roles, buckets, prompts, precision=precision)
+    verify_weight_channel(run.roles, prompts, precision=precision)
 
 
 @pytest.mark.slow
@@ -341,11 +268,10 @@ def test_syncs_leave_nothing_in_memory(run):
 @pytest.mark.slow
 def test_other_weights_are_found_out(run, prompts):
     precision, chat = run.config.run.precision, run.config.inputs.chat
-    dtype = run.roles.runtime.dtype
-    other = ((name, tensor.to(dtype)) for name, tensor in iterate_tensors(chat))
-    buckets = [ray.put(bucket) for bucket in fill_buckets(other, version=VERSION)]
+    run.roles["rollout"].call(UnpluggableRollout.take_others, chat, run.roles.runtime.dtype)
     with pytest.raises(WeightChannelError, match="after a weight sync its log-probs differ"):
-        verify_weight_channel(run.roles, buckets, prompts, precision=precision)
+        verify_weight_channel(run.roles, prompts, precision=precision)
+    run.roles["rollout"].call(UnpluggableRollout.take_own)
 
 
 @pytest.mark.slow
@@ -404,7 +330,7 @@ def leaves(value: Any) -> Iterator[Any]:
 @pytest.mark.slow
 def test_a_channel_that_does_nothing_is_found_out(run, prompts):
     """Last of this engine: it stays unplugged."""
-    buckets = sync_weights(run.roles)
+    sync_weights(run.roles)
     run.roles["rollout"].call(UnpluggableRollout.unplug)
     with pytest.raises(WeightChannelError, match="the weight channel does not reach the engine"):
-        verify_weight_channel(run.roles, buckets, prompts, precision=run.config.run.precision)
+        verify_weight_channel(run.roles, prompts, precision=run.config.run.precision)

@@ -67,6 +67,8 @@ class Cluster:
             call_one=call_one,
             role=role,
             num_ranks=len(seats),
+            actors=[],
+            pids=[],
             call=call,
             submit=submit,
             submit_one=submit_one,
@@ -174,8 +176,7 @@ def test_an_iteration_of_ppo_on_one_gpu(cluster: Any) -> None:
         "rollout.expect_weights",
         "policy.give_back",
         "rollout.wake",
-        "policy.export_weights",
-        "rollout.load_weights",
+        "policy.send_weights",
         "policy.sleep",
     ]
 
@@ -200,10 +201,9 @@ def test_engines_that_slept_get_the_policys_weights_before_they_generate(cluster
     roles.make_resident("reference")
     made.calls.clear()
     engines.ready_engines(roles)
-    assert [f"{role}.{method}" for role, method in made.calls][-4:] == [
+    assert [f"{role}.{method}" for role, method in made.calls][-3:] == [
         "rollout.wake",
-        "policy.export_weights",
-        "rollout.load_weights",
+        "policy.send_weights",
         "policy.sleep",
     ]
     made.calls.clear()
@@ -224,8 +224,7 @@ def test_an_engine_that_is_awake_leaves_its_cache_before_weights_are_sent(cluste
         "policy.wake",
         "policy.give_back",
         "rollout.wake",
-        "policy.export_weights",
-        "rollout.load_weights",
+        "policy.send_weights",
     ]
     assert not roles.engines_forgot
 
@@ -234,12 +233,17 @@ def test_weights_are_checked_with_the_policy_awake_and_then_asleep(cluster: Any)
     made = cluster(2)
     roles = made.roles(roles={role: {"num_ranks": 2} for role in ("policy", "value")} | {"rollout": {"num_engines": 2}})
     roles.start(*EVERYONE)
-    buckets = engines.sync_weights(roles)
+    roles.make_resident("rollout")
     made.calls.clear()
     with pytest.raises(KeyError):  # the stand-ins say nothing of gaps
-        engines.verify_weight_channel(roles, buckets, prompts(), precision="fp32")
+        engines.verify_weight_channel(roles, prompts(), precision="fp32")
     order = [f"{role}.{method}" for role, method in made.calls]
-    assert order == ["rollout.probe", "policy.logprobs", "policy.logprobs", "policy.sleep", "rollout.check_weights"]
+    sent = ["policy.give_back", "rollout.wake", "policy.send_weights", "policy.sleep", "rollout.probe_gap"]
+    assert order == [
+        *["rollout.expect_weights", "rollout.sleep", "policy.wake", "rollout.probe", "policy.logprobs"],
+        *["rollout.expect_weights", *sent],  # scrambled
+        *["rollout.expect_weights", "rollout.sleep", "policy.wake", *sent],
+    ]
 
 
 def test_a_layout_of_other_sizes_ends_all_roles_and_one_of_the_same_none(cluster: Any) -> None:

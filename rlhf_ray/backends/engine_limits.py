@@ -15,6 +15,8 @@ from rlhf_ray.errors import UserError
 GIB = 2**30
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Those of v1/attention/backends/cpu_attn.py. On GPUs one backend or another takes every head size that RoPE does."""
+GPU_BUCKET_BYTES = 512 * 2**20
+"""Of a bucket of weights from GPU to GPU; a larger tensor has one of its own size."""
 CPU_BLOCK = 128
 """Tokens of a cache block on CPU."""
 VOCABULARY_UNIT = 64

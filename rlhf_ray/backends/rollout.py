@@ -6,16 +6,16 @@ and what they are given is pickled.
 
 import os
 import resource
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.checkpoint_files import expected_shapes
-from model.checkpoint_redundant import EMBEDDING, LM_HEAD
+from model.checkpoint_redundant import LM_HEAD
 from model.config import ModelConfig
 from rlhf_ray.backends.engine_limits import GIB, kv_cache_bytes
+from rlhf_ray.backends.weights import Way, for_engine, scramble
 from rlhf_ray.records import Completion, WeightBucket
 
 _MANY_SEQUENCES = 4096
@@ -39,6 +39,7 @@ class RolloutEngine:
         kv_cache_gib: float | None = None,
         on_gpu: bool = False,
         shares_device: bool = False,
+        way: Way = "store",
         seed: int = 0,
     ):
         """Starts the engine, with weights that mean nothing yet.
@@ -48,9 +49,11 @@ class RolloutEngine:
                 and its log-probs are over these.
             kv_cache_gib: on CPU, over all ranks; None for as much as the longest batch can fill.
             shares_device: other roles need it in turn, so that the engine must be able to sleep.
+            way: by which a trainer's weights come (`backends/weights.py`).
         """
         _clean_environment()
         from vllm import LLM  # a heavy import, and the variables must come before it
+        from vllm.config import WeightTransferConfig
 
         self._config = config
         self._num_ids = num_ids
@@ -82,6 +85,7 @@ class RolloutEngine:
             enable_sleep_mode=on_gpu and shares_device,
             enforce_eager=not on_gpu,  # on CPU, compiling takes a minute and decodes no faster
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer's are
+            weight_transfer_config=None if way == "store" else WeightTransferConfig(backend=way),
             seed=seed,
             disable_log_stats=True,
         )
@@ -157,6 +161,13 @@ class RolloutEngine:
         if lacking:
             raise ValueError(f"the engine got no {min(lacking)} (one of {len(lacking)} tensors that are missing)")
 
+    def transfer(self, method: str, **arguments: Any) -> None:
+        """A step of vLLM's weight transfer on all of the engine's ranks, as its trainer's end asks for it."""
+        self._llm.collective_rpc(method, kwargs=arguments)
+        if method == "finish_weight_update":
+            self._llm.reset_prefix_cache()
+            self._has_weights = True
+
     def sleep(self, *, keep_weights: bool) -> None:
         """Leaves the GPU to others: forgets its cache, and its weights unless they are to be kept in host memory."""
         if self._sleeps:
@@ -189,16 +200,6 @@ class RolloutEngine:
         return max(self._llm.collective_rpc(_peak_memory_gib))
 
 
-def scramble(tensor: Tensor) -> Tensor:
-    """The tensor in a form in which no model computes what it did, at the price of one pass over memory.
-
-    Scaled by -16, so that what is lost shows in every kind of tensor, alone or with others: gains and projections may
-    change sign in pairs, or be near zero. What is zero moves, and not by the same amount in every row.
-    """
-    rows = torch.arange(tensor.shape[0], device=tensor.device) % 5 - 2
-    return (tensor * -16).add_((rows / 8).to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
-
-
 # --- what runs in the engine's own processes: their `worker` is vLLM's ----------------------------------------------
 
 
@@ -214,6 +215,7 @@ def _allow_amx(worker: Any) -> None:
 def _begin_weights(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
+    worker._weight_update_active = False  # of a trainer that has not come to its end
     initialize_layerwise_reload(worker.model_runner.get_model())
     worker.given, worker.filled = set(), set()
 
@@ -222,7 +224,7 @@ def _take_weights(worker: Any, bucket: WeightBucket, *, num_ids: int, tied: bool
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(worker.vllm_config), torch.no_grad():
-        weights = list(_for_engine(bucket.tensors(), num_ids=num_ids, tied=tied))
+        weights = list(for_engine(bucket.tensors(), num_ids=num_ids, tied=tied))
         worker.given.update(name for name, _ in weights)
         changed = ((name, scramble(tensor) if scrambled else tensor) for name, tensor in weights)
         worker.filled |= worker.model_runner.get_model().load_weights(changed)
@@ -247,19 +249,6 @@ def _peak_memory_gib(worker: Any) -> float:
     if worker.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _for_engine(weights: Iterable[tuple[str, Tensor]], *, num_ids: int, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """The rows of the vocabulary that the engine has, and a tied head by its own name: without it the packed output
-    projection would silently keep the old weights.
-    """
-    for name, tensor in weights:
-        if name == LM_HEAD and tied:
-            continue
-        kept = tensor[:num_ids] if name in (EMBEDDING, LM_HEAD) else tensor
-        yield name, kept
-        if name == EMBEDDING and tied:
-            yield LM_HEAD, kept
 
 
 def _clean_environment() -> None:

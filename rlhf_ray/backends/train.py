@@ -255,6 +255,13 @@ class TrainEngine:
         """Whole parameters in the model's dtype; all ranks must go through it together (ZeRO-3 gathers)."""
         return whole_weights(self._engine.module, sharded=self.zero_stage == 3)
 
+    def shapes(self) -> dict[str, Tensor]:
+        """The parameters that `weights` goes through, whole, on the meta device."""
+        return {
+            name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+            for name, p in self._engine.module.named_parameters()
+        }
+
     def save_state(self, directory: Path) -> None:
         """Writes fp32 weights, AdamW moments and the step; each rank what it holds of them."""
         if not self._adamw.state:  # no step was taken yet, as while the value model warms up

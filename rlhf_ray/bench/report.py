@@ -41,7 +41,7 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
     median = seconds["median"]
     if work.what == "sync":
         size = weight_bytes(work.shape, bytes_per_parameter=2 if work.config.run.precision == "bf16" else 4)
-        found |= {"weight_bytes": size, "rates": {"gb_per_s": size / median / 1e9}}
+        found |= {"weights": roles.weights_way(), "weight_bytes": size, "rates": {"gb_per_s": size / median / 1e9}}
     else:
         answers = work.batch_size
         tokens = {"prompt_tokens": answers * work.prompt_tokens, "response_tokens": answers * work.response_tokens}
@@ -112,6 +112,6 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"{report['model']['source']}, {report['model']['parameters']:,} parameters",
         f"{report['precision']} on {device['count']} x {device['name']}, commit {report['commit']}",
         f"{report['repeats']} repeats after {report['warmup']} to warm up"
-        + ("" if report["benchmark"] == "sync" else f", each of {batch}"),
+        + (f", by way of {report['weights']}" if report["benchmark"] == "sync" else f", each of {batch}"),
     ):
         console.print(line, highlight=False, markup=False)

@@ -13,6 +13,7 @@ from cluster.layout import Host, PlacementError
 from cluster.plan import GIB, Memory, Moments, Option, Placed, Placement, Role, all_on_all, apart, first_that_fits, put
 from model.config import ModelConfig
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
+from rlhf_ray.backends.engine_limits import GPU_BUCKET_BYTES
 from rlhf_ray.config import Config, TrainRole, can_sleep, config_with, dotted
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import on_device
@@ -237,9 +238,14 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                 asleep = Memory(overhead=request.overhead) if can_sleep(zero_stage) else phases["idle"]
                 turns: dict[str, Moments] = {name: moments}
                 if name == "policy":
-                    turns[SYNC] = {"sending weights": phases["idle"]}
+                    turns[SYNC] = {"sending weights": _with_buckets(phases["idle"], model)}
                 options.append(Option(settings=settings, num_ranks=num_ranks, phases=turns, asleep=asleep))
     return Role(name=name, options=options)
+
+
+def _with_buckets(held: Memory, model: ModelConfig) -> Memory:
+    """What is held, and the buckets in which weights go from GPU to GPU: one that is full, and one that is filled."""
+    return replace(held, buffers=held.buffers + 2 * max(GPU_BUCKET_BYTES, 2 * largest_matrix(model)))
 
 
 def _micro_batch(request: Request, config: Config, *, scalar_head: bool) -> tuple[int, int | None]:
@@ -321,7 +327,10 @@ def _engine_role(request: Request, config: Config) -> Role:
                     settings=settings,
                     num_ranks=num_engines,
                     gpus_per_rank=size,
-                    phases={"rollout": {"generating": generating}, SYNC: {"taking weights": weights}},
+                    phases={
+                        "rollout": {"generating": generating},
+                        SYNC: {"taking weights": _with_buckets(weights, model)},
+                    },
                     asleep=Memory(overhead=request.overhead),
                 )
             )

@@ -32,13 +32,14 @@ class WeightChannelError(RunFailure):
 
 def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
     """Has every engine up with the weights of `checkpoint`; started once for models of a shape, later only reloaded."""
-    roles, config, shape = context.roles, context.config, read_config(checkpoint).shape()
-    if roles.engine_shape not in (None, shape):
+    roles, config, way = context.roles, context.config, context.roles.weights_way()
+    kind = read_config(checkpoint).shape(), way
+    if roles.engine_kind not in (None, kind):
         roles.end("rollout")
-    roles.engine_shape = shape
+    roles.engine_kind = kind
     roles.make_resident("rollout")
     settings = config.roles.rollout
-    roles["rollout"].call(
+    roles.engine_ids = roles["rollout"].call(
         RolloutWorker.start,
         str(checkpoint),
         tokenizer=str(tokenizer),
@@ -50,8 +51,9 @@ def start_engines(context: Context, checkpoint: Path, tokenizer: Path) -> None:
         precision=config.run.precision,
         on_gpu=roles.runtime.device == "cuda",
         shares_device=roles.shares_gpus("rollout"),
+        way=way,
         step="engine start",
-    )
+    )[0]
 
 
 def read_prompts(
@@ -142,16 +144,29 @@ def decode(roles: Roles, rollouts: Sequence[Call[Any]], *, step: str) -> list[tu
     return [answer for part in collect(calls, timeout_s=roles.timeout_s, step=step) for answer in part]
 
 
-def sync_weights(roles: Roles, *, step: str = "weight sync") -> list[Any]:
-    """Sends the policy's weights to all engines; returns the buckets' object references."""
-    if roles.shares_gpus("rollout"):  # the engine wakes with room for weights alone, and without those that it had
+def sync_weights(roles: Roles, *, step: str = "weight sync", scrambled: bool = False) -> None:
+    """Sends the policy's weights to all engines.
+
+    Args:
+        scrambled: in a form in which they compute something else, to prove the channel by.
+    """
+    _empty_engines(roles, step)
+    roles.make_resident("policy", "rollout")
+    policy, engines = roles["policy"], roles["rollout"]
+    if (channel := roles.channel()) is None:
+        buckets = policy.call(PolicyWorker.export_weights, step=step)[0]
+        engines.call(RolloutWorker.load_weights, buckets, scrambled=scrambled, step=step)
+    else:
+        calls = policy.submit(PolicyWorker.send_weights, channel, scrambled=scrambled)
+        collect(calls, timeout_s=roles.timeout_s, step=step, partners=engines)
+    roles.engines_forgot = False
+
+
+def _empty_engines(roles: Roles, step: str) -> None:
+    """Engines that share GPUs leave them, so that they wake with room for weights alone and without those they had."""
+    if roles.shares_gpus("rollout"):
         roles["rollout"].call(RolloutWorker.expect_weights, step=step)
         roles.make_resident("policy")
-    roles.make_resident("policy", "rollout")
-    buckets = roles["policy"].call(PolicyWorker.export_weights, step=step)[0]
-    roles["rollout"].call(RolloutWorker.load_weights, buckets, step=step)
-    roles.engines_forgot = False
-    return buckets
 
 
 def ready_engines(roles: Roles) -> None:
@@ -161,46 +176,47 @@ def ready_engines(roles: Roles) -> None:
     roles.make_resident("rollout")
 
 
-def verify_weight_channel(
-    roles: Roles, buckets: list[Any], prompts: PromptBatch, *, precision: str
-) -> dict[str, float]:
-    """Scrambles each engine, syncs it, and holds its log-probs against the trainer's.
+def verify_weight_channel(roles: Roles, prompts: PromptBatch, *, precision: str) -> dict[str, float]:
+    """Sends scrambled weights, then true ones, and holds every engine's log-probs against the trainer's.
 
+    Returns:
+        mean |difference| in nats after the scrambled ("scrambled_gap": large, or the channel does nothing) and after
+        the true ones ("synced_gap", with "synced_gap_max": small), of the worst engine.
     Raises:
         WeightChannelError: scrambling changed nothing, or the synced engine differs from the trainer.
     """
-    engine, policy = roles["rollout"], roles["policy"]
-    probes: list[tuple[Call[Any], Call[Any]]] = []
-    for rank in range(engine.num_ranks):
-        probe = engine.submit_one(rank, RolloutWorker.probe, prompts, num_data=1)
-        # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
-        trainer: list[Call[Any]] = [
-            policy.submit_one(
-                r, ScorerWorker.logprobs, probe.data[0], temperature=1.0, micro_batch_tokens=4096, num_data=1
-            )
-            for r in range(policy.num_ranks)
-        ]
-        collect([probe, *trainer], timeout_s=roles.timeout_s, step="weight check")
-        probes.append((probe, trainer[0]))
-    roles.make_resident("rollout")  # from here on the policy may be asleep
-    worst: dict[str, float] = {}
-    for rank, (probe, own) in enumerate(probes):
-        gaps = engine.call_one(
-            rank, RolloutWorker.check_weights, buckets, probe.data[0], own.data[0], step="weight check"
-        )
-        limit = MAX_SYNCED_GAP[precision]
-        if not gaps["synced_gap"] <= limit:
+    step, engines, policy = "weight check", roles["rollout"], roles["policy"]
+    _empty_engines(roles, step)
+    roles.make_resident("policy")
+    probe = engines.submit_one(0, RolloutWorker.probe, prompts, num_data=1)
+    # Every policy rank computes the same: under ZeRO-3 one alone would wait for the others.
+    options: dict[str, Any] = {"temperature": 1.0, "micro_batch_tokens": 4096, "num_data": 1}
+    trainer: list[Call[Any]] = [
+        policy.submit_one(rank, ScorerWorker.logprobs, probe.data[0], **options) for rank in range(policy.num_ranks)
+    ]
+    collect([probe, *trainer], timeout_s=roles.timeout_s, step=step)
+    gaps = {}
+    for scrambled in (True, False):
+        sync_weights(roles, step=step, scrambled=scrambled)
+        roles.make_resident("rollout")
+        gaps[scrambled] = engines.call(RolloutWorker.probe_gap, probe.data[0], trainer[0].data[0], step=step)
+    limit = MAX_SYNCED_GAP[precision]
+    for rank, (moved, synced) in enumerate(zip(gaps[True], gaps[False], strict=True)):
+        if not synced["mean"] <= limit:
             raise WeightChannelError(
                 f"rollout rank {rank}: after a weight sync its log-probs differ from the policy's by "
-                f"{gaps['synced_gap']:.4f} nats on average, more than {limit} for {precision}"
+                f"{synced['mean']:.4f} nats on average, more than {limit} for {precision}"
             )
-        if not gaps["scrambled_gap"] > 2 * gaps["synced_gap"]:
+        if not moved["mean"] > 2 * synced["mean"]:
             raise WeightChannelError(
-                f"rollout rank {rank}: scrambled weights moved its log-probs by {gaps['scrambled_gap']:.4f} nats only, "
+                f"rollout rank {rank}: scrambled weights moved its log-probs by {moved['mean']:.4f} nats only, "
                 f"the weight channel does not reach the engine"
             )
-        worst = {name: max(value, worst.get(name, 0.0)) for name, value in gaps.items()}
-    return worst
+    return {
+        "scrambled_gap": max(gap["mean"] for gap in gaps[True]),
+        "synced_gap": max(gap["mean"] for gap in gaps[False]),
+        "synced_gap_max": max(gap["max"] for gap in gaps[False]),
+    }
 
 
 def request_seeds(seed: tuple[int, int], prompts: Sequence[str]) -> list[int]:

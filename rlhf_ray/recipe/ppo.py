@@ -77,9 +77,7 @@ def ppo(context: Context, step: Step, inputs: Mapping[str, Artefact]) -> dict[st
         start_engines(context, inputs["chat"].path, inputs["tokenizer"].path)
         read = partial(read_prompts, inputs, max_new_tokens=section.max_new_tokens, readers=READERS)
         prompts, prompts_held_out = read("prompts_train"), read("prompts_early_stop", at_least=section.num_chunks)
-        buckets = sync_weights(roles)
-        weight_check = verify_weight_channel(roles, buckets, prompts, precision=context.config.run.precision)
-        del buckets
+        weight_check = verify_weight_channel(roles, prompts, precision=context.config.run.precision)
     held_out = partial(evaluate_held_out, roles, section, prompts_held_out)
     stopping = EarlyStopping.load(state)
     if state is None:

@@ -14,7 +14,7 @@ from rlhf_ray.algo.losses import explained_variance, importance_weights, lm_loss
 from rlhf_ray.algo.reward import combine_rewards, token_rewards
 from rlhf_ray.algo.whiten import Moments, masked_moments, masked_whiten, merge_moments
 from rlhf_ray.backends.train import NonFiniteError
-from rlhf_ray.backends.weights import fill_buckets
+from rlhf_ray.backends.weights import Channel, WeightSender, WeightStream, fill_buckets
 from rlhf_ray.data.batching import DrawRows, prompt_rows
 from rlhf_ray.records import Experience, Rollouts, StaleRolloutsError, WeightVersion
 from rlhf_ray.workers.ppo_update import UpdateSettings, ppo_update
@@ -41,6 +41,7 @@ class PolicyWorker(TrainerWorker):
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
         self._version = WeightVersion("", 0)
+        self._sender: WeightSender | None = None
 
     # --- pretraining and supervised fine-tuning -------------------------------------------------------------
 
@@ -101,6 +102,28 @@ class PolicyWorker(TrainerWorker):
                 pass
             return []
         return [ray.put(bucket) for bucket in fill_buckets(weights, version=self._version)]
+
+    def send_weights(self, channel: Channel, *, scrambled: bool = False) -> None:
+        """Sends the current weights to the engines, from GPU to GPU; a call on all ranks.
+
+        Args:
+            scrambled: in a form in which they compute something else, to prove the channel by.
+        """
+        if self._sender is None or self._sender.channel != channel:
+            self._sender = WeightSender(channel, self._stream(channel.num_ids), rank=self.rank)
+        self._sender.send(self._version, scrambled=scrambled)
+
+    def unload(self) -> None:
+        """Frees model, optimizer and data, and the trainer's end of a channel."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        super().unload()
+
+    def _stream(self, num_ids: int) -> WeightStream:
+        assert self._config is not None
+        tied = self._config.tie_embeddings
+        return WeightStream(self.engine.weights, self.engine.shapes(), num_ids=num_ids, tied=tied)
 
     def build_experience(
         self, num_chunks: int, settings: ExperienceSettings, gate: float, *inputs: Any

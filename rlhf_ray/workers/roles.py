@@ -14,6 +14,7 @@ import ray
 from cluster.layout import PlacementError, lay_out
 from cluster.placement import Place, cluster_nodes, reserve
 from cluster.worker_group import Call, Worker, WorkerError, WorkerGroup, collect, peak_gib
+from rlhf_ray.backends.weights import Channel, Way
 from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
 from rlhf_ray.machine import EMBEDDED, demands
 from rlhf_ray.progress import console
@@ -47,8 +48,10 @@ class Roles:
         self._place: Place | None = None
         self._asleep: set[str] = set()
         self.lay_out(config, seated)
-        self.engine_shape: Any = None
-        """Of the model that the engines were started on; they take weights of no other."""
+        self.engine_kind: Any = None
+        """Shape of the model that the engines were started on, and the way weights come; they take no others."""
+        self.engine_ids = 0
+        """Rows of the vocabulary that they have."""
         self.engines_forgot = False
         """Whether the engines have slept since a trainer sent them weights."""
         self.step = ""
@@ -127,6 +130,30 @@ class Roles:
         """Whether other roles need its GPUs in turn."""
         return bool(self._take_place().layout.neighbours(role))
 
+    def weights_way(self) -> Way:
+        """How the policy's weights get to the engines (`backends/weights.py`)."""
+        layout = self._take_place().layout
+        if self.runtime.device == "cpu" or self._config.roles.rollout.weights == "store" or not layout.of("policy"):
+            return "store"
+        if layout.gpus("rollout") <= layout.gpus("policy"):
+            return "ipc"
+        # NCCL takes two ranks on one GPU for an error.
+        return "nccl" if layout.gpus("rollout").isdisjoint(layout.gpus("policy", rank=0)) else "store"
+
+    def channel(self) -> Channel | None:
+        """The connection from policy to engines; None where weights go through the object store."""
+        if (way := self.weights_way()) == "store":
+            return None
+        engines = self["rollout"]
+        return Channel(
+            way=way,
+            engines=tuple(engines.actors),
+            pids=tuple(engines.pids),
+            ranks_each=self._config.roles.rollout.tensor_parallel_size,
+            num_ids=self.engine_ids,
+            timeout_s=self.timeout_s,
+        )
+
     def is_sharded(self, role: str) -> bool:
         """Whether the role's ranks gather weights from each other: all must take part in what one of them computes."""
         settings = getattr(self._config.roles, role)
@@ -176,16 +203,17 @@ class Roles:
         """Ends every group that has lost a rank, so that its next use starts it anew; returns the roles.
 
         Whole groups, because the ranks that are left may wait in a collective for the one that is gone. So may ranks of
-        another group, for one whose call failed because the dead one owed it data: where there is a death, groups of
-        several ranks that are still busy are ended too.
+        another group, for one whose call failed because the dead one owed it data, or policy and engines for each
+        other: where there is a death, groups of several ranks that are still busy are ended too, and these two.
         """
         conditions = {role: group.condition() for role, group in self._groups.items()}
         if "dead" not in conditions.values():
             return []
+        linked = ("policy", "rollout") if self.weights_way() == "nccl" else ()
         ended = [
             role
             for role, condition in conditions.items()
-            if condition == "dead" or (condition == "busy" and self._groups[role].num_ranks > 1)
+            if condition == "dead" or (condition == "busy" and (self._groups[role].num_ranks > 1 or role in linked))
         ]
         if self._place is not None and not self._place.is_whole():
             ended = list(conditions)
@@ -277,7 +305,7 @@ class Roles:
                     threads=max(1, self._cores(seat.node) // processes),
                     on_gpu=bool(seat.gpus),
                     embedded=embedded,
-                    is_engine=isinstance(settings, RolloutRole),
+                    wakes_engines=role == "rollout" or role in place.layout.neighbours("rollout"),
                 )
                 for seat in place.layout.of(role)
             ],
@@ -300,16 +328,19 @@ class Roles:
         )
 
 
-def worker_environment(*, threads: int, on_gpu: bool, embedded: bool = True, is_engine: bool = False) -> dict[str, str]:
+def worker_environment(
+    *, threads: int, on_gpu: bool, embedded: bool = True, wakes_engines: bool = False
+) -> dict[str, str]:
     """Environment of a rank, set before its process starts.
 
     Args:
         embedded: the rank is on this machine. What is installed on others, and where, is not known here.
-        is_engine: vLLM's own allocator, by which it sleeps, refuses segments that grow.
+        wakes_engines: it is one, or is on its GPUs. vLLM's own allocator, by which it sleeps, refuses segments that
+            grow; and CUDA IPC does not share them with every container.
     """
     return {
         **(_allocator() if embedded and not on_gpu else {}),
-        **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if on_gpu and not is_engine else {}),
+        **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if on_gpu and not wakes_engines else {}),
         "OMP_NUM_THREADS": str(threads),
         # Idle threads sleep, because roles on one machine take turns on its cores; but not at once: waking them costs
         # more than a small model's matrix products.

@@ -29,6 +29,8 @@ class RolloutWorker(Worker):
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
         self._engine: RolloutEngine | None = None
+        self._num_ids = 0
+        self._ends: list[int] = []
         self._version = WeightVersion("", 0)
         self._of_checkpoint = True
         """Whether the weights are a checkpoint's, not a trainer's."""
@@ -56,16 +58,18 @@ class RolloutWorker(Worker):
         beside = 0.0 if self._engine is None else self._engine.peak_memory_gib()
         return beside if torch.cuda.is_available() else max(super().peak_memory_gib(), beside)
 
-    def start(self, checkpoint: str, *, tokenizer: str, every_id: bool = False, **engine_options: Any) -> None:
+    def start(self, checkpoint: str, *, tokenizer: str, every_id: bool = False, **engine_options: Any) -> int:
         """Starts the engine on a checkpoint and takes it through a first generation, which compiles.
 
         Args:
             tokenizer: directory of the run's tokenizer, which the checkpoint's need not be.
             every_id: ids that the tokenizer does not know may be sampled too, where the vocabulary is padded.
+        Returns:
+            rows of the vocabulary that the engine has.
         """
         if self._engine is not None:
             self.load_checkpoint(checkpoint)  # an earlier stage of the run started it
-            return
+            return self._num_ids
         self._tokenizer, self._light = load_tokenizer(tokenizer), LightTokenizer(tokenizer)
         config = read_config(checkpoint)
         known = max(self._light.vocabulary.values()) + 1
@@ -73,6 +77,7 @@ class RolloutWorker(Worker):
         self._engine = RolloutEngine(checkpoint, config, num_ids=self._num_ids, **engine_options)
         self.load_checkpoint(checkpoint)
         self._engine.generate([self._ends[:1]], seeds=[0], temperature=1.0, max_new_tokens=2, end_ids=self._ends)
+        return self._num_ids
 
     def generate(
         self,
@@ -143,11 +148,19 @@ class RolloutWorker(Worker):
         )
         return decode_answer(self._tokenizer, completion.tokens)
 
-    def load_weights(self, buckets: list[Any]) -> WeightVersion:
-        """Takes weights from the channel; returns which."""
-        self.engine.load_weights(self._fetch(buckets))
+    def load_weights(self, buckets: list[Any], *, scrambled: bool = False) -> WeightVersion:
+        """Takes weights from the object store; returns which."""
+        self.engine.load_weights(self._fetch(buckets), scrambled=scrambled)
         self._of_checkpoint = False
         return self._version
+
+    def transfer(self, method: str, **arguments: Any) -> None:
+        """A step of taking weights from GPU to GPU, for the trainer's end of the channel (`backends/weights.py`)."""
+        self.engine.transfer(method, **arguments)
+
+    def took_weights(self, version: WeightVersion) -> None:
+        """What has come that way are these."""
+        self._version, self._of_checkpoint = version, False
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Takes the weights of a checkpoint on disk, of the model the engine was started on."""
@@ -162,27 +175,12 @@ class RolloutWorker(Worker):
         firsts = replace(probed, tokens=tuple(tokens[:1] for tokens in probed.tokens))
         return None, to_rollouts(firsts, completions, policy_version=self._version, num_ids=self._num_ids)
 
-    def check_weights(self, buckets: list[Any], probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
-        """Scrambles the engine's weights, syncs, and compares its log-probs on the probe with the trainer's.
-
-        Returns:
-            mean |difference| in nats after scrambling ("scrambled_gap": large, or the channel does nothing) and
-            after the sync ("synced_gap", with "synced_gap_max": small).
-        """
-        self.engine.load_weights(self._fetch(buckets), scrambled=True)
-        scrambled = self._probe_gap(probe, logprobs)
-        self.load_weights(buckets)
-        synced = self._probe_gap(probe, logprobs)
-        return {
-            "scrambled_gap": scrambled.mean().item(),
-            "synced_gap": synced.mean().item(),
-            "synced_gap_max": synced.max().item(),
-        }
-
-    def _probe_gap(self, probe: Rollouts, logprobs: Tensor) -> Tensor:
+    def probe_gap(self, probe: Rollouts, logprobs: Tensor) -> dict[str, float]:
+        """|Difference| in nats of the engine's log-probs on a probe to the trainer's: "mean" and "max"."""
         sequences = [row[:length].tolist() for row, length in zip(probe.tokens, probe.lengths.tolist(), strict=True)]
         own = torch.tensor([value for row in self.engine.prompt_logprobs(sequences) for value in row])
-        return (own - logprobs[probe.response_mask]).abs()
+        gap = (own - logprobs[probe.response_mask]).abs()
+        return {"mean": gap.mean().item(), "max": gap.max().item()}
 
     def _fetch(self, buckets: list[Any]) -> Iterator[WeightBucket]:
         for ref in buckets:
