@@ -171,11 +171,11 @@ def test_seven_billion_on_eight_gpus():
     assert (policy.weights, policy.optimizer) == (2 * SEVEN_B, 12 * SEVEN_B // 8)
     assert policy.gradients == pytest.approx(4 * SEVEN_B // 8, abs=4)
     assert found.verdict.startswith("fits: ") and "of 80.0 GiB on the fullest GPU" in found.verdict
-    # One is awake and five are asleep, with 2 GiB each; while weights are sent, two are awake.
+    # One is awake and five are asleep, with 2 GiB each; while weights are sent, two are awake, with two buckets each.
     _, phase, total = found.placement.fullest
     assert phase == "rollout" and total == options["rollout"].peak[1].total + 5 * 2 * GIB
     sync = sum(options[name].at("sync")[1].total for name in ("policy", "rollout")) + 4 * 2 * GIB
-    assert sync == 2 * SEVEN_B + 2 * SEVEN_B + 4 * SEVEN_B // 8 + 12 * SEVEN_B // 8 + 6 * 2 * GIB
+    assert sync == 2 * SEVEN_B + 2 * SEVEN_B + 4 * SEVEN_B // 8 + 12 * SEVEN_B // 8 + 6 * 2 * GIB + 2 * 2 * GIB // 2
     # 512 KiB a token, in sequences of 4,096 tokens
     cache = options["rollout"].peak[1].kv_cache
     assert any(f"holds {cache // (4096 * 524_288)} of 64 sequences" in note for note in found.notes)
