@@ -131,7 +131,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to final normalised hidden states; everything below the head."""
+    """Tokens to final normalised hidden states; everything below the head.
+
+    Of rows, or of examples laid end to end, as one row: hidden states are where the tokens are.
+    """
 
     def __init__(self, config: ModelConfig, *, activation_checkpointing: bool) -> None:
         super().__init__()
@@ -144,25 +147,9 @@ class Transformer(nn.Module):
         # Not a buffer: casting the model to bfloat16 must not round the tables, nor `to_empty` wipe them.
         self._tables: RotaryTables | None = None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor | None,
-        segment_ids: Tensor | None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        if position_ids is None and tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"rows of {tokens.shape[1]} tokens must not exceed max_seq_len={self.config.max_seq_len}")
-        if not self.lays_end_to_end(tokens.device):
-            rotary = self._rotary(tokens, position_ids)
-            mask = None if segment_ids is None else packing_mask(segment_ids)
-            return self.norm(self._through_blocks(self.embed_tokens(tokens), rotary, mask))
-        examples = lay_end_to_end(tokens, position_ids=position_ids, segment_ids=segment_ids, lengths=lengths)
-        kept = tokens.flatten().index_select(0, examples.kept)[None]  # (1, E)
-        rotary = self._rotary(kept, examples.position_ids[None])
-        x = self.norm(self._through_blocks(self.embed_tokens(kept), rotary, examples))[0]  # (E, H)
-        rows = x.new_zeros(tokens.numel(), x.shape[1]).index_copy(0, examples.kept, x)
-        return rows.view(*tokens.shape, -1)
+    def forward(self, tokens: Tensor, position_ids: Tensor | None, mask: Tensor | Examples | None) -> Tensor:
+        rotary = self._rotary(tokens, position_ids)
+        return self.norm(self._through_blocks(self.embed_tokens(tokens), rotary, mask))
 
     def lays_end_to_end(self, device: torch.device) -> bool:
         """Whether examples pass through the blocks without padding: FlashAttention takes device, dtype and heads."""
@@ -241,15 +228,15 @@ class Llama(nn.Module):
             segment_ids: (B, T) int, 0 for padding, 1.. for the examples packed into a row; by default each
                 row is one example.
             lengths: (B,) int64, tokens of each row, where a row is one example; what lies behind them is padding, which
-                need not be computed. By default T.
+                need not be computed, and of which nothing is wanted. By default T.
             temperature: Divides the logits before the softmax.
             with_entropy: Also return entropies.
             num_ids: The softmax is over the first so many ids; None for all.
         Returns:
             head "lm": TokenLogprobs, (B, T) float32 each, zero where target_mask is False; index t speaks of
                 token t given the tokens before it.
-            head "scalar": (B, T) float32, the raw score at each position.
-            head "none": (B, T, H) hidden states after the last norm.
+            head "scalar": (B, T) float32, the raw score at each position; of padding it means nothing.
+            head "none": (B, T, H) hidden states after the last norm; likewise.
         Raises:
             ValueError: target_mask is missing, superfluous or True at index 0; rows are too long.
         """
@@ -259,14 +246,37 @@ class Llama(nn.Module):
                 f"target_mask is {state}: a model with head={self.head!r} "
                 f"{'needs' if target_mask is None else 'does not take'} it"
             )
-        hidden = self.model(tokens, position_ids, segment_ids, lengths)
+        hidden, kept = self._transform(tokens, position_ids, segment_ids, lengths)
         if target_mask is not None:
-            return self._token_logprobs(hidden, tokens, target_mask, temperature, with_entropy, num_ids)
-        return self.score(hidden) if self.head == "scalar" else hidden
+            return self._token_logprobs(hidden, kept, tokens, target_mask, temperature, with_entropy, num_ids)
+        # Where padding was left out, nothing as wide as hidden states is made of it on the way out.
+        return _in_rows(self.score(hidden) if self.head == "scalar" else hidden, kept, tokens)
+
+    def _transform(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, T, H) of rows and None, or (1, E, H) of the examples' tokens and their places (E,).
+
+        Raises:
+            ValueError: rows are too long.
+        """
+        if position_ids is None and tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens must not exceed max_seq_len={self.config.max_seq_len}")
+        if not self.model.lays_end_to_end(tokens.device):
+            mask = None if segment_ids is None else packing_mask(segment_ids)
+            return self.model(tokens, position_ids, mask), None
+        examples = lay_end_to_end(tokens, position_ids=position_ids, segment_ids=segment_ids, lengths=lengths)
+        own = tokens.flatten().index_select(0, examples.kept)
+        return self.model(own[None], examples.position_ids[None], examples), examples.kept
 
     def _token_logprobs(
         self,
         hidden: Tensor,
+        kept: Tensor | None,
         tokens: Tensor,
         target_mask: Tensor,
         temperature: float,
@@ -277,23 +287,21 @@ class Llama(nn.Module):
         wanted = target_mask.flatten().nonzero().squeeze(1)  # (n,) flat positions of the targets
         if (wanted % tokens.shape[1] == 0).any():
             raise ValueError("target_mask[:, 0] must be False: nothing precedes the first token of a row")
+        places = wanted - 1 if kept is None else torch.searchsorted(kept, wanted - 1)
         # An empty selection still goes through the head: under ZeRO every rank must gather it.
-        before = hidden.flatten(0, 1).index_select(0, wanted - 1)
+        before = hidden.flatten(0, 1).index_select(0, places)
         targets = tokens.flatten().index_select(0, wanted)
         logprobs, entropy = self.lm_head(
             before, targets, temperature=temperature, with_entropy=with_entropy, num_ids=num_ids
         )
-
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(tokens.numel()).index_copy(0, wanted, values).view(tokens.shape)
-
-        return TokenLogprobs(spread(logprobs), None if entropy is None else spread(entropy))
+        spread = _in_rows(logprobs[None], wanted, tokens)
+        return TokenLogprobs(spread, None if entropy is None else _in_rows(entropy[None], wanted, tokens))
 
     def hidden(
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> Tensor:
         """(B, T, H) hidden states after the last norm. For inspection: bypasses `forward` and its hooks."""
-        return self.model(tokens, position_ids, segment_ids)
+        return _in_rows(*self._transform(tokens, position_ids, segment_ids), tokens)
 
     def logits(
         self, tokens: Tensor, *, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
@@ -336,3 +344,11 @@ class Llama(nn.Module):
         hidden_size = self.config.hidden_size
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
+
+
+def _in_rows(values: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
+    """What is (1, n, ...) of `places` (n,) in rows like `tokens` (B, T), zero elsewhere; with None it is in rows."""
+    if places is None:
+        return values
+    rows = values.new_zeros(tokens.numel(), *values.shape[2:]).index_copy(0, places, values[0])
+    return rows.view(*tokens.shape, *values.shape[2:])

@@ -414,7 +414,7 @@ class RewardSection(Section):
     batch_size: PositiveInt = 512
     """Pairs of an optimizer step; the last of each pass takes what is left."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
-    """Padded tokens a rank passes through the model at once."""
+    """Tokens a rank passes through the model at once, padding included where there is any."""
     epochs: PositiveInt = 1
     """Passes over the mix; the paper found that more than one overfits."""
     margin: Literal["none", "small", "large"] = "small"
@@ -457,7 +457,7 @@ class RejectionSamplingSection(Section):
     group_size: Execution[PositiveInt] = 256
     """Prompts that are sampled, scored and written together; a run that is stopped goes on behind the last group."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
-    """Padded tokens a rank passes through a reward model at once."""
+    """Tokens a rank passes through a reward model at once, padding included where there is any."""
 
 
 class SelectSection(Section):
@@ -485,7 +485,7 @@ class PPOSection(Section):
     num_chunks: Execution[PositiveInt] = 1
     """Parts a batch is generated and scored in; on GPUs scoring of one overlaps generation of the next."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
-    """Padded tokens a rank passes through the model at once."""
+    """Tokens a rank passes through the model at once, padding included where there is any."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
     temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
@@ -543,7 +543,7 @@ class EvaluateSection(Section):
     controls: ByContent[dict[str, FilePath]] = {}
     """More checkpoints for the table, label -> directory: an SFT model trained as long as all of PPO, for example."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
-    """Padded tokens a rank passes through a model at once."""
+    """Tokens a rank passes through a model at once, padding included where there is any."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
 

@@ -70,12 +70,32 @@ def test_uniform_rows_use_as_few_micro_batches_as_the_budget_allows():
     assert [len(batch) for batch in plan_micro_batches([10] * 16, token_budget=80, num_ranks=1)[0]] == [8, 8]
 
 
-def test_a_looser_padding_limit_gives_fewer_micro_batches():
+def test_without_padding_a_micro_batch_holds_as_many_tokens_as_its_rows_have():
+    assert plan_micro_batches([4, 2, 8, 4], token_budget=12, num_ranks=1, padded=False) == [[[2, 0], [3, 1]]]
     lengths = list(range(1, 101))
     tight = plan_micro_batches(lengths, token_budget=10**6, num_ranks=1)
-    loose = plan_micro_batches(lengths, token_budget=10**6, num_ranks=1, max_padding=0.5)
+    loose = plan_micro_batches(lengths, token_budget=10**6, num_ranks=1, padded=False)
     assert len(loose[0]) == 1 < len(tight[0]) < 10
     assert padding_share(tight, lengths) <= 0.1
+    # 5,050 tokens: by 500 in 11 micro-batches where the last has what is left over.
+    sums = [sum(lengths[row] for row in batch) for batch in _all(lengths, token_budget=500, num_ranks=1)]
+    assert len(sums) <= 12 and max(sums) <= 500 and sum(sums) == 5050
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_without_padding_every_row_once_and_ranks_take_as_many_micro_batches(num_ranks):
+    for num_rows in (0, 1, 5, 64):
+        lengths = np.random.default_rng(num_rows).integers(1, 120, num_rows).tolist()
+        plan = plan_micro_batches(lengths, token_budget=300, num_ranks=num_ranks, padded=False)
+        assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
+        assert sorted(row for rank in plan for batch in rank for row in batch) == list(range(num_rows))
+        assert all(sum(lengths[row] for row in batch) <= 300 for rank in plan for batch in rank)
+        largest_first = [sum(lengths[row] for row in batch) for batch in chain(*zip(*plan, strict=True))]
+        assert largest_first == sorted(largest_first, reverse=True)
+
+
+def _all(lengths, **options):
+    return list(chain(*plan_micro_batches(lengths, padded=False, **options)))
 
 
 @pytest.mark.parametrize(

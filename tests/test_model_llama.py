@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.attention import lay_end_to_end, packing_mask
@@ -180,10 +181,10 @@ DEVICES = [
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), DEVICES)
 @pytest.mark.parametrize("name", ["gqa", "mha"])
-@pytest.mark.parametrize("head", ["lm", "scalar"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("head", ["lm", "scalar", "none"])
+@pytest.mark.parametrize("layout", ["padded", "unequal", "packed"])
 def test_examples_end_to_end_compute_what_rows_do(layout, head, name, device, dtype, tolerance, monkeypatch):
-    """Log-probs or scores, and gradients; on CPU example by example, on CUDA by FlashAttention."""
+    """Log-probs, scores or hidden states, and gradients; on CPU example by example, on CUDA by FlashAttention."""
     tokens = random_tokens(3, 20).to(device)
     if layout == "packed":
         segments = torch.tensor([[1] * 5 + [2] * 8 + [3] * 3 + [0] * 4, [1] * 20, [1] * 2 + [2] * 17 + [0]])
@@ -191,7 +192,7 @@ def test_examples_end_to_end_compute_what_rows_do(layout, head, name, device, dt
         options = {"segment_ids": segments.to(device), "position_ids": torch.tensor(positions, device=device)}
         real = segments > 0
     else:
-        lengths = torch.tensor([20, 7, 13])
+        lengths = torch.tensor([20, 7, 13] if layout == "padded" else [1, 20, 2])
         options, real = {"lengths": lengths}, torch.arange(20) < lengths[:, None]
     real = real.to(device)
     wanted = real & (options.get("position_ids", torch.arange(20, device=device).expand(3, 20)) > 0)
@@ -199,15 +200,44 @@ def test_examples_end_to_end_compute_what_rows_do(layout, head, name, device, dt
     for end_to_end in (False, True):
         monkeypatch.setattr(Transformer, "lays_end_to_end", lambda self, device, flat=end_to_end: flat)
         model = random_model(VARIANTS[name], head=head, activation_checkpointing=True).to(device, dtype)
-        mask = {"target_mask": wanted} if head == "lm" else {}
+        mask = {"target_mask": wanted, "with_entropy": True} if head == "lm" else {}
         result = model(tokens, **mask, **options)
-        values = torch.where(wanted, result.logprobs if head == "lm" else result, 0.0)
+        if head == "lm":
+            values = torch.stack(result)
+            assert not values[:, ~wanted].any()
+        else:
+            values = torch.where(wanted if head == "scalar" else wanted[..., None], result, 0.0)
         values.square().sum().backward()
         found.append((values.detach(), [parameter.grad.float() for parameter in model.parameters()]))
     (rows, of_rows), (flat, of_flat) = found
     torch.testing.assert_close(flat, rows, atol=tolerance, rtol=tolerance)
     for one, other in zip(of_flat, of_rows, strict=True):
         assert (one - other).norm() <= max(10 * tolerance, 1e-4) * other.norm()
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_end_to_end_no_padding_is_as_wide_as_hidden_states(head, monkeypatch):
+    """Not on the way out either: a long example beside short ones would make that larger than all activations."""
+    monkeypatch.setattr(Transformer, "lays_end_to_end", lambda self, device: True)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    model = random_model(TINY, head=head)
+    tokens, lengths = random_tokens(30, 60), torch.tensor([60] + 29 * [2])
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[0, -3:] = mask[1, 1] = True
+    with Watch():
+        result = model(tokens, lengths=lengths, **({"target_mask": mask} if head == "lm" else {}))
+        (result.logprobs if head == "lm" else result).square().sum().backward()
+    assert largest == TINY.vocab_size * TINY.hidden_size < tokens.numel() * TINY.hidden_size
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])

@@ -73,7 +73,7 @@ def test_a_pair_counts_in_its_groups(tokenizer):
     given = pairs([comparison(0), comparison(1, strength=None)], tokenizer, margin="none")
     assert given.groups(0) == ["all", "helpfulness", "helpfulness/better"]
     assert given.groups(1) == ["all", "helpfulness"]
-    assert given.length(0) == max(len(side) for side in given._sides[0])
+    assert given.lengths(0) == tuple(len(side) for side in given._sides[0])
 
 
 def test_broken_rows_are_named(tokenizer):
@@ -118,7 +118,7 @@ def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory
     worker._data = data = reward_pairs({"": path}, tokenizer_directory, shares=shares, **{**OPTIONS, "epochs": 2})
     assert len(data.train) % 4 and len(data.train) > 10  # a last step of an epoch has fewer
     steps = []
-    engine: Any = SimpleNamespace(max_padding=0.1, step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
+    engine: Any = SimpleNamespace(padded=True, step=lambda plan, loss: steps.append(sum(map(len, plan))) or {})
     worker._engine = engine
     section = RewardSection(batch_size=batch_size, epochs=2)
     options = {"batch_size": batch_size, "micro_batch_tokens": 100, "safety_loss_coef": 0.0}
@@ -127,6 +127,16 @@ def test_every_pair_of_an_epoch_is_trained_on_once(tmp_path, tokenizer_directory
     per_epoch = len(steps) // 2
     assert sum(steps[:per_epoch]) == sum(steps[per_epoch:]) == len(data.train)
     assert max(steps) == min(batch_size, len(data.train))
+
+
+@pytest.mark.parametrize(("padded", "planned"), [(True, [[[0], [1]]]), (False, [[[0, 1]]])])
+def test_a_pair_counts_with_its_padding_or_without(padded, planned):
+    worker = RewardWorker("helpfulness", 0, 1)
+    engine: Any = SimpleNamespace(padded=padded)
+    worker._engine = engine
+    pairs: Any = SimpleNamespace(lengths=[(30, 10), (5, 20)].__getitem__)
+    # 40 and 25 tokens; as rows of 30 and of 20, 60 and 40 positions
+    assert worker._plan(pairs, range(2), 70) == planned
 
 
 def test_answers_to_one_prompt_stay_on_one_side(tmp_path, tokenizer_directory):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.llama import Llama
-from rlhf_ray.backends.train import destroy, divide, max_padding, sample_forward
+from rlhf_ray.backends.train import destroy, divide, sample_forward
 
 
 class FrozenEngine:
@@ -26,9 +26,9 @@ class FrozenEngine:
         self.module: nn.Module = divide(model, in_host_memory=shares_device) if divided else model.to(self._device)
 
     @property
-    def max_padding(self) -> float:
-        """Share of padding above which micro-batches are split; where none is computed, they never are."""
-        return max_padding(self._model, self._device)
+    def padded(self) -> bool:
+        """Whether rows are padded on their way through the model; else their tokens lie end to end."""
+        return not self._model.model.lays_end_to_end(self._device)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:

@@ -160,9 +160,9 @@ class TrainEngine:
         return self.zero_stage == 3 and self.num_ranks > 1
 
     @property
-    def max_padding(self) -> float:
-        """Share of padding above which micro-batches are split; where none is computed, they never are."""
-        return max_padding(self._engine.module, self._engine.device)
+    def padded(self) -> bool:
+        """Whether rows are padded on their way through the model; else their tokens lie end to end."""
+        return not self._engine.module.model.lays_end_to_end(self._engine.device)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:
@@ -387,11 +387,6 @@ class TrainEngine:
     def close(self) -> None:
         """Frees the optimizer and what DeepSpeed hooked into the model."""
         destroy(self._engine, sharded=self.zero_stage == 3)
-
-
-def max_padding(model: Llama, device: torch.device) -> float:
-    """See the engines' `max_padding`."""
-    return 1.0 if model.model.lays_end_to_end(device) else 0.1
 
 
 def sample_forward(model: Llama, module: nn.Module, device: torch.device) -> Tensor:

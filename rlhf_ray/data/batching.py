@@ -14,25 +14,27 @@ Plan: TypeAlias = list[list[list[int]]]
 """plan[rank][micro_batch] holds row numbers."""
 DrawRows: TypeAlias = Callable[..., list[int]]
 """`prompt_rows` or `epoch_rows`."""
+MAX_PADDING = 0.1
+"""Share of padding above which micro-batches of padded rows are split."""
 
 # One stream of random numbers per purpose, so that equal seeds do not tie unrelated draws together.
 _MINIBATCHES, _PROMPTS, _MIXTURE = 1, 2, 3
 
 
-def plan_micro_batches(lengths: Sequence[int], *, token_budget: int, num_ranks: int, max_padding: float = 0.1) -> Plan:
+def plan_micro_batches(lengths: Sequence[int], *, token_budget: int, num_ranks: int, padded: bool = True) -> Plan:
     """Deal rows of many lengths out to ranks, in micro-batches that fit in memory and waste little.
 
-    Rows of similar length go together. Micro-batches are cut where the token budget is full, then split where
-    that saves most padding until the whole plan is under max_padding, then split until every rank has equally
-    many. Neighbours in size go to different ranks at the same time, the largest first, so that ranks wait
+    Rows of similar length go together. Micro-batches are cut where the token budget is full; where rows are padded,
+    split where that saves most padding until at most a tenth of all positions is padding; then split until every rank
+    has equally many. Neighbours in size go to different ranks at the same time, the largest first, so that ranks wait
     little for each other and a plan that does not fit in memory fails at once.
 
     Args:
         lengths: tokens of each row, >= 1.
-        token_budget: most padded tokens (rows times longest) of a micro-batch. A single longer row exceeds it
-            alone.
+        token_budget: most positions of a micro-batch. A single longer row exceeds it alone.
         num_ranks: data-parallel ranks.
-        max_padding: share of padding above which micro-batches are split further.
+        padded: a micro-batch has rows times longest positions; else rows lie end to end in it, and it has as many as
+            they have tokens.
     Returns:
         plan[rank][micro_batch] -> rows. Every row stands in it once and every rank has the same number of
         micro-batches. Some are empty only where single rows cannot be dealt out evenly. Without rows there is
@@ -45,26 +47,26 @@ def plan_micro_batches(lengths: Sequence[int], *, token_budget: int, num_ranks: 
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches = _fill(longest_first, lengths, token_budget)
+    batches = _fill(longest_first, lengths, token_budget, padded)
     num_tokens = sum(lengths)
-    while sum(_padded(batch, lengths) for batch in batches) * (1 - max_padding) > num_tokens:
+    while padded and sum(_positions(batch, lengths) for batch in batches) * (1 - MAX_PADDING) > num_tokens:
         # There is padding, so some batch holds rows of two lengths, and its best split saves some.
         splits = [_best_split(batch, lengths) for batch in batches]
         place = max(range(len(batches)), key=lambda i: splits[i][0])
         _split(batches, place, splits[place][1])
     while len(batches) % num_ranks and any(len(batch) > 1 for batch in batches):
-        place = max(range(len(batches)), key=lambda i: (len(batches[i]) > 1, _padded(batches[i], lengths)))
+        place = max(range(len(batches)), key=lambda i: (len(batches[i]) > 1, _positions(batches[i], lengths, padded)))
         _split(batches, place, len(batches[place]) // 2)
-    batches.sort(key=lambda batch: -_padded(batch, lengths))
+    batches.sort(key=lambda batch: -_positions(batch, lengths, padded))
     batches += [[] for _ in range(-len(batches) % num_ranks)]
     return [batches[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def padding_share(plan: Plan, lengths: Sequence[int]) -> float:
-    """Share of the plan's positions that are padding; 0 without rows."""
-    padded = sum(_padded(batch, lengths) for rank in plan for batch in rank)
+    """Share of the positions of a plan of padded rows that are padding; 0 without rows."""
+    positions = sum(_positions(batch, lengths) for rank in plan for batch in rank)
     num_tokens = sum(lengths[row] for rank in plan for batch in rank for row in batch)
-    return 1 - num_tokens / padded if padded else 0.0
+    return 1 - num_tokens / positions if positions else 0.0
 
 
 def minibatch_rows(num_rows: int, minibatch_size: int, *, seed: int, step: int) -> list[list[int]]:
@@ -157,11 +159,11 @@ def _apportion(shares: Sequence[float], num: int) -> list[int]:
     return counts
 
 
-def _fill(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def _fill(rows: Sequence[int], lengths: Sequence[int], token_budget: int, padded: bool) -> list[list[int]]:
     """Cut rows, longest first, into as few micro-batches as the budget allows."""
     batches: list[list[int]] = []
     for row in rows:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
+        if batches and _positions([*batches[-1], row], lengths, padded) <= token_budget:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -173,8 +175,10 @@ def _split(batches: list[list[int]], place: int, cut: int) -> None:
     batches[place : place + 1] = [batches[place][:cut], batches[place][cut:]]
 
 
-def _padded(batch: Sequence[int], lengths: Sequence[int]) -> int:
-    return len(batch) * max((lengths[row] for row in batch), default=0)
+def _positions(batch: Sequence[int], lengths: Sequence[int], padded: bool = True) -> int:
+    """That pass through the model."""
+    own = [lengths[row] for row in batch]
+    return len(own) * max(own, default=0) if padded else sum(own)
 
 
 def _best_split(batch: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:

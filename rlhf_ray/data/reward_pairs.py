@@ -84,9 +84,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._sides)
 
-    def length(self, row: int) -> int:
-        """Tokens of the longer side."""
-        return max(len(tokens) for tokens in self._sides[row])
+    def lengths(self, row: int) -> tuple[int, int]:
+        """Tokens of the chosen and of the rejected side."""
+        chosen, rejected = self._sides[row]
+        return len(chosen), len(rejected)
 
     def is_labelled(self, row: int) -> bool:
         """Whether the pair has safety labels."""

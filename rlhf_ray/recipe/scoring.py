@@ -41,7 +41,7 @@ class ScoringSettings:
     temperature: float
     """That they were sampled at; log-probs are taken at it."""
     micro_batch_tokens: int
-    """Padded tokens a rank passes through the model at once."""
+    """Tokens a rank passes through the model at once, padding included where there is any."""
     safety_threshold: float
     """Sigmoid score below which the safety model rules (§3.2.3)."""
 

@@ -55,13 +55,13 @@ def ppo_update(
                 own_lengths,
                 token_budget=settings.micro_batch_tokens,
                 num_ranks=engine.num_ranks,
-                max_padding=engine.max_padding,
+                padded=engine.padded,
             )
             denominator = sum(targets[row] for row in rows) / engine.num_ranks
             batches = [select_rows(experiences, [rows[i] for i in picked]) for picked in plan[rank]]
             metrics = engine.step(batches, partial(loss, denominator=denominator))
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value
-            padding += padding_share(plan, own_lengths)
+            padding += padding_share(plan, own_lengths) if engine.padded else 0.0
             num_updates += 1
     return {**{name: value / num_updates for name, value in totals.items()}, "padding": padding / num_updates}

@@ -1,5 +1,6 @@
 """A reward model: ranking loss with a margin while it is trained, scores once it is frozen."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from model.heads import last_token_scores
 from rlhf_ray.algo.ranking import ranking_loss, safety_loss
 from rlhf_ray.data.batching import Plan, epoch_part, plan_micro_batches
+from rlhf_ray.data.reward_pairs import Pairs
 from rlhf_ray.workers.trainer import TrainerWorker
 
 
@@ -21,9 +23,7 @@ class RewardWorker(TrainerWorker):
         pairs = self._data.train
         epoch, part = epoch_part(len(self._data.order[0]), batch_size, step)
         rows = self._data.order[epoch][part]
-        # A pair is two rows of the length of its longer one.
-        lengths = [2 * pairs.length(row) for row in rows]
-        plan = self._plan(lengths, micro_batch_tokens)
+        plan = self._plan(pairs, rows, micro_batch_tokens)
         denominator = len(rows) / self.num_ranks
         labelled = sum(pairs.is_labelled(row) for row in rows) / self.num_ranks
 
@@ -56,8 +56,7 @@ class RewardWorker(TrainerWorker):
         pairs = self._data.held_out
         groups = sorted({group for row in range(len(pairs)) for group in pairs.groups(row)})
         right, count = torch.zeros(2, len(groups), dtype=torch.float64)
-        lengths = [2 * pairs.length(row) for row in range(len(pairs))]
-        plan = self._plan(lengths, micro_batch_tokens)
+        plan = self._plan(pairs, range(len(pairs)), micro_batch_tokens)
         for rows in plan[self.rank]:  # empty ones too: a sharded model's ranks must stay together
             batch = pairs.select(rows, self._runtime.device)
             chosen, rejected = self._pair_scores(self.engine.forward, batch)
@@ -72,9 +71,11 @@ class RewardWorker(TrainerWorker):
             **{f"count/{group}": number for group, number in zip(groups, count.tolist(), strict=True)},
         }
 
-    def _plan(self, lengths: list[int], token_budget: int) -> Plan:
-        options = {"num_ranks": self.num_ranks, "max_padding": self.engine.max_padding}
-        return plan_micro_batches(lengths, token_budget=token_budget, **options)
+    def _plan(self, pairs: Pairs, rows: Sequence[int], token_budget: int) -> Plan:
+        padded = self.engine.padded
+        # A pair is two rows, padded to the longer one.
+        sizes = [2 * max(sides) if padded else sum(sides) for sides in (pairs.lengths(row) for row in rows)]
+        return plan_micro_batches(sizes, token_budget=token_budget, num_ranks=self.num_ranks, padded=padded)
 
     @staticmethod
     def _pair_scores(model: Any, batch: Any) -> tuple[Tensor, Tensor]:

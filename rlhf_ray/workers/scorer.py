@@ -168,8 +168,8 @@ class ScorerWorker(Worker):
 
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
         """Micro-batches of rows of like length, cut to the longest: (row numbers, tokens on the device)."""
-        lengths, most = rollouts.lengths.tolist(), self.engine.max_padding
-        [plan] = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=1, max_padding=most)
+        lengths, padded = rollouts.lengths.tolist(), self.engine.padded
+        [plan] = plan_micro_batches(lengths, token_budget=micro_batch_tokens, num_ranks=1, padded=padded)
         for rows in self._equal_numbers(plan):
             if rows:
                 longest = int(rollouts.lengths[rows].max())
