@@ -270,7 +270,7 @@ class BareLoop:
         logprobs, ref_logprobs, values = (torch.zeros(num_rows, num_tokens) for _ in range(3))
         scores = {name: torch.zeros(num_rows) for name in self.rewards}
         temperature = self.section.temperature
-        for rows, part in batch.micro_batches(range(num_rows), self.section.micro_batch_tokens):
+        for rows, part in batch.micro_batches(range(num_rows), self.section.tokens_to_score):
             logprobs[rows] = logprobs_of(self.policy.model, part, temperature)
             ref_logprobs[rows] = logprobs_of(self.reference, part, temperature)
             values[rows] = values_of(self.value.model, part)

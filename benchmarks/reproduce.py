@@ -206,7 +206,7 @@ class Seed:
                 held_out=str(self.made("versions", "label@referee", "comparisons")),
                 max_length=config.reward.max_length,
             )
-            measured = worker.evaluate_reward(micro_batch_tokens=config.reward.micro_batch_tokens)
+            measured = worker.evaluate_reward(micro_batch_tokens=config.reward.tokens_to_score)
             found |= {f"{name}.{version}": measured[f"accuracy/{name}"], f"{name} pairs": measured[f"count/{name}"]}
         return found
 

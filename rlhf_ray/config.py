@@ -415,6 +415,8 @@ class RewardSection(Section):
     """Pairs of an optimizer step; the last of each pass takes what is left."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
     """Tokens a rank passes through the model at once, padding included where there is any."""
+    score_micro_batch_tokens: Execution[PositiveInt | None] = None
+    """The same where held-out comparisons are only scored, which keeps no activations; none for as many."""
     epochs: PositiveInt = 1
     """Passes over the mix; the paper found that more than one overfits."""
     margin: Literal["none", "small", "large"] = "small"
@@ -431,6 +433,11 @@ class RewardSection(Section):
     """Tokens of dialogue and answer; longer pairs are an error, never cut in silence."""
     save_every: Execution[PositiveInt] = 500
     """Steps between resumable checkpoints."""
+
+    @property
+    def tokens_to_score(self) -> int:
+        """Tokens a rank passes through a model at once where it only scores."""
+        return self.score_micro_batch_tokens or self.micro_batch_tokens
 
 
 class RejectionSamplingSection(Section):
@@ -486,6 +493,8 @@ class PPOSection(Section):
     """Parts a batch is generated and scored in; on GPUs scoring of one overlaps generation of the next."""
     micro_batch_tokens: Execution[PositiveInt] = 16_384
     """Tokens a rank passes through the model at once, padding included where there is any."""
+    score_micro_batch_tokens: Execution[PositiveInt | None] = None
+    """The same where answers are only scored, which keeps no activations; none for as many."""
     max_new_tokens: PositiveInt = 512
     """Length limit of an answer, tokens."""
     temperature: Annotated[float, Field(ge=0.01, le=2.0)] = 1.0
@@ -526,6 +535,11 @@ class PPOSection(Section):
     """Evaluations without a better held-out reward before PPO stops; the best policy is the result."""
     save_every: Execution[PositiveInt] = 10
     """Iterations between resumable checkpoints."""
+
+    @property
+    def tokens_to_score(self) -> int:
+        """Tokens a rank passes through a model at once where it only scores."""
+        return self.score_micro_batch_tokens or self.micro_batch_tokens
 
 
 class EvaluateSection(Section):

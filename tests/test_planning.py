@@ -12,6 +12,7 @@ from tiny_inputs import write_checkpoint
 from cluster.plan import GIB
 from model import logprobs
 from model.config import PRESETS
+from model.flops import forward_working_bytes
 from model.llama import Llama
 from rlhf_ray.cli import main as cli
 from rlhf_ray.cli.plan import plan_request
@@ -20,7 +21,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.planning import memory
 from rlhf_ray.planning.batches import check_batches
 from rlhf_ray.planning.memory import Work, lm_head_bytes, training_memory, training_work
-from rlhf_ray.planning.plan import make_plan
+from rlhf_ray.planning.plan import FROZEN, make_plan
 
 SEVEN_B = 6_738_415_616
 NOTHING = Work(kept=0, block=0, head=0)
@@ -316,6 +317,21 @@ def test_a_given_placement_is_judged_and_the_change_that_makes_it_fit_is_named()
 def test_micro_batches_shrink_before_a_plan_is_given_up():
     found = plan("llama2-13b", 4, 80, stage="sft", overrides=["sft.micro_batch_size=64"])
     assert found.fits and found.settings["sft.micro_batch_size"] < 64
+
+
+def test_scoring_has_micro_batches_of_its_own():
+    larger = 4 * 16_384
+    found = plan(gib=141.0, overrides=[f"ppo.score_micro_batch_tokens={larger}"])
+    assert found.fits and f"ppo.score_micro_batch_tokens={larger}" in found.overrides
+    moments = {
+        role: option.phases[role]["scoring"] for role, option in found.placement.options.items() if role in FROZEN
+    }
+    assert {memory.activations for memory in moments.values()} == {forward_working_bytes(PRESETS["llama2-7b"], larger)}
+    policy, plain = (each.placement.options["policy"].phases["policy"] for each in (found, plan(gib=141.0)))
+    assert policy["scoring"].total > plain["scoring"].total and policy["backward"] == plain["backward"]
+    # They shrink with the others: here 70 GiB would be on their way through.
+    found = plan(gib=80.0, overrides=[f"ppo.score_micro_batch_tokens={64 * 16_384}"])
+    assert found.fits and found.settings["ppo.score_micro_batch_tokens"] < 64 * 16_384
 
 
 def test_sizes_left_out_are_cut_to_the_models_context_and_given_ones_are_not():

@@ -293,3 +293,10 @@ def test_a_score_that_is_not_finite_is_an_error(tmp_path):
     worker.load_frozen(str(tmp_path / "reward"), head="scalar", runtime=Runtime(precision="fp32", device="cpu"))
     with pytest.raises(NonFiniteError, match=r"helpfulness scored an answer (-?inf|nan)"):
         worker.score(rollouts(1), micro_batch_tokens=1000)
+
+
+def test_scoring_may_have_larger_micro_batches_than_training():
+    larger = SECTION.model_copy(update={"score_micro_batch_tokens": 40_000})
+    assert scoring_settings(SECTION).micro_batch_tokens == SECTION.micro_batch_tokens
+    assert scoring_settings(larger).micro_batch_tokens == 40_000
+    assert update_settings(larger, seed=0).micro_batch_tokens == SECTION.micro_batch_tokens

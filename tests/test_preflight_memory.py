@@ -68,6 +68,8 @@ def test_where_only_a_micro_batch_may_be_too_much_there_is_a_line(check):
     said = check(3, ["run.precision=fp32"])
     assert said.count("\n") == 1 and said.startswith("ppo may need 3.") and "lower ppo.micro_batch_tokens=4096" in said
     assert check(3, ["run.precision=fp32", "ppo.micro_batch_tokens=64"]) == ""
+    said = check(3, ["run.precision=fp32", "ppo.micro_batch_tokens=64", "ppo.score_micro_batch_tokens=100000"])
+    assert "lower ppo.micro_batch_tokens=64 and ppo.score_micro_batch_tokens=100000" in said
 
 
 @pytest.mark.parametrize(

@@ -168,13 +168,17 @@ def _micro_batches(request: Request) -> list[Config]:
     """The config, then with micro-batches halved down to one row."""
     section = getattr(request.config, request.stage)
     if request.stage in ("pretrain", "sft"):
-        key, value, least = "micro_batch_size", section.micro_batch_size, 1
+        keys: tuple[str, ...] = ("micro_batch_size",)
+        least = 1
     else:
-        key, value, least = "micro_batch_tokens", section.micro_batch_tokens, _row_tokens(request, request.config)
-    values = [value]
-    while values[-1] // 2 >= least:
-        values.append(values[-1] // 2)
-    return [config_with(request.config, {f"{request.stage}.{key}": value}) for value in values]
+        keys = ("micro_batch_tokens", "score_micro_batch_tokens")
+        least = _row_tokens(request, request.config)
+    given = {f"{request.stage}.{key}": value for key in keys if (value := getattr(section, key)) is not None}
+    configs = [request.config]
+    while max(given.values()) // 2 >= least:
+        given = {key: max(min(value, least), value // 2) for key, value in given.items()}
+        configs.append(config_with(request.config, given))
+    return configs
 
 
 def _row_tokens(request: Request, config: Config) -> int:
@@ -205,6 +209,7 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
     scalar_head = name != "policy"
     parameters = num_parameters(model, scalar_head=scalar_head)
     tokens, targets = _micro_batch(request, config, scalar_head=scalar_head)
+    scored = _micro_batch(request, config, scalar_head=scalar_head, scoring=True)
     current: TrainRole = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
@@ -224,12 +229,8 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
                     num_ranks=num_ranks,
                     overhead=request.overhead,
                 )
-                settings = {
-                    f"roles.{name}.num_ranks": num_ranks,
-                    f"roles.{name}.zero_stage": zero_stage,
-                    f"roles.{name}.activation_checkpointing": checkpointing,
-                }
-                moments = {**phases, "scoring": scoring_memory(model, tokens, targets=targets, held=phases["idle"])}
+                scoring = scoring_memory(model, scored[0], targets=scored[1], held=phases["idle"])
+                moments = {**phases, "scoring": scoring}
                 settings = {
                     f"roles.{name}.num_ranks": num_ranks,
                     f"roles.{name}.zero_stage": zero_stage,
@@ -248,13 +249,16 @@ def _with_buckets(held: Memory, model: ModelConfig) -> Memory:
     return replace(held, buffers=held.buffers + 2 * max(GPU_BUCKET_BYTES, 2 * largest_matrix(model)))
 
 
-def _micro_batch(request: Request, config: Config, *, scalar_head: bool) -> tuple[int, int | None]:
-    """(tokens, tokens that go through the language-model head or None)."""
+def _micro_batch(
+    request: Request, config: Config, *, scalar_head: bool, scoring: bool = False
+) -> tuple[int, int | None]:
+    """Of training or of scoring (tokens, tokens that go through the language-model head or None)."""
     row = _row_tokens(request, config)
     if request.stage in ("pretrain", "sft"):
         tokens = row * getattr(config, request.stage).micro_batch_size
         return tokens, tokens
-    tokens = max(row, getattr(config, request.stage).micro_batch_tokens)
+    section = getattr(config, request.stage)
+    tokens = max(row, section.tokens_to_score if scoring else section.micro_batch_tokens)
     if scalar_head:
         return tokens, None
     return tokens, -(-tokens * config.ppo.max_new_tokens // row)
@@ -281,7 +285,7 @@ def _divisors(number: int, limit: int) -> list[int]:
 
 def _frozen_role(request: Request, config: Config, name: str) -> Role:
     model, scalar_head = (request.model, False) if name == "reference" else (request.reward_model, True)
-    tokens, targets = _micro_batch(request, config, scalar_head=scalar_head)
+    tokens, targets = _micro_batch(request, config, scalar_head=scalar_head, scoring=True)
     current = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
@@ -376,6 +380,8 @@ def _settings(request: Request, placement: Placement, config: Config) -> dict[st
         "ppo": ("batch_size", "minibatch_size", "micro_batch_tokens", "max_new_tokens"),
     }
     settings |= {f"{request.stage}.{key}": getattr(section, key) for key in keys[request.stage]}
+    if (scored := getattr(section, "score_micro_batch_tokens", None)) is not None:
+        settings[f"{request.stage}.score_micro_batch_tokens"] = scored
     if request.stage == "ppo":
         settings["ppo.num_chunks"] = _num_chunks(request, settings, config)
     return settings

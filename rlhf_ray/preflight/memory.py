@@ -8,13 +8,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from cluster.hardware import memory_limit_bytes
+from cluster.plan import Memory
 from model.config import PRESETS, ModelConfig
 from model.flops import num_parameters, weight_bytes
 from rlhf_ray.backends.engine_limits import kv_cache_bytes
 from rlhf_ray.config import Config, FrozenRole, RolloutRole, TrainRole
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
-from rlhf_ray.planning.memory import Work, training_memory, training_work
+from rlhf_ray.planning.memory import Work, scoring_memory, training_memory, training_work
 from rlhf_ray.preflight.inputs import REWARD_MODELS, Model
 from rlhf_ray.progress import console
 from rlhf_ray.recipe.stages import STAGES
@@ -60,10 +61,12 @@ def check_memory(config: Config, running: Sequence[str], models: Mapping[str, Mo
     for stage, parts in sizes.items():
         likely = sum(parts.values()) + sum(in_flight(config, stage, role, shape) for role in STAGES[stage].trains)
         if likely > limit:
-            field = f"{stage}.micro_batch_" + ("size" if stage in ("pretrain", "sft") else "tokens")
+            section = getattr(config, stage)
+            keys = ("micro_batch_size", "micro_batch_tokens", "score_micro_batch_tokens")
+            given = {key: value for key in keys if (value := getattr(section, key, None)) is not None}
             console.print(
                 f"{stage} may need {likely / GIB:.1f} GiB of memory, and may use {limit / GIB:.1f} here: should it run "
-                f"out, lower {field}={getattr(getattr(config, stage), field.partition('.')[2])}",
+                f"out, lower {' and '.join(f'{stage}.{key}={value}' for key, value in given.items())}",
                 soft_wrap=True,
             )
             return
@@ -167,7 +170,7 @@ def trained_bytes(config: Config, role: str, shape: ModelConfig, size: int) -> f
 
 
 def in_flight(config: Config, stage: str, role: str, shape: ModelConfig) -> float:
-    """Bytes of a micro-batch on its way through all ranks of a trained role."""
+    """Bytes of a micro-batch, trained on or scored, on its way through all ranks of a trained role."""
     section, settings = getattr(config, stage), getattr(config.roles, role)
     packed = section.seq_len if stage in ("pretrain", "sft") else None
     tokens = section.micro_batch_size * packed if packed else section.micro_batch_tokens
@@ -179,7 +182,12 @@ def in_flight(config: Config, stage: str, role: str, shape: ModelConfig) -> floa
         packed_row_length=packed,
         cpu_kernels=True,
     )
-    return settings.num_ranks * (work.kept + max(work.block, work.head)) * _element_bytes(config) / 2
+    most = work.kept + max(work.block, work.head)
+    if not packed:
+        scored = section.tokens_to_score
+        scoring = scoring_memory(shape, scored, targets=scored if role == "policy" else None, held=Memory())
+        most = max(most, scoring.total)
+    return settings.num_ranks * most * _element_bytes(config) / 2
 
 
 def _of_role(role: str, stage: str, shape: ModelConfig, models: Mapping[str, Model]) -> ModelConfig:

@@ -298,7 +298,7 @@ def sampling(section: PPOSection) -> dict[str, Any]:
 
 def scoring_settings(section: PPOSection) -> ScoringSettings:
     """What scoring needs of the section."""
-    return ScoringSettings(**_fields(ScoringSettings, section))
+    return ScoringSettings(**_fields(ScoringSettings, section) | {"micro_batch_tokens": section.tokens_to_score})
 
 
 def experience_settings(section: PPOSection) -> ExperienceSettings:

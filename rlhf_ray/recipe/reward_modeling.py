@@ -82,7 +82,7 @@ def train_side_by_side(
                             TrainerWorker.save_state, str(directory), step=f"reward checkpoint {index + 1}"
                         )
     tested = {
-        name: roles[name].submit(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
+        name: roles[name].submit(RewardWorker.evaluate_reward, micro_batch_tokens=section.tokens_to_score)
         for name in names
     }
     for name, work in works.items():
@@ -204,7 +204,7 @@ def held_out_accuracies(
             held_out=held_out(inputs, section),
             max_length=section.max_length,
         )
-        tested = all_of(RewardWorker.evaluate_reward, micro_batch_tokens=section.micro_batch_tokens)
+        tested = all_of(RewardWorker.evaluate_reward, micro_batch_tokens=section.tokens_to_score)
         found |= {model: ranks[0] for model, ranks in tested.items()}
     return found
 
