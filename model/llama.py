@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Examples, attend, lay_end_to_end, packing_mask
 from model.config import Llama3RopeScaling, ModelConfig
+from model.fused import rotate, swiglu
 from model.heads import LMHead, ScalarHead
 from model.logprobs import TokenLogprobs, fp32_logits
 
@@ -56,11 +57,6 @@ def _stretch(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: Tensor, rotary: RotaryTables) -> Tensor:
-    """Turn queries or keys (B, T, N, D) by their positions."""
-    return x * rotary.cos + x.roll(x.shape[-1] // 2, dims=-1) * rotary.sin
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 inside."""
 
@@ -97,8 +93,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), rotary)  # (B, T, N, D)
-        k = rotate(self.k_proj(x).view(heads), rotary)  # (B, T, K, D)
+        q = rotate(self.q_proj(x).view(heads), *rotary)  # (B, T, N, D)
+        k = rotate(self.k_proj(x).view(heads), *rotary)  # (B, T, K, D)
         return self.o_proj(attend(q, k, self.v_proj(x).view(heads), mask).flatten(2))
 
 
@@ -112,7 +108,7 @@ class FeedForward(nn.Module):
         self.down_proj = _Linear(config.ffn_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
