@@ -54,12 +54,13 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     empty = out / "empty.toml"
     empty.write_text("", encoding="utf-8")
 
-    def bench(what: str, **more: str) -> Step:
-        name = " ".join([what, *more.values()])
-        file = f"bench_{name.replace(' ', '_')}.json"
-        set_too = [word for key, value in more.items() for word in ("--set", f"roles.rollout.{key}={value}")]
+    def bench(name: str, *more: str, gpus: int = 1) -> Step:
+        """`name` begins with the benchmark; `more` are settings."""
+        file = f"bench_{name.replace(' ', '_').replace(',', '')}.json"
+        set_too = [word for setting in more for word in ("--set", setting)]
+        what = name.split()[0].strip(",")
         command = [*rlhf_ray, "bench", what, str(empty), *chosen, *set_too, *lengths, "--out", str(out / file)]
-        return Step(f"bench {name}", command, result=file)
+        return Step(f"bench {name}", command, result=file, gpus=gpus)
 
     demo = {
         "run.device": device,
@@ -88,20 +89,21 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
             for shape in shapes
         ],
         "rollout": [bench("rollout")],
-        "sync": [bench("sync"), bench("sync", weights="store")],
+        "sync": [bench("sync"), bench("sync store", 'roles.rollout.weights="store"')],
         "round": [bench("round")],
         "two": [
-            Step(
-                f"two ranks, ZeRO {stage}",
-                [
-                    *[*rlhf_ray, "bench", "round", str(empty), *chosen, *lengths],
-                    *["--set", f"roles.policy.zero_stage={stage}", "--set", "roles.policy.num_ranks=2"],
-                    *["--set", "ppo.num_chunks=2", "--out", str(out / f"two_zero{stage}.json")],
-                ],
-                result=f"two_zero{stage}.json",
-                gpus=2,
-            )
-            for stage in (2, 3)
+            *(
+                bench(
+                    f"round, two ranks, ZeRO {stage}",
+                    f"roles.policy.zero_stage={stage}",
+                    "roles.policy.num_ranks=2",
+                    "ppo.num_chunks=2",
+                    gpus=2,
+                )
+                for stage in (2, 3)
+            ),
+            bench("sync from GPU to GPU", gpus=2),  # two roles on two GPUs: each has its own
+            bench("rollout, tensor parallel", "roles.rollout.tensor_parallel_size=2", gpus=2),
         ],
     }
 
@@ -110,10 +112,10 @@ def run(step: Step, out: Path) -> dict[str, object]:
     """Runs one; its output goes to a log of its name."""
     log = out / f"{step.name.replace(' ', '_').replace(',', '')}.log"
     begin = time.monotonic()
+    # Where there are more GPUs, roles would have some of their own.
+    env = {**os.environ, **step.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(step.gpus)))}
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            step.command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **step.env}, start_new_session=True
-        )
+        process = subprocess.Popen(step.command, stdout=file, stderr=file, cwd=ROOT, env=env, start_new_session=True)
         try:
             code: int | str = process.wait(step.limit_s)
         except subprocess.TimeoutExpired:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from tiny_inputs import write_checkpoint, write_tokenizer
 
-from model.config import ModelConfig
-from model.flops import peak_flops
-from rlhf_ray.bench.figures import Lap, idle_share, phase_spread, rates, spread, utilisation
-from rlhf_ray.bench.report import print_report
+from model.config import PRESETS, ModelConfig
+from model.flops import num_parameters, peak_flops
+from rlhf_ray.bench.figures import Lap, idle_share, phase_spread, rates, spread, turn_spread, utilisation
+from rlhf_ray.bench.report import planned_gib, print_report
 from rlhf_ray.bench.workload import ROLES, Workload, check_bench, model_flops
 from rlhf_ray.config import load_config, parse_config
 from rlhf_ray.errors import UserError
+from rlhf_ray.workers.roles import Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -72,6 +73,36 @@ def test_phases_and_what_is_left_of_a_lap():
     assert phases({"response/tokens_total": 80.0}, 1.75) == {}
     laps = [Lap(1.75, phases(row, 1.75), {}), Lap(2.75, phases(row, 2.75), {})]
     assert phase_spread(laps)["other"]["median"] == 0.75
+
+
+def test_turns_by_hand():
+    def turn(seconds, before, after, leave=("rollout",)):
+        return Turn(leave, ("policy", "value"), seconds, (before, after))
+
+    laps = [
+        Lap(2.0, {}, {}, [turn(0.5, 9.0, 3.0), turn(0.25, 4.0, 5.0, leave=())]),
+        Lap(2.0, {}, {}, [turn(1.5, 8.0, 4.0), turn(0.25, 4.0, 5.0, leave=()), turn(0.25, 4.0, 6.0, leave=())]),
+    ]
+    found = turn_spread(laps)
+    assert list(found) == ["-rollout +policy +value", "+policy +value"]
+    assert found["-rollout +policy +value"] == {
+        "per_lap": 1.0,
+        "seconds": {"median": 1.0, "q1": 0.75, "q3": 1.25, "all": [0.5, 1.5]},
+        "used_gib": [9.0, 4.0],
+    }
+    assert (found["+policy +value"]["per_lap"], found["+policy +value"]["used_gib"]) == (1.5, [4.0, 6.0])
+
+
+def test_a_report_has_what_the_planner_says_of_the_config():
+    work = check(sections={"roles": {role: {"gpus": [0], "zero_stage": 2} for role in ("policy", "value")}})
+    shapes = dict.fromkeys(ROLES["round"], PRESETS["1b"])
+    planned = planned_gib(work, shapes, gpus=1, gpu_gib=140.0)
+    assert set(planned["roles"]) == set(ROLES["round"])
+    # bf16 weights, fp32 gradients, master weights and moments
+    least = (2 + 4 + 12) * num_parameters(PRESETS["1b"]) / 2**30
+    # The others leave it their memory, all but what a process has of its own.
+    assert least < planned["roles"]["policy"] < planned["turns"]["policy"] == planned["roles"]["policy"] + 5 * 2
+    assert planned["turns"]["sync"] > 2 * 2 * num_parameters(PRESETS["1b"]) / 2**30
 
 
 def test_utilisation_by_hand_and_unknown_without_a_peak():
@@ -203,6 +234,7 @@ def test_whole_iterations_and_weight_syncs_are_measured(tmp_path: Path, capsys: 
         assert math.fsum(phase["all"][lap] for phase in report["phases"].values()) == pytest.approx(seconds)
     assert all(min(phase["all"]) > 0 for phase in report["phases"].values())
     assert report["mfu"] == "unknown" and report["model_flops"] > 0
+    assert report["turns"] == {} and "planned_gib" not in report  # on CPU nobody leaves
 
     report = bench("sync", tmp_path)
     assert report["phases"] == {} and "mfu" not in report

@@ -122,6 +122,25 @@ def test_roles_on_one_gpu_take_turns(cluster: Any) -> None:
     assert made.slept() == []
 
 
+def test_turns_are_noted_for_a_benchmark(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cluster(1)
+    roles = made.roles()
+    roles.start(*EVERYONE)
+    roles.make_resident("rollout")
+    roles.turn_log = []
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(roles, "gpu_memory_gib", lambda *names: asked.append(names) or (10.0 - len(asked), 80.0))
+    roles.make_resident("policy")
+    roles.make_resident("policy")  # nobody leaves or wakes
+    roles.make_resident("policy", "rollout")
+    assert [(turn.leave, turn.wake, turn.used_gib) for turn in roles.turn_log] == [
+        (("rollout",), ("policy",), (9.0, 8.0)),
+        ((), ("rollout",), (6.0, 5.0)),
+    ]
+    assert all(turn.seconds > 0 for turn in roles.turn_log)
+    assert asked[:2] == [("rollout", "policy")] * 2
+
+
 def test_of_six_roles_on_two_gpus_those_apart_work_at_the_same_time(cluster: Any) -> None:
     made = cluster(2)
     roles = made.roles()

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.workers.roles import Turn
+
 UNKNOWN = "unknown"
 
 
@@ -18,6 +20,8 @@ class Lap:
     """Wall seconds by phase; they sum to `seconds`. Empty where a benchmark has no phases."""
     busy_s: Mapping[str, Sequence[float]]
     """Role -> seconds that each rank was in calls."""
+    turns: Sequence[Turn] = ()
+    """Roles that left GPUs to others."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -30,6 +34,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def phase_spread(laps: Sequence[Lap]) -> dict[str, dict[str, Any]]:
     """`spread` of each phase."""
     return {name: spread([lap.phases[name] for lap in laps]) for name in laps[0].phases}
+
+
+def turn_spread(laps: Sequence[Lap]) -> dict[str, dict[str, Any]]:
+    """Of each kind of turn, as "-rollout +reference": how many a lap has, seconds of one, the most GiB taken by it."""
+    found: dict[str, list[Turn]] = {}
+    for turn in (turn for lap in laps for turn in lap.turns):
+        name = " ".join([*(f"-{role}" for role in turn.leave), *(f"+{role}" for role in turn.wake)])
+        found.setdefault(name, []).append(turn)
+    return {
+        name: {
+            "per_lap": len(turns) / len(laps),
+            "seconds": spread([turn.seconds for turn in turns]),
+            "used_gib": [max(turn.used_gib[side] for turn in turns) for side in (0, 1)],
+        }
+        for name, turns in found.items()
+    }
 
 
 def idle_share(laps: Sequence[Lap]) -> dict[str, float]:

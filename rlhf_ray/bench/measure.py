@@ -79,6 +79,7 @@ def measure(roles: Any, work: Workload, repeat: Repeat) -> list[Lap]:
     with progress_bar(f"bench {work.what}", total=work.warmup + work.repeats) as bar:
         for index in range(work.warmup + work.repeats):
             before = roles.busy_seconds()
+            roles.turn_log = []
             start = time.perf_counter()
             row = repeat(index)
             seconds = time.perf_counter() - start
@@ -88,7 +89,7 @@ def measure(roles: Any, work: Workload, repeat: Repeat) -> list[Lap]:
                 raise RunFailure(f"bench {work.what}: {sampled:.0f} tokens were sampled in place of {expected}")
             if index >= work.warmup:
                 busy = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
-                laps.append(Lap(seconds, phases(row, seconds), busy))
+                laps.append(Lap(seconds, phases(row, seconds), busy, roles.turn_log))
             bar.advance(f"{seconds:.3g} s")
     return laps
 

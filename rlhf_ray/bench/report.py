@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.hardware import cpu
+from cluster.plan import GIB
 from model.config import ModelConfig
 from model.flops import num_parameters, peak_flops, weight_bytes
-from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, utilisation
-from rlhf_ray.bench.workload import Workload, model_flops
+from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, turn_spread, utilisation
+from rlhf_ray.bench.workload import ROLES, Workload, model_flops
+from rlhf_ray.planning.plan import Request, make_plan
 from rlhf_ray.run_state import package_versions
 
 
@@ -55,7 +57,11 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
             "mfu": utilisation(flops, median, peak=peak, devices=device["count"]),
         }
     peaks = {key.removeprefix("memory/").removesuffix("_peak_gib"): gib for key, gib in roles.memory().items()}
+    if device["kind"] == "cuda" and work.what == "round" and work.config.run.precision == "bf16":
+        _, gib = roles.gpu_memory_gib(*ROLES["round"])
+        found["planned_gib"] = planned_gib(work, shapes, gpus=device["count"], gpu_gib=gib)
     return found | {
+        "turns": turn_spread(laps),
         "idle_share": idle_share(laps),
         "peak_memory_gib": peaks,
         "precision": work.config.run.precision,
@@ -64,6 +70,30 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "packages": package_versions(),
         "config": work.config.model_dump(mode="json"),
+    }
+
+
+def planned_gib(work: Workload, shapes: Mapping[str, ModelConfig], *, gpus: int, gpu_gib: float) -> dict[str, Any]:
+    """What the planner says of the config: GiB of each role's peak, and on the fullest GPU in each turn."""
+    request = Request(
+        stage="ppo",
+        model=shapes["policy"],
+        reward_model=shapes["helpfulness"],
+        config=work.config,
+        given=True,
+        gpus=gpus,
+        gpu_bytes=int(gpu_gib * GIB),
+        prompt_tokens=work.prompt_tokens,
+    )
+    placement = make_plan(request).placement
+    phases = {phase for option in placement.options.values() for phase in option.phases}
+    held = {
+        phase: [sum(placement.options[name].at(phase)[1].total for name in names) for names in placement.gpus]
+        for phase in sorted(phases)
+    }
+    return {
+        "roles": {name: option.peak[1].total / GIB for name, option in placement.options.items()},
+        "turns": {phase: max(totals) / GIB for phase, totals in held.items()},
     }
 
 
@@ -103,8 +133,17 @@ def print_report(report: Mapping[str, Any]) -> None:
         table.add_row("model FLOPs utilisation", report["mfu"] if report["mfu"] == UNKNOWN else f"{report['mfu']:.1%}")
     for role, share in report["idle_share"].items():
         table.add_row(f"idle, {role}" if role != "all" else "idle, all roles", f"{share:.1%}")
+    planned = report.get("planned_gib", {"roles": {}})["roles"]
     for role, gib in report["peak_memory_gib"].items():
-        table.add_row(f"peak memory of {role}, GiB", f"{gib:.2f}")
+        plan = f"planned {planned[role]:.2f}" if role in planned else ""
+        table.add_row(f"peak memory of {role}, GiB", f"{gib:.2f}", plan)
+    for name, turn in report["turns"].items():
+        seconds, (before, after) = turn["seconds"], turn["used_gib"]
+        table.add_row(
+            f"turn {name}, s; GPU {before:.2f} to {after:.2f} GiB",
+            f"{seconds['median']:.4g}",
+            f"{seconds['q1']:.4g} to {seconds['q3']:.4g}",
+        )
     batch = f"{work['batch_size']} answers of {work['prompt_tokens']} + {work['response_tokens']} tokens"
     console = Console()
     console.print(table)

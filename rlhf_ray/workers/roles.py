@@ -2,9 +2,11 @@
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,17 @@ ENDS_S = 10.0
 """For processes to end that were told to."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A change of the roles that are awake on GPUs, as it was measured."""
+
+    leave: tuple[str, ...]
+    wake: tuple[str, ...]
+    seconds: float
+    used_gib: tuple[float, float]
+    """Taken on the fullest GPU of trained and frozen roles, before and after."""
+
+
 class Roles:
     """Launches worker groups and shares this machine's cores between those that work at the same time."""
 
@@ -54,6 +67,8 @@ class Roles:
         """Rows of the vocabulary that they have."""
         self.engines_forgot = False
         """Whether the engines have slept since a trainer sent them weights."""
+        self.turn_log: list[Turn] | None = None
+        """Where turns are noted that have roles leave or wake; None measures nothing."""
         self.step = ""
         """What the run is at, for messages about calls that have no step of their own."""
         # Of a settled config (rlhf_ray.machine): neither is "auto" any more.
@@ -114,13 +129,18 @@ class Roles:
             for role in self._groups
             if role not in roles and role not in self._asleep and not layout.are_apart(role, roles)
         ]
+        waking = [role for role in roles if role in self._asleep]
+        before, start = self._used_gib(*leave, *waking), time.perf_counter()
         self._all(leave, Worker.sleep)
         self._asleep |= {*leave}
         self.engines_forgot |= "rollout" in leave
-        waking = [role for role in roles if role in self._asleep]
         self._all([r for r in roles if r not in waking and not layout.are_apart(r, waking)], Worker.give_back)
         self._all(waking, Worker.wake)
         self._asleep -= {*waking}
+        if self.turn_log is not None and (leave or waking):
+            seconds = time.perf_counter() - start
+            used = before, self._used_gib(*leave, *waking)
+            self.turn_log.append(Turn(tuple(leave), tuple(waking), seconds, used))
 
     def can_overlap(self, role: str, others: Sequence[str]) -> bool:
         """Whether a role can compute while others do: on GPUs of its own; on CPU it would only take their cores."""
@@ -166,6 +186,15 @@ class Roles:
             "divided": self.is_sharded(role),
             "shares_device": self.shares_gpus(role),
         }
+
+    def gpu_memory_gib(self, *roles: str) -> tuple[float, float]:
+        """(taken, there is) on the fullest GPU of the roles, as far as they are trained or frozen; zeros of none."""
+        groups = [self._groups[role] for role in roles if role != "rollout"]
+        calls = [call for group in groups for call in group.submit(ScorerWorker.gpu_memory_gib)]
+        return max(collect(calls, timeout_s=self.timeout_s, step=self.step), default=(0.0, 0.0))
+
+    def _used_gib(self, *roles: str) -> float:
+        return 0.0 if self.turn_log is None else self.gpu_memory_gib(*roles)[0]
 
     def _all(self, roles: Sequence[str], method: Callable[[Any], None]) -> None:
         """Calls a method on all ranks of the roles, side by side; where it fails, none is left half way."""

@@ -115,6 +115,13 @@ class ScorerWorker(Worker):
         give_back_memory()
         self.give_back()
 
+    def gpu_memory_gib(self) -> tuple[float, float]:
+        """(taken, by whatever process, there is) on the rank's GPU, GiB; zeros on CPU."""
+        if self._runtime.device != "cuda":
+            return 0.0, 0.0
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30, total / 2**30
+
     def peak_memory_gib(self) -> float:
         """Highest memory so far, GiB: allocated on the GPU, or resident in this process."""
         if self._runtime.device == "cuda":
