@@ -7,8 +7,10 @@ safetensors is read: nothing is ever unpickled.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,27 +33,23 @@ from model.checkpoint_files import (
 from model.checkpoint_redundant import LM_HEAD
 from model.checkpoint_values import not_finite
 from model.config import TOKEN_ID_FIELDS, ModelConfig, to_hf_config
-from model.llama import Head, Llama
+from model.llama import Head, Llama, fill
 
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
-    "empty_model",
     "is_reward_model",
     "iterate_tensors",
     "load_checkpoint",
     "load_model",
+    "meta_model",
     "read_config",
     "save_checkpoint",
+    "weights_of",
 ]
 
-WriteParameter = Callable[[Tensor, Tensor], None]
 # Fields in which a model may differ from the checkpoint that it loads: they change no computation.
 _FREE_FIELDS = {"max_seq_len", *TOKEN_ID_FIELDS}
-
-
-def _copy(parameter: Tensor, tensor: Tensor) -> None:
-    parameter.copy_(tensor)
 
 
 def load_model(
@@ -67,51 +65,55 @@ def load_model(
 
     Args and Raises: see `load_checkpoint`.
     """
-    model = empty_model(read_config(directory), head=head, dtype=dtype, device=device)
+    model = meta_model(read_config(directory), head=head, dtype=dtype).to_empty(device=device)
+    model.tie_weights()
     load_checkpoint(model, directory, fresh_head=fresh_head, seed=seed)
     return model
 
 
-def empty_model(config: ModelConfig, *, head: Head, dtype: torch.dtype, device: str | torch.device = "cpu") -> Llama:
-    """A model whose weights are whatever its memory holds, until somebody writes them."""
+def meta_model(config: ModelConfig, *, head: Head, dtype: torch.dtype) -> Llama:
+    """A model that has shapes and no weights."""
     with torch.device("meta"):
-        model = Llama(config, head=head)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    return model
+        return Llama(config, head=head).to(dtype)
 
 
-@torch.no_grad()
-def load_checkpoint(
-    model: Llama,
-    directory: str | Path,
-    *,
-    fresh_head: bool = False,
-    seed: int = 0,
-    write: WriteParameter = _copy,
-) -> None:
+def load_checkpoint(model: Llama, directory: str | Path, *, fresh_head: bool = False, seed: int = 0) -> None:
     """Copy a checkpoint's tensors into a model, cast to the dtype and moved to the device of its parameters.
+
+    Args and Raises: see `weights_of`.
+    """
+    fill(model.parameters(), weights_of(model, directory, fresh_head=fresh_head, seed=seed))
+
+
+def weights_of(
+    model: Llama, directory: str | Path, *, fresh_head: bool = False, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor (on CPU, in the stored dtype) of each parameter of a model, in their order, one at a time.
 
     A model without a head takes the body of either kind of checkpoint.
 
     Args:
-        model: Built with the checkpoint's shape.
+        model: Built with the checkpoint's shape; may be on the meta device.
         fresh_head: The model has a scalar head and the checkpoint is a language model: initialise the head.
         seed: Of the fresh head.
-        write: How a tensor gets into a parameter; under ZeRO-3 the caller gathers the parameter first.
     Raises:
-        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model, or holds
-            NaN or infinity.
+        CheckpointError: As `check_checkpoint`; or the checkpoint has another shape or head than the model, both before
+            the first tensor; or a tensor holds NaN or infinity.
         UnsupportedModelError: As `read_config`.
     """
     info = check_checkpoint(directory)
     _check_match(model, info, Path(directory), fresh_head)
-    parameters = dict(model.named_parameters())
-    for name, tensor in _iterate(info):
-        if name in parameters:  # else it belongs to a head that this model does without
-            write(parameters[name], tensor)
-    if fresh_head:
-        write(model.score.weight, model.fresh_score(seed=seed))
+    names = [name for name, _ in model.named_parameters()]
+    head = {"score.weight": model.fresh_score(seed=seed)} if fresh_head else {}
+    return _in_order(info, names, head)
+
+
+def _in_order(info: CheckpointInfo, names: Sequence[str], fresh: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    paths = {name: path for path, stored in info.files.items() for name in stored}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_opened(path)) for path in info.files}
+        for name in names:
+            yield name, fresh[name] if name in fresh else _read(files[paths[name]], paths[name], name)
 
 
 def iterate_tensors(directory: str | Path, *, but: str | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -129,17 +131,26 @@ def iterate_tensors(directory: str | Path, *, but: str | None = None) -> Iterato
 
 def _iterate(info: CheckpointInfo, but: str | None = None) -> Iterator[tuple[str, Tensor]]:
     for path, names in info.files.items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if but is not None and file.get_slice(name).get_dtype() == but:
-                        continue
-                    tensor = file.get_tensor(name)
-                    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-                        raise not_finite(path, name)
-                    yield name, tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        with _opened(path) as file:
+            for name in names:
+                if but is None or file.get_slice(name).get_dtype() != but:
+                    yield name, _read(file, path, name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read(file: Any, path: Path, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise not_finite(path, name)
+    return tensor
 
 
 def _check_match(model: Llama, info: CheckpointInfo, directory: Path, fresh_head: bool) -> None:

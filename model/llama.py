@@ -8,6 +8,7 @@ Letters: B rows, T positions, H hidden size, N query heads, K key/value heads, D
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -313,9 +314,17 @@ class Llama(nn.Module):
         if self.head == "lm" and self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
+    def parts(self) -> list[nn.Module]:
+        """Embedding, each block, last norm and head: between them they have all parameters, in their order."""
+        heads = [head for name in ("lm_head", "score") if (head := getattr(self, name, None)) is not None]
+        return [self.model.embed_tokens, *self.model.layers, self.model.norm, *heads]
+
     def init_weights(self, *, seed: int) -> None:
-        """Fresh weights: the same for every rank, device and (up to rounding) dtype under one seed.
+        """Takes `fresh_weights`."""
+        fill(self.parameters(), self.fresh_weights(seed=seed))
+
+    def fresh_weights(self, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 value of each parameter, in their order: the same for every rank and device under one seed.
 
         The paper is silent; these are our choices. Matrices are normal with deviation 0.02, those that write
         into the residual stream divided by sqrt(2 * num_layers), so that its variance does not grow with
@@ -323,14 +332,14 @@ class Llama(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
-        for name, parameter in self.named_parameters():
+        for name, shape in [(name, parameter.shape) for name, parameter in self.named_parameters()]:
             if name == "score.weight":
-                parameter.copy_(self.fresh_score(seed=seed))
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
+                yield name, self.fresh_score(seed=seed)
+            elif len(shape) == 1:
+                yield name, torch.ones(shape)
             else:
                 std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                yield name, torch.randn(shape, generator=generator) * std
 
     def fresh_score(self, *, seed: int) -> Tensor:
         """(1, H) float32 weights of a new scalar head, under which first scores have variance about 1.
@@ -340,6 +349,13 @@ class Llama(nn.Module):
         hidden_size = self.config.hidden_size
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
+
+
+@torch.no_grad()
+def fill(parameters: Iterable[nn.Parameter], weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Copies into each parameter the next of the weights, whose rest is left for others."""
+    for parameter in parameters:
+        parameter.copy_(next(weights)[1])
 
 
 def _in_rows(values: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:

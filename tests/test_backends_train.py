@@ -174,6 +174,30 @@ def test_fresh_weights_are_those_of_the_seed_on_every_rank(group, zero_stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("source", ["drawn", "checkpoint", "state"])
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_a_divided_model_is_never_whole_in_host_memory(group, tmp_path, config, source):
+    """Its parts are read and divided one after the other, whatever they come from."""
+    model = Llama(config, head="lm")
+    parts = [sum(p.numel() for p in part.parameters()) for part in model.parts()]
+    given, state = config, None
+    if source == "checkpoint":
+        given = str(tmp_path / "m")
+        save_checkpoint(tmp_path / "m", config, model.state_dict().items())
+    elif source == "state":
+        begin(group, config, "lm", zero_stage=1)
+        state = str(tmp_path / "state")
+        group.call(TrainerWorker.save_state, state)
+    counts, of_others = group.call(TrainingWorker.undivided_while_read, given, state)
+    assert len(counts) == len(list(model.parameters())) and of_others == []
+    assert 0 < max(counts) <= max(parts) < num_parameters(config) / 2
+    whole = Llama(config, head="lm")
+    whole.init_weights(seed=0 if source == "checkpoint" else 1)
+    for weights in group.call(TrainingWorker.copy_weights):
+        assert all(torch.equal(weights[name], weight) for name, weight in whole.named_parameters())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3, None], ids=["0", "1", "2", "3", "frozen"])
 def test_a_model_that_was_unloaded_leaves_no_memory_behind(group, tmp_path, zero_stage):
     # Nearly 4 million parameters: of a whole model that stayed, weights alone would be 2 % of the process each time.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from model.checkpoint import iterate_tensors, load_checkpoint, load_model, save_checkpoint
+from model.checkpoint import iterate_tensors, load_checkpoint, load_model, meta_model, save_checkpoint, weights_of
 from model.checkpoint_files import (
     CheckpointError,
     check_checkpoint,
@@ -292,12 +292,21 @@ def test_weights_are_cast_to_the_model(saved):
     assert load_model(saved, head="lm").lm_head.weight.dtype == torch.bfloat16
 
 
-def test_parameters_can_be_written_by_the_caller(saved):
-    model, written = Llama(TINY), []
-    before = model.lm_head.weight.clone()
-    load_checkpoint(model, saved, write=lambda parameter, tensor: written.append(parameter))
-    assert {id(parameter) for parameter in written} == {id(parameter) for parameter in model.parameters()}
-    assert torch.equal(model.lm_head.weight, before)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["lm", "scalar", "none"])
+def test_weights_come_in_the_order_of_the_models_parameters(tmp_path, head, tied):
+    """Whatever the order in the files, and by parts, with a fresh head as well."""
+    config = TINY.model_copy(update={"tie_embeddings": tied})
+    stored = random_model(config)
+    directory = save(tmp_path / "m", stored, max_shard_bytes=150_000)
+    model = meta_model(config, head=head, dtype=torch.bfloat16)
+    weights = list(weights_of(model, directory, fresh_head=head == "scalar", seed=5))
+    assert [name for name, _ in weights] == [name for name, _ in model.named_parameters()]
+    expected = dict(stored.named_parameters()) | {"score.weight": stored.fresh_score(seed=5)}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights)
+    assert not any(parameter.device.type == "cpu" for parameter in model.parameters())
+    of_parts = dict.fromkeys(parameter for part in model.parts() for parameter in part.parameters())
+    assert list(map(id, of_parts)) == list(map(id, model.parameters()))
 
 
 def test_checkpoint_of_another_shape_is_refused(saved):

@@ -6,12 +6,13 @@ workers, and neither batching, losses nor engine.
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from seats import launch_alone
 from torch import Tensor
@@ -22,6 +23,7 @@ from cluster.worker_group import WorkerGroup
 from model.config import PRESETS, ModelConfig
 from model.heads import state_values
 from model.llama import Head, Llama
+from rlhf_ray.backends import train as train_module
 from rlhf_ray.config import OptimSection
 from rlhf_ray.data.batching import DrawRows, minibatch_rows, prompt_rows
 from rlhf_ray.data.lm_rows import LMBatch, LMData, LMRows
@@ -99,6 +101,24 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
             self.unload()
             resident.append(resident_bytes(os.getpid()))
         return resident
+
+    def undivided_while_read(self, source: str | ModelConfig, state: str | None) -> list[int]:
+        """Elements of a model that are whole in this process, each time that a tensor is read of it for ZeRO 3."""
+        self.build(source, head="lm", seed=1, runtime=Runtime(precision="fp32", device="cpu"))
+        model, counts = self._built, []
+        assert model is not None
+        take = train_module._weights_of_state
+
+        def watched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                counts.append(sum(p.numel() for p in model.parameters() if not p.is_meta))
+                yield name, tensor
+
+        self._weights = watched(self._weights) if self._weights else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_module, "_weights_of_state", lambda *args: watched(take(*args)))
+            self.begin_training(optim=OPTIM, num_steps=STEPS, zero_stage=3, state=state)
+        return counts
 
     def copy_weights(self) -> dict[str, Tensor]:
         """Whole weights, from every rank."""

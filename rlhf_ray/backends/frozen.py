@@ -1,29 +1,41 @@
 """A model that only computes: whole on its device, or divided over its ranks where it is too large for one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.llama import Llama
-from rlhf_ray.backends.train import destroy, divide, sample_forward
+from rlhf_ray.backends.train import destroy, divide_frozen, sample_forward
 
 
 class FrozenEngine:
     """A frozen model; what the engines of trained models have as well is named alike."""
 
-    def __init__(self, model: Llama, *, device: str, divided: bool = False, shares_device: bool = False):
-        """Takes a model that is in host memory.
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        device: str,
+        divided: bool = False,
+        shares_device: bool = False,
+        weights: Iterator[tuple[str, Tensor]] | None = None,
+    ):
+        """Takes a model that is in host memory, or is to be divided.
 
         Args:
             divided: each rank holds a share of the weights and they gather layer by layer, so all ranks must pass as
                 many micro-batches; torch.distributed is up.
             shares_device: others need the device in turn: a share of a divided model stays in host memory.
+            weights: see `backends.train.divide`.
         """
         model = model.eval().requires_grad_(False)
         self.sharded = divided
         self._device, self._model = torch.device(device), model
-        self.module: nn.Module = divide(model, in_host_memory=shares_device) if divided else model.to(self._device)
+        self.module: nn.Module = (
+            divide_frozen(model, weights, in_host_memory=shares_device) if divided else model.to(self._device)
+        )
 
     @property
     def padded(self) -> bool:

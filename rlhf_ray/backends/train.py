@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.llama import Llama
+from model.llama import Llama, fill
 from rlhf_ray.backends.train_state import PARTS, StateReader, write_state
 from rlhf_ray.config import can_sleep
 
@@ -86,12 +86,14 @@ class TrainEngine:
         num_steps: int,
         zero_stage: int,
         precision: str,
+        weights: Iterator[tuple[str, Tensor]] | None = None,
         state: Path | None = None,
         masters: Iterable[tuple[str, Tensor]] = (),
     ):
         """Wraps `model`, on every rank with the weights that rank 0 has.
 
         Args:
+            weights: of a model on the meta device, on rank 0: name and value of each parameter in their order.
             optim: an `OptimSection`.
             num_steps: length of the schedule, optimizer steps.
             precision: "bf16" (fp32 master weights) or "fp32".
@@ -102,22 +104,18 @@ class TrainEngine:
         import deepspeed
 
         if state is not None and dist.get_rank() == 0:  # before DeepSpeed takes copies of the weights
-            parameters = dict(model.named_parameters())
-            with torch.no_grad(), StateReader(state) as reader:
-                for name in reader.names:
-                    parameters[name].copy_(reader.read(name, "weight").view_as(parameters[name]))
-
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        gains = [p for p in model.parameters() if p.dim() < 2]
-        groups = [
-            {"params": decayed, "weight_decay": optim.weight_decay},
-            {"params": gains, "weight_decay": 0.0},
-        ]
+            weights = _weights_of_state(model, state)
+        decayed = {name for name, p in model.named_parameters() if p.dim() >= 2}
         config = _deepspeed_config(optim, zero_stage=zero_stage, precision=precision)
         if zero_stage == 3:
-            # Parameter by parameter from host memory to this rank's share: the device never holds the whole model.
-            model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            divide(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), weights, config)
+        else:
+            _take_weights(model, model, weights)
+        parameters = list(model.named_parameters())
+        groups = [
+            {"params": [p for name, p in parameters if name in decayed], "weight_decay": optim.weight_decay},
+            {"params": [p for name, p in parameters if name not in decayed], "weight_decay": 0.0},
+        ]
         self._adamw = adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self._schedule = schedule = torch.optim.lr_scheduler.LambdaLR(
             adamw,
@@ -397,10 +395,42 @@ def sample_forward(model: Llama, module: nn.Module, device: torch.device) -> Ten
     return (result if isinstance(result, Tensor) else result.logprobs).sum()
 
 
-def divide(model: Llama, *, in_host_memory: bool) -> nn.Module:
-    """A frozen model, divided over the role's ranks as by ZeRO 3; rank 0's weights are those of all.
+def _take_weights(model: Llama, part: nn.Module, weights: Iterator[tuple[str, Tensor]] | None) -> None:
+    """Gives a part of the model memory, where it has none, and the next of the weights, where there are any."""
+    if next(part.parameters()).is_meta:
+        part.to_empty(device="cpu")
+        model.tie_weights()
+    if weights is not None:
+        fill(part.parameters(), weights)
+
+
+def _weights_of_state(model: Llama, state: Path) -> Iterator[tuple[str, Tensor]]:
+    """Master weights of a directory of `save_state`, in the order of the model's parameters."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with StateReader(state) as reader:
+        for name, shape in shapes.items():
+            yield name, reader.read(name, "weight").view(shape)
+
+
+def divide(model: Llama, weights: Iterator[tuple[str, Tensor]] | None, config: dict[str, Any]) -> None:
+    """Gives each rank its share of the weights that rank 0 has, by ZeRO 3.
+
+    Part by part: the device never holds more of the model than a part beside the share, and neither does host memory
+    where the model is on the meta device and has `weights`, on rank 0, from elsewhere.
+    """
+    import deepspeed
+
+    for part in model.parts():
+        if not all(hasattr(parameter, "ds_id") for parameter in part.parameters()):  # a tied head's are the embedding's
+            _take_weights(model, part, weights)
+            deepspeed.zero.Init(module=part, config_dict_or_path=config)
+
+
+def divide_frozen(model: Llama, weights: Iterator[tuple[str, Tensor]] | None, *, in_host_memory: bool) -> nn.Module:
+    """A frozen model, divided over the role's ranks.
 
     Args:
+        weights: see `divide`.
         in_host_memory: each rank's share stays there, and is copied to the device when it is wanted.
     """
     import deepspeed
@@ -413,7 +443,7 @@ def divide(model: Llama, *, in_host_memory: bool) -> nn.Module:
             **({"offload_param": {"device": "cpu", "pin_memory": True}} if in_host_memory else {}),
         },
     }
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    divide(model, weights, config)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
     return engine

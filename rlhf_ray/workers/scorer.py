@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.hardware import give_back_memory
 from cluster.worker_group import Worker
-from model.checkpoint import empty_model, load_model
+from model.checkpoint import load_model, meta_model, weights_of
 from model.checkpoint_files import read_config
 from model.config import ModelConfig
 from model.heads import last_token_scores, scored_lengths
@@ -63,14 +63,18 @@ class ScorerWorker(Worker):
         """Takes a checkpoint for scoring, in place of whatever the rank held; see `FrozenEngine`."""
         self.unload()
         self._runtime = runtime
+        weights = None
         if divided:
             init_distributed(torch.device(runtime.device))
-        if divided and self.rank > 0:  # rank 0's weights are sent
-            model = empty_model(read_config(checkpoint), head=head, dtype=runtime.dtype)
+            model = meta_model(read_config(checkpoint), head=head, dtype=runtime.dtype)
+            if self.rank == 0:  # whose weights are sent
+                weights = weights_of(model, checkpoint)
         else:
             model = load_model(checkpoint, head=head, dtype=runtime.dtype)
         self._config = model.config
-        self._engine = FrozenEngine(model, device=runtime.device, divided=divided, shares_device=shares_device)
+        self._engine = FrozenEngine(
+            model, device=runtime.device, divided=divided, shares_device=shares_device, weights=weights
+        )
 
     def load_function(self, spec: str, *, field: str, root: str, tokenizer: str) -> None:
         """Takes a Python function for scoring (`data/reward_function.py`), in place of whatever the rank held.

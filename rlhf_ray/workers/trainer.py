@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import empty_model, iterate_tensors, load_model, read_config, save_checkpoint
+from model.checkpoint import iterate_tensors, meta_model, read_config, save_checkpoint, weights_of
 from model.config import ModelConfig
 from model.llama import Head, Llama
 from rlhf_ray.backends.train import TrainEngine, init_distributed
@@ -21,7 +21,9 @@ class TrainerWorker(ScorerWorker):
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
         self._built: Llama | None = None
-        """In host memory, until it is put under DeepSpeed."""
+        """On the meta device, until it is put under DeepSpeed."""
+        self._weights: Iterator[tuple[str, Tensor]] | None = None
+        """That it will have, on rank 0; DeepSpeed sends them to the others."""
         self._data: Any = None
         self._source: str | ModelConfig = ""
         self._fresh: set[str] = set()
@@ -29,33 +31,31 @@ class TrainerWorker(ScorerWorker):
 
     def unload(self) -> None:
         """Frees model, optimizer and data."""
-        self._data = self._built = None
+        self._data = self._built = self._weights = None
         super().unload()
 
     def build(
         self, source: str | ModelConfig, *, head: Head, seed: int, runtime: Runtime, fresh_head: bool = False
     ) -> None:
-        """Takes a model to be trained: a checkpoint, or a config whose weights are drawn from `seed`.
+        """Names the model to be trained: a checkpoint, or a config whose weights are drawn from `seed`.
 
         Args:
             fresh_head: put a new scalar head on the checkpoint's body, drawn from `seed`.
         """
         self.unload()
         self._runtime, self._source, self._fresh = runtime, source, set()
-        if self.rank > 0:  # DeepSpeed sends rank 0's weights
-            config = source if isinstance(source, ModelConfig) else read_config(source)
-            model = empty_model(config, head=head, dtype=runtime.dtype)
-        elif isinstance(source, ModelConfig):
-            model = empty_model(source, head=head, dtype=runtime.dtype)
-            model.init_weights(seed=seed)
-        else:
-            model = load_model(source, head=head, dtype=runtime.dtype, fresh_head=fresh_head, seed=seed)
-        self._config, self._built = model.config, model
+        self._config = source if isinstance(source, ModelConfig) else read_config(source)
+        self._built = model = meta_model(self._config, head=head, dtype=runtime.dtype)
+        if self.rank == 0:
+            self._weights = (
+                model.fresh_weights(seed=seed)
+                if isinstance(source, ModelConfig)
+                else weights_of(model, source, fresh_head=fresh_head, seed=seed)
+            )
 
     def zero_head(self) -> None:
         """Sets the scalar head to zero, before training begins."""
         assert self._built is not None, "zero_head comes between build and begin_training"
-        torch.nn.init.zeros_(self._built.score.weight)
         self._fresh.add("score.weight")
 
     def begin_training(
@@ -77,10 +77,15 @@ class TrainerWorker(ScorerWorker):
             num_steps=num_steps,
             zero_stage=zero_stage,
             precision=self._runtime.precision,
+            weights=self._weights and self._but_zero(self._weights),
             state=Path(state) if state else None,
             masters=self._exact_weights(),
         )
-        self._built = None
+        self._built = self._weights = None
+
+    def _but_zero(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            yield name, torch.zeros_like(tensor) if name in self._fresh else tensor
 
     def _exact_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights of the checkpoint that the built model has rounded."""
