@@ -156,8 +156,8 @@ def run(request: Any, tmp_path_factory: Any) -> Iterator[Context]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKER_CLASSES, "rollout", PretendingRollout)
         patch.setitem(WORKER_CLASSES, "policy", PretendingPolicy)
-        patch.setattr(Roles, "weights_way", lambda self: request.param)
         context = Context(world.config(chat, "fp32", **roles), RunDir(world.directory / "run"))
+        patch.setattr(context.roles, "weights_way", lambda: request.param)
         context.roles.start("rollout", "policy")
         load_policy(context)
         start(context)
