@@ -1,6 +1,7 @@
 """What one rank of a role holds, counted on tensors that have shapes and no data.
 
-    RANK=3 WORLD_SIZE=64 python benchmarks/meta_rank.py '{"role": "policy", "model": "llama2-70b", "zero_stage": 3}'
+    RANK=3 WORLD_SIZE=64 LOCAL_RANK=0 python benchmarks/meta_rank.py \
+        '{"role": "policy", "model": "llama2-70b", "zero_stage": 3}'
 
 Models are built on torch's meta device. DeepSpeed itself divides those of trained roles and of frozen ones that are
 divided, through rlhf_ray/backends, in a process group that talks to nobody; trained ones take a step, so that gradients
@@ -10,7 +11,7 @@ and moments are there to be counted. Engines are divided by the rules of vLLM's 
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -79,19 +80,16 @@ def rank_bytes(
         module = Llama(PRESETS[model], head="lm" if role in ("policy", "reference", "rollout") else "scalar")
     module = module.bfloat16()
     if role == "rollout":
-        return {
-            "weights": BF16 * engine_elements(module, PRESETS[model], tensor_parallel_size),
-            "gradients": 0,
-            "optimizer": 0,
-        }
+        held = BF16 * engine_elements(module, PRESETS[model], tensor_parallel_size)
+        return {"weights": held, "gradients": 0, "optimizer": 0}
     join()
     with ValuesAreZero():
         if role in ("policy", "value"):
             assert zero_stage is not None
             return trained_bytes(module, zero_stage)
         frozen = FrozenEngine(module, device="meta", divided=zero_stage == 3)
-        held = [getattr(p, "ds_tensor", p) for p in frozen.module.parameters()]
-        return {"weights": storage_bytes(held), "gradients": 0, "optimizer": 0}
+        held = storage_bytes(getattr(p, "ds_tensor", p) for p in frozen.module.parameters())
+        return {"weights": held, "gradients": 0, "optimizer": 0}
 
 
 def join() -> None:
@@ -108,6 +106,7 @@ def join() -> None:
 def trained_bytes(module: Llama, zero_stage: int) -> dict[str, int]:
     """As `rank_bytes`, with gradients as they are between the backward pass and the step."""
     adamw, linear = torch.optim.AdamW, F.linear
+    # The fused one does not know the meta device; it holds the same.
     torch.optim.AdamW = lambda groups, **options: adamw(groups, **options | {"fused": False})  # type: ignore[assignment,misc]
     engine = TrainEngine(module, optim=OptimSection(), num_steps=1, zero_stage=zero_stage, precision="bf16")
     F.linear = linear  # stage 3 has one of its own, which asks for the device's autocast
@@ -122,14 +121,9 @@ def trained_bytes(module: Llama, zero_stage: int) -> dict[str, int]:
 def _gradients(wrapped: Any) -> Iterator[torch.Tensor]:
     """Wherever the stages keep them."""
     yield from (p.grad for p in wrapped.module.parameters() if p.grad is not None)
-    optimizer = wrapped.optimizer
-    yield from getattr(optimizer, "fp32_groups_gradients_flat", ())
-    for group in getattr(optimizer, "averaged_gradients", {}).values():
-        yield from _tensors(group)
-
-
-def _tensors(group: Any) -> Iterable[torch.Tensor]:
-    return [group] if isinstance(group, torch.Tensor) else group
+    yield from getattr(wrapped.optimizer, "fp32_groups_gradients_flat", ())
+    for group in getattr(wrapped.optimizer, "averaged_gradients", {}).values():
+        yield from [group] if isinstance(group, torch.Tensor) else group
 
 
 def engine_elements(module: Llama, config: ModelConfig, size: int) -> int:
@@ -161,10 +155,5 @@ def _divided(number: int, size: int) -> int:
     return number // size
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Counts and prints."""
-    print(json.dumps(rank_bytes(**json.loads(arguments[0]))))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(rank_bytes(**json.loads(sys.argv[1]))))
