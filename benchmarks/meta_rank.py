@@ -129,30 +129,21 @@ def _gradients(wrapped: Any) -> Iterator[torch.Tensor]:
 def engine_elements(module: Llama, config: ModelConfig, size: int) -> int:
     """Parameters on each GPU of an engine that is spread over `size` of them.
 
-    Rows of embedding and head (padded), queries, gate and up are divided, columns of the output and down projections;
-    key/value heads as well, unless there are fewer than GPUs: then a GPU has one of them whole. Norms are on all.
+    All matrices are divided, those of the vocabulary padded before; keys' and values' by heads, of which a GPU has one
+    whole where there are fewer than GPUs. Norms are on all.
     """
     elements = 0
     for name, parameter in module.named_parameters():
-        rows, columns = parameter.shape if parameter.dim() > 1 else (1, parameter.shape[0])
-        kind = name.split(".")[-2]
+        kind, parts = name.split(".")[-2], size
+        padding = 0
         if kind in ("embed_tokens", "lm_head"):
-            rows = _divided(-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, size)
+            padding = -len(parameter) % VOCAB_MULTIPLE * parameter.shape[1]
         elif kind in ("k_proj", "v_proj"):
-            heads = config.num_kv_heads
-            rows = rows // heads * (_divided(heads, size) if heads > size else 1)
-        elif kind in ("q_proj", "gate_proj", "up_proj"):
-            rows = _divided(rows, size)
-        elif kind in ("o_proj", "down_proj"):
-            columns = _divided(columns, size)
-        elements += rows * columns
+            parts = min(config.num_kv_heads, size)
+        elif parameter.dim() == 1:
+            parts = 1
+        elements += (parameter.numel() + padding) // parts
     return elements
-
-
-def _divided(number: int, size: int) -> int:
-    if number % size:
-        raise ValueError(f"{number} does not divide over {size} GPUs")
-    return number // size
 
 
 if __name__ == "__main__":
