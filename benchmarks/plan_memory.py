@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,25 +198,22 @@ def peak_of(profiler: Any, mark: str) -> int:
 
 def state_bytes(engine: Any) -> dict[str, int]:
     """Bytes of the engine's weights and optimizer state, each storage once."""
-    import torch
-
     optimizer = engine._engine.optimizer
     inner = optimizer.optimizer
     parameters = list(engine._engine.module.parameters())
-
-    def total(tensors: Any) -> int:
-        storages = {}
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(storages.values())
-
     weights = [getattr(p, "ds_tensor", p) for p in parameters]
     # Stage 3 hands AdamW its master weights a sub-group at a time.
     masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     masters = masters or [p for group in inner.param_groups for p in group["params"]]
     moments = [value for state in inner.state.values() for value in state.values()]
-    return {"weights": total(weights), "optimizer": total([*masters, *(m for m in moments if m.dim())])}
+    optimizer_bytes = storage_bytes([*masters, *(m for m in moments if m.dim())])
+    return {"weights": storage_bytes(weights), "optimizer": optimizer_bytes}
+
+
+def storage_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors' storages, each once; on the meta device, where none has an address, as well."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def resident_bytes() -> int:
