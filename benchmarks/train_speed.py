@@ -15,14 +15,14 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from measuring import RESULTS, parser_of, spread, write_result
 from torch import Tensor
 
 from cluster.hardware import gpu_names
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig, Recompute
 from model.flops import forward_flops_per_token, num_parameters, peak_flops
 from model.heads import last_token_scores
 from model.llama import Llama
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, default=16_384)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="none")
     options = parser.parse_args()
     config = PRESETS[options.shape]
     with socket.socket() as free:
@@ -163,7 +163,7 @@ def main() -> None:
         head: Any = "scalar" if kind == "reward" else "lm"
 
         def built(head: Any = head) -> Llama:
-            return Llama(config, head=head, activation_checkpointing=options.checkpointing)
+            return Llama(config, head=head, recompute=options.recompute)
 
         sides: dict[str, Callable[[], Any]] = {"bare": lambda built=built: Bare(built())}  # type: ignore[misc]
         for stage in map(int, options.zero.split(",")):
@@ -184,7 +184,7 @@ def main() -> None:
             if label.startswith("zero"):
                 tokens = batches[0]["tokens"].numel()
                 targets = None if kind == "reward" else int(batches[0]["target_mask"].sum())
-                work = training_work(config, tokens, targets=targets, activation_checkpointing=options.checkpointing)
+                work = training_work(config, tokens, targets=targets, recompute=options.recompute)
                 sizes = {"zero_stage": int(label[4:]), "num_ranks": 1}
                 planned = training_memory(
                     num_parameters(config, scalar_head=kind == "reward"), largest_matrix(config), work, **sizes

@@ -4,6 +4,7 @@ fp32, rtol 1e-5. `benchmarks/invariance_band.py` measures the same pairs in bf16
 """
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from training_world import (
 )
 
 from cluster.session import session
+from model.config import Recompute
 from model.llama import Llama
 from rlhf_ray.backends.train import learning_rate_scale
 from rlhf_ray.data.batching import epoch_rows
@@ -118,6 +120,16 @@ def test_what_a_pass_leaves_over_is_a_step_with_its_own_mean(groups, plain, rank
     # Steps of 8, 8 and 1 rows: the last leaves a second rank with nothing.
     run = train_lm(groups[ranks], count=2 * BATCH + 1, draw=epoch_rows, zero_stage=zero_stage)
     assert_same(run, plain("lm-passes"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_what_is_computed_again_changes_no_bit(groups, zero_stage):
+    """Of two ranks; at stage 3 weights are gathered for what is computed again."""
+    runs = [train_lm(groups[2], zero_stage=zero_stage, recompute=recompute) for recompute in get_args(Recompute)]
+    for run in runs[1:]:
+        assert run.metrics == runs[0].metrics
+        assert all(torch.equal(run.weights[name], weight) for name, weight in runs[0].weights.items())
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 
 from cluster.hardware import resident_bytes
 from cluster.worker_group import WorkerGroup
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig, Recompute
 from model.heads import state_values
 from model.llama import Head, Llama
 from rlhf_ray.config import OptimSection
@@ -142,13 +142,15 @@ def begin(
     seed: int = 1,
     state: str | None = None,
     zeroed: bool = False,
+    recompute: Recompute = "none",
 ) -> None:
     """Puts a model under DeepSpeed on every rank, with its scalar head at zero where `zeroed`."""
     runtime = Runtime(precision=precision, device="cpu")
     group.call(TrainerWorker.build, source, head=head, seed=seed, runtime=runtime)
     if zeroed:
         group.call(TrainerWorker.zero_head)
-    group.call(TrainerWorker.begin_training, optim=optim, num_steps=STEPS, zero_stage=zero_stage, state=state)
+    options: dict[str, Any] = {"optim": optim, "num_steps": STEPS, "state": state}
+    group.call(TrainerWorker.begin_training, zero_stage=zero_stage, recompute=recompute, **options)
 
 
 def train(group: WorkerGroup, method: Callable[..., Any], **options: Any) -> Trained:

@@ -7,14 +7,15 @@ Letters: P parameters, M those of the largest matrix, R data-parallel ranks, V v
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.plan import Memory
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.flops import (
     activation_bytes,
     backward_working_bytes,
-    block_activation_bytes,
     forward_working_bytes,
+    recomputed_bytes,
     weight_bytes,
 )
 
@@ -32,8 +33,7 @@ class Work:
     kept: int
     """Activations kept by the forward pass."""
     block: int
-    """What a block that goes backward needs beside them: gradients in flight, and with checkpointing its own
-    activations anew."""
+    """What a block that goes backward needs beside them: gradients in flight, and what it computes again."""
     head: int
     """Logits of a chunk, and the head's share of the backward pass."""
 
@@ -125,24 +125,14 @@ def training_work(
     tokens: int,
     *,
     targets: int | None,
-    activation_checkpointing: bool,
+    recompute: Recompute,
     packed_row_length: int | None = None,
     cpu_kernels: bool = False,
 ) -> Work:
     """Bytes of a micro-batch; with the language-model head over `targets` tokens, or the scalar one (None)."""
-    kept = activation_bytes(
-        config,
-        tokens,
-        activation_checkpointing=activation_checkpointing,
-        packed_row_length=packed_row_length,
-        cpu_kernels=cpu_kernels,
-    )
-    block = backward_working_bytes(config, tokens)
-    if activation_checkpointing:
-        recomputed = block_activation_bytes(
-            config, tokens, packed_row_length=packed_row_length, cpu_kernels=cpu_kernels
-        )
-        kept, block = kept - recomputed, block + recomputed
+    kernels: dict[str, Any] = {"packed_row_length": packed_row_length, "cpu_kernels": cpu_kernels}
+    kept = activation_bytes(config, tokens, recompute=recompute, **kernels)
+    block = backward_working_bytes(config, tokens) + recomputed_bytes(config, tokens, recompute=recompute, **kernels)
     if targets is None:
         head = scalar_head_bytes(config, tokens)
     else:
