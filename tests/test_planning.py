@@ -71,8 +71,8 @@ def call(monkeypatch, capsys):
         (0, "step", 20 * SEVEN_B, False),
         # 2, 12 / 8, bf16 gradients 2 and a whole fp32 accumulator 4, its flattened copy 4 and that in bf16 2
         (1, "reduction", 14 * SEVEN_B + 12 * SEVEN_B // 8, False),
-        # 2, 12 / 8, 4 / 8; a bucket of 5e8 bf16 gradients and its copy; one matrix in fp32
-        (2, "reduction", 4 * SEVEN_B + 2 * 10**9 + 4 * TABLE, True),
+        # 2, 12 / 8, 4 / 8; two buckets of 5e8 bf16 gradients and a copy; one matrix in fp32
+        (2, "reduction", 4 * SEVEN_B + 3 * 10**9 + 4 * TABLE, True),
         # 2 / 8, 12 / 8, 4 / 8, the bucket, 1e9 gathered weights dropped for the step, gradients flattened 4 / 8
         (3, "step", 18 * SEVEN_B // 8 + 10**9 + 4 * SEVEN_B // 8, True),
     ],
@@ -346,6 +346,8 @@ def test_no_more_is_computed_again_than_memory_asks_for():
     chosen = [settings["roles.policy.recompute"] for settings in found]
     order = get_args(Recompute)
     assert set(chosen) == set(order) and chosen == sorted(chosen, key=order.index), chosen
+    # Of two stages with whole models the one that sends gradients once a step, where it fits.
+    assert [settings["roles.policy.zero_stage"] for settings in found[:2]] == [1, 2]
     # All of it before micro-batches shrink, and before the model is divided.
     assert len({settings["sft.micro_batch_size"] for settings in found[: chosen.index("full") + 1]}) == 1
     assert all(settings["roles.policy.zero_stage"] < 3 for settings in found[: chosen.index("full") + 1])

@@ -18,6 +18,7 @@ from training_world import (
     TIED,
     UNTIED,
     Trained,
+    TrainingWorker,
     assert_same,
     begin,
     launch,
@@ -33,6 +34,7 @@ from training_world import (
 
 from cluster.session import session
 from model.config import Recompute
+from model.flops import num_parameters
 from model.llama import Llama
 from rlhf_ray.backends.train import learning_rate_scale
 from rlhf_ray.data.batching import epoch_rows
@@ -130,6 +132,23 @@ def test_what_is_computed_again_changes_no_bit(groups, zero_stage):
     for run in runs[1:]:
         assert run.metrics == runs[0].metrics
         assert all(torch.equal(run.weights[name], weight) for name, weight in runs[0].weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradients_are_reduced_once_a_step_unless_they_are_divided(groups, zero_stage, precision, size):
+    begin(groups[2], UNTIED, "lm", zero_stage=zero_stage, precision=precision)
+    groups[2].call(TrainingWorker.sent, 1)  # in its first step stage 3 gathers weights that it then keeps
+    all_bytes = size * num_parameters(UNTIED)
+    reduces = "_reduce_scatter_base_" if zero_stage == 3 else "allreduce_"
+    for counts in groups[2].call(TrainingWorker.sent, 3):
+        *between, last = counts
+        assert between == 2 * [{reduces: all_bytes} if zero_stage >= 2 else {}]
+        # Metrics and the gradient norm are a few numbers.
+        assert all_bytes <= last[reduces] < all_bytes + 100
+        # Weights come back where the optimizer is divided. This model is too small for stage 3 to divide its weights.
+        assert last.get("_allgather_base_", 0) == (all_bytes if zero_stage else 0)
 
 
 @pytest.mark.slow

@@ -71,10 +71,10 @@ def training_memory(
         # cast to bf16 (2 P) as one piece for the all-reduce
         gradients, reduction = 6 * parameters, 6 * parameters
     elif zero_stage == 2:
-        # DeepSpeedZeroOptimizer: this rank's fp32 share, a bucket of bf16 gradients, its flattened copy, and the
-        # reduced gradient of a matrix in fp32
-        gradients, standing = 4 * shard, 2 * REDUCE_BUCKET
-        reduction, step = 2 * bucket + 4 * largest, -standing  # the bucket is freed before the step
+        # DeepSpeedZeroOptimizer: this rank's fp32 share, a bucket of bf16 gradients and one that fills while it is
+        # reduced, its flattened copy, and the reduced gradient of a matrix in fp32
+        gradients, standing = 4 * shard, 2 * REDUCE_BUCKET * min(2, num_ranks)
+        reduction, step = 2 * bucket + 4 * largest, -standing  # the buckets are freed before the step
     else:
         # DeepSpeedZeroOptimizer_Stage3: likewise; reduced shares to fp32; a flattened fp32 copy of a sub-group;
         # weights that are gathered and not yet released
