@@ -66,7 +66,7 @@ class Case:
 
 def trained(num_ranks: int, zero_stage: int) -> tuple[str, ...]:
     """Settings of both trained roles."""
-    settings = {"num_ranks": num_ranks, "zero_stage": zero_stage, "activation_checkpointing": "true"}
+    settings = {"num_ranks": num_ranks, "zero_stage": zero_stage, "recompute": "full"}
     return tuple(f"roles.{role}.{key}={value}" for role in ("policy", "value") for key, value in settings.items())
 
 

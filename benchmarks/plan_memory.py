@@ -59,17 +59,20 @@ SHAPES = {
     "56m": shape(8192, 640, 10, 10, 5, 1728),
 }
 
-# name -> shape, head, ZeRO stage, activation checkpointing, rows and tokens of a row of a micro-batch
-CONFIGURATIONS: dict[str, tuple[str, str, int, bool, int, int]] = {
-    "testbed, ZeRO 1, 32 x 128": ("testbed", "lm", 1, False, 32, 128),
-    "testbed, ZeRO 1, 32 x 128, checkpointing": ("testbed", "lm", 1, True, 32, 128),
-    "3.8m, ZeRO 0, 16 x 128": ("3.8m", "lm", 0, False, 16, 128),
-    "3.8m, ZeRO 2, 4 x 128, scalar head": ("3.8m", "scalar", 2, False, 4, 128),
-    "16m, ZeRO 1, 2 x 128": ("16m", "lm", 1, False, 2, 128),
-    "16m, ZeRO 2, 8 x 256": ("16m", "lm", 2, False, 8, 256),
-    "16m, ZeRO 3, 8 x 256, checkpointing": ("16m", "lm", 3, True, 8, 256),
-    "56m, ZeRO 1, 2 x 256": ("56m", "lm", 1, False, 2, 256),
-    "56m, ZeRO 3, 4 x 256, checkpointing": ("56m", "lm", 3, True, 4, 256),
+# name -> shape, head, ZeRO stage, what is recomputed, rows and tokens of a row of a micro-batch
+CONFIGURATIONS: dict[str, tuple[str, str, int, str, int, int]] = {
+    "testbed, ZeRO 1, 32 x 128": ("testbed", "lm", 1, "none", 32, 128),
+    "testbed, ZeRO 1, 32 x 128, full recomputation": ("testbed", "lm", 1, "full", 32, 128),
+    "testbed, ZeRO 1, 32 x 128, selective": ("testbed", "lm", 1, "selective", 32, 128),
+    "3.8m, ZeRO 0, 16 x 128": ("3.8m", "lm", 0, "none", 16, 128),
+    "3.8m, ZeRO 2, 4 x 128, scalar head": ("3.8m", "scalar", 2, "none", 4, 128),
+    "16m, ZeRO 1, 2 x 128": ("16m", "lm", 1, "none", 2, 128),
+    "16m, ZeRO 2, 8 x 256": ("16m", "lm", 2, "none", 8, 256),
+    "16m, ZeRO 2, 8 x 256, selective": ("16m", "lm", 2, "selective", 8, 256),
+    "16m, ZeRO 3, 8 x 256, full recomputation": ("16m", "lm", 3, "full", 8, 256),
+    "56m, ZeRO 1, 2 x 256": ("56m", "lm", 1, "none", 2, 256),
+    "56m, ZeRO 3, 4 x 256, selective": ("56m", "lm", 3, "selective", 4, 256),
+    "56m, ZeRO 3, 4 x 256, full recomputation": ("56m", "lm", 3, "full", 4, 256),
 }
 
 
@@ -77,13 +80,13 @@ def predict(name: str) -> dict[str, int]:
     """The planner's bytes of a configuration, the bucket left out of the peak."""
     from rlhf_ray.planning.memory import largest_matrix, training_memory, training_work
 
-    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    shape_name, head, zero_stage, recompute, rows, length = CONFIGURATIONS[name]
     config, tokens = SHAPES[shape_name], rows * length
     work = training_work(
         config,
         tokens,
         targets=tokens - rows if head == "lm" else None,
-        activation_checkpointing=checkpointing,
+        recompute=recompute,  # type: ignore[arg-type]
         cpu_kernels=True,
     )
     parameters = num_parameters(config, scalar_head=head == "scalar")
@@ -113,7 +116,7 @@ def measure(name: str) -> dict[str, int]:
     from rlhf_ray.backends.train import TrainEngine, init_distributed
     from rlhf_ray.config import OptimSection
 
-    shape_name, head, zero_stage, checkpointing, rows, length = CONFIGURATIONS[name]
+    shape_name, head, zero_stage, recompute, rows, length = CONFIGURATIONS[name]
     config = SHAPES[shape_name]
     init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
@@ -131,7 +134,7 @@ def measure(name: str) -> dict[str, int]:
         nonlocal tokens, mask
         tokens, mask = batch, torch.ones_like(batch, dtype=torch.bool)
         mask[:, 0] = False
-        model = Llama(shape, head=head, activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+        model = Llama(shape, head=head, recompute=recompute)  # type: ignore[arg-type]
         engine = TrainEngine(
             model, optim=OptimSection(warmup_steps=0), num_steps=10, zero_stage=zero_stage, precision="bf16"
         )
@@ -165,21 +168,33 @@ def measure(name: str) -> dict[str, int]:
 
 
 def kept_by_autograd(model: Any, forward: Callable[[], Any]) -> int:
-    """Bytes of the storages that a forward pass saves for the backward pass, the model's weights left out."""
+    """Bytes of the storages that a forward pass leaves for the backward pass, whoever holds them: autograd, or torch's
+    selective recomputation. The result is left out, and what is the model's own.
+    """
     import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
 
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
+    made: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def storages(values: Any) -> list[torch.UntypedStorage]:
+        return [tensor.untyped_storage() for tensor in tree_iter(values) if isinstance(tensor, torch.Tensor)]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(saved.values())
+    def note(values: Any) -> None:
+        made.update({storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages(values)})
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            note(args)
+            result = operation(*args, **(kwargs or {}))
+            note(result)
+            return result
+
+    with Watch():
+        result = forward()
+    left_out = {storage._cdata for storage in storages([result, *model.parameters(), model.model._tables])}
+    return sum(size for key, (ref, size) in made.items() if not ref.expired() and key not in left_out)
 
 
 def peak_of(profiler: Any, mark: str) -> int:
@@ -296,7 +311,7 @@ def main() -> None:
         "unit": "bytes",
         "spread": "largest less smallest of the repeats",
     }
-    fields = ("shape", "head", "zero_stage", "activation_checkpointing", "rows", "row_tokens")
+    fields = ("shape", "head", "zero_stage", "recompute", "rows", "row_tokens")
     config = {
         "configurations": {name: dict(zip(fields, values, strict=True)) for name, values in CONFIGURATIONS.items()},
         "shapes": {name: {**shape.model_dump(), "parameters": num_parameters(shape)} for name, shape in SHAPES.items()},

@@ -1,14 +1,17 @@
 """Training steps of one rank against a bare torch loop on the same model and data: speed, MFU, memory, planned bytes.
 
-    python benchmarks/train_speed.py 1b [--kinds sft,reward,ppo] [--zero 1,2] [--micro-tokens 16384] [--micro-batches 4]
+    python benchmarks/train_speed.py 1b [--kinds sft,reward,ppo] [--zero 1,2] [--recompute none] [--micro-tokens 16384]
 
 The shape is a preset's name. `sft` are packed rows, every token learnt; `reward` pairs of answers; `ppo` the policy's
 update on prompts of half the length, with entropy. The bare loop has the same model, bf16 weights, fp32 master weights
-and gradients and fused AdamW, and neither DeepSpeed nor anything distributed. Runs on CUDA where there is some, else on
-CPU. Writes benchmarks/results/train_speed_SHAPE.json, or --result.
+and gradients and fused AdamW, computes nothing again, and has neither DeepSpeed nor anything distributed. `--recompute
+none,selective,full` measures each stage with all three. TORCH_COMPILE_DISABLE=1 in the environment gives all sides
+torch's operations in place of kernels. Runs on CUDA where there is some, else on CPU. Writes
+benchmarks/results/train_speed_SHAPE.json, or --result.
 """
 
 import gc
+import itertools
 import os
 import resource
 import socket
@@ -24,6 +27,7 @@ from torch import Tensor
 from cluster.hardware import gpu_names
 from model.config import PRESETS, ModelConfig
 from model.flops import forward_flops_per_token, num_parameters, peak_flops
+from model.fused import in_one_kernel
 from model.heads import last_token_scores
 from model.llama import Llama
 from rlhf_ray.algo.losses import lm_loss
@@ -145,7 +149,7 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, default=16_384)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--recompute", default="none")
     options = parser.parse_args()
     config = PRESETS[options.shape]
     with socket.socket() as free:
@@ -162,16 +166,16 @@ def main() -> None:
         loss, flops = loss_of(kind, batches), flops_of(kind, config, batches)
         head: Any = "scalar" if kind == "reward" else "lm"
 
-        def built(head: Any = head) -> Llama:
-            return Llama(config, head=head, activation_checkpointing=options.checkpointing)
-
-        sides: dict[str, Callable[[], Any]] = {"bare": lambda built=built: Bare(built())}  # type: ignore[misc]
-        for stage in map(int, options.zero.split(",")):
-            sides[f"zero{stage}"] = lambda built=built, stage=stage: TrainEngine(  # type: ignore[misc]
-                built(), optim=OPTIM, num_steps=100, zero_stage=stage, precision="bf16"
-            )
-        for label, make in sides.items():
-            side = make()
+        sides: list[tuple[int | None, Any]] = [(None, "none")]
+        sides += itertools.product(map(int, options.zero.split(",")), options.recompute.split(","))
+        for stage, recompute in sides:
+            model = Llama(config, head=head, recompute=recompute)
+            if stage is None:
+                label, side = "bare", Bare(model)
+            else:
+                label = f"zero{stage}" if recompute == "none" else f"zero{stage} {recompute}"
+                side = TrainEngine(model, optim=OPTIM, num_steps=100, zero_stage=stage, precision="bf16")
+            del model
             row = measure(side, batches, loss, steps=options.steps)
             side.close()
             del side
@@ -181,25 +185,31 @@ def main() -> None:
             median = row["seconds"]["median"]
             row["tokens_per_s"] = round(sum(batch["tokens"].numel() for batch in batches) / median)
             row["mfu"] = None if peak is None else round(flops / median / peak, 4)
-            if label.startswith("zero"):
+            if stage is not None:
                 tokens = batches[0]["tokens"].numel()
                 targets = None if kind == "reward" else int(batches[0]["target_mask"].sum())
-                work = training_work(config, tokens, targets=targets, activation_checkpointing=options.checkpointing)
-                sizes = {"zero_stage": int(label[4:]), "num_ranks": 1}
+                work = training_work(config, tokens, targets=targets, recompute=recompute)
+                sizes = {"zero_stage": stage, "num_ranks": 1}
                 planned = training_memory(
                     num_parameters(config, scalar_head=kind == "reward"), largest_matrix(config), work, **sizes
                 )
                 row["planned_gib"] = round(max(memory.total for memory in planned.values()) / 2**30, 3)
             found[f"{kind}/{label}"] = row
             speed = f"{row['tokens_per_s']:,} tokens/s, MFU {row['mfu']}"
-            print(f"{kind:<7} {label:<6} {median:.4f} s  {speed}", flush=True)
+            print(f"{kind:<7} {label:<15} {median:.4f} s  {speed}", flush=True)
     ratios = {
         name: round(row["seconds"]["median"] / found[f"{name.partition('/')[0]}/bare"]["seconds"]["median"], 3)
         for name, row in found.items()
     }
     write_result(
         options.result or RESULTS / f"train_speed_{options.shape}.json",
-        {"runs": found, "seconds_over_bare": ratios, "gpu": name, "statistic": statistics.median.__name__},
+        {
+            "runs": found,
+            "seconds_over_bare": ratios,
+            "gpu": name,
+            "kernels": in_one_kernel(DEVICE) and os.environ.get("TORCH_COMPILE_DISABLE") != "1",
+            "statistic": statistics.median.__name__,
+        },
         config={"shape": config.model_dump(mode="json"), **{k: v for k, v in vars(options).items() if k != "result"}},
     )
 

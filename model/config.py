@@ -4,12 +4,15 @@ Imports no torch: the planner and the command line read shapes without paying fo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "other_eos_token_ids", "pad_token_id")
 """Fields of a config that change no computation."""
+
+Recompute = Literal["none", "selective", "full"]
+"""What of a block the backward pass computes again: nothing, what is cheap to compute, or all (`model.recompute`)."""
 
 
 class UnsupportedModelError(ValueError):

@@ -4,7 +4,7 @@ Pure arithmetic on a ModelConfig, without torch, for the planner and for model F
 Letters: H hidden size, N query heads, K key/value heads, D head size, F feed-forward size, V vocabulary.
 """
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 
 PEAK_FLOPS: dict[str, float] = {
     # Dense bfloat16 tensor-core peaks of the makers' data sheets, in FLOP/s. Names are matched as parts of
@@ -74,15 +74,14 @@ def activation_bytes(
     config: ModelConfig,
     tokens: int,
     *,
-    activation_checkpointing: bool = False,
+    recompute: Recompute = "none",
     bytes_per_element: int = 2,
     packed_row_length: int | None = None,
     cpu_kernels: bool = False,
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass, head excluded.
 
-    With checkpointing only the input (H) of every block stays, and one block at a time is recomputed: its
-    bytes are counted in. Besides the blocks: the final norm, token ids and packed rows' rotary tables.
+    Besides the blocks: the final norm, token ids and packed rows' rotary tables.
 
     Args:
         tokens: Tokens of the micro-batch, padding included.
@@ -92,25 +91,28 @@ def activation_bytes(
             `_block_activation_bytes`).
     """
     size = bytes_per_element
-    block = _block_activation_bytes(config, size, packed_row_length, cpu_kernels)
+    block = _block_activation_bytes(config, recompute, size, packed_row_length, cpu_kernels)
     norm = 8 * config.hidden_size + 4 if cpu_kernels else 2 * config.hidden_size * size
     # Rows that each hold one example share their rotary tables, which are small beside the rest.
     outside = norm + 8 + (2 * config.head_dim * size if packed_row_length else 0)
-    if activation_checkpointing:
-        return tokens * (config.num_layers * config.hidden_size * size + block + outside)
     return tokens * (config.num_layers * block + outside)
 
 
-def block_activation_bytes(
+def recomputed_bytes(
     config: ModelConfig,
     tokens: int,
     *,
+    recompute: Recompute,
     bytes_per_element: int = 2,
     packed_row_length: int | None = None,
     cpu_kernels: bool = False,
 ) -> int:
-    """Bytes that one block keeps for the backward pass; arguments as of `activation_bytes`."""
-    return tokens * _block_activation_bytes(config, bytes_per_element, packed_row_length, cpu_kernels)
+    """Bytes that come back while one block goes backward; arguments as of `activation_bytes`."""
+    if recompute == "none":
+        return 0
+    more = (bytes_per_element, packed_row_length, cpu_kernels)
+    kept = _block_activation_bytes(config, "selective", *more) if recompute == "selective" else 0
+    return tokens * (_block_activation_bytes(config, "none", *more) - kept)
 
 
 def backward_working_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: int = 2) -> int:
@@ -141,12 +143,18 @@ def _block_matrix_parameters(config: ModelConfig) -> int:
     return config.hidden_size * (attention + 3 * config.ffn_size)
 
 
-def _block_activation_bytes(config: ModelConfig, size: int, packed_row_length: int | None, cpu_kernels: bool) -> int:
+def _block_activation_bytes(
+    config: ModelConfig, recompute: Recompute, size: int, packed_row_length: int | None, cpu_kernels: bool
+) -> int:
     """Bytes per token that a block keeps, by tensor.
 
-    Fused GPU kernels keep the inputs and outputs of two norms (4 H), queries and attention output (2 N D),
-    keys and values (2 K D), gate, up, silu and their product (4 F), and in fp32 the softmax normaliser of
-    each head and two norm scales. A packing mask is kept as a row of numbers per token, and keys and values
+    Full recomputation keeps the block's input (H); selective beside it what matrix products and attention make, but for
+    the last product: queries and attention output (2 N D), keys and values (2 K D), the output of the attention layer
+    (H), gate and up (2 F), and the softmax normaliser.
+
+    Without recomputation, fused GPU kernels keep the inputs and outputs of two norms (4 H), queries and attention
+    output (2 N D), keys and values (2 K D), gate, up, silu and their product (4 F), and in fp32 the softmax normaliser
+    of each head and two norm scales. A packing mask is kept as a row of numbers per token, and keys and values
     are repeated for each query head.
 
     CPU kernels keep of each norm its input and its scaled input in fp32 (8 H) beside the output; attention
@@ -158,6 +166,11 @@ def _block_activation_bytes(config: ModelConfig, size: int, packed_row_length: i
         config.num_kv_heads * config.head_dim,
     )
     softmax = 4 * config.num_heads
+    if recompute == "full":
+        return size * hidden
+    if recompute == "selective":
+        attended = (4 if cpu_kernels else size) * queries  # attention on CPU works in fp32
+        return size * (2 * hidden + queries + 2 * keys + 2 * config.ffn_size) + attended + softmax
     if cpu_kernels:
         norms = 2 * (8 * hidden + 4 + size * hidden)
         attention = 4 * (2 * queries + 2 * keys) + (size * queries if size < 4 else 0)

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import Examples, attend, lay_end_to_end, packing_mask
-from model.config import Llama3RopeScaling, ModelConfig
+from model.config import Llama3RopeScaling, ModelConfig, Recompute
 from model.fused import rotate, swiglu
 from model.heads import LMHead, ScalarHead
 from model.logprobs import TokenLogprobs, fp32_logits
+from model.recompute import through
 
 Head = Literal["lm", "scalar", "none"]
 
@@ -133,10 +133,10 @@ class Transformer(nn.Module):
     Of rows, or of examples laid end to end, as one row: hidden states are where the tokens are.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = recompute
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -156,12 +156,9 @@ class Transformer(nn.Module):
         return takes_heads and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def _through_blocks(self, x: Tensor, rotary: RotaryTables, mask: Tensor | Examples | None) -> Tensor:
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # No dropout, hence no random state to replay.
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotary, mask)
+            x = through(block, x, rotary, mask, recompute=recompute, ffn_size=self.config.ffn_size)
         return x
 
     def _rotary(self, tokens: Tensor, position_ids: Tensor | None) -> RotaryTables:
@@ -180,18 +177,18 @@ class Llama(nn.Module):
     mask: what padding positions hold is never read by the others.
     """
 
-    def __init__(self, config: ModelConfig, *, head: Head = "lm", activation_checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, head: Head = "lm", recompute: Recompute = "none") -> None:
         """Build and, except on the meta device, initialise with seed 0.
 
         Args:
             config: Shape.
             head: "lm", "scalar" or "none".
-            activation_checkpointing: Keep only each block's input; recompute the rest in the backward pass.
+            recompute: What the backward pass computes again: nothing; what is cheap (`model.recompute`); each block.
         """
         super().__init__()
         self.config = config
         self.head = head
-        self.model = Transformer(config, activation_checkpointing=activation_checkpointing)
+        self.model = Transformer(config, recompute=recompute)
         if head == "lm":
             tied_to = self.model.embed_tokens.weight if config.tie_embeddings else None
             self.lm_head = LMHead(config.hidden_size, config.vocab_size, tied_to=tied_to)

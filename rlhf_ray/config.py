@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from model.config import Recompute
 from rlhf_ray.config_errors import explain, key_path
 from rlhf_ray.errors import UserError
 
@@ -183,8 +184,9 @@ class TrainRole(Section):
     gpus: Execution[Gpus | None] = None
     """Its ranks' GPUs, numbered through all nodes, where the device is CUDA; none for those with the fewest other
     roles on them."""
-    activation_checkpointing: Execution[bool] = False
-    """Recompute each block in the backward pass rather than keep its activations."""
+    recompute: Execution[Recompute] = "none"
+    """What the backward pass computes again rather than have it kept: "none"; "selective", norms, rotary positions and
+    SwiGLU, which take little time; "full", each block, for a third more computation."""
 
 
 class FrozenRole(Section):

@@ -2,9 +2,9 @@
 
     python scripts/gpu_check.py [PART ...] [--out DIR] [--device cpu]
 
-Parts: numeric, demo, train, rollout, sync, round, two; by default all, in this order. A step takes four minutes at
-most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is not
-run again. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
+Parts: numeric, demo, train, rollout, sync, round, ranks, two; by default all, in this order. A step takes four minutes
+at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is
+not run again. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,33 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
         command = [*rlhf_ray, "bench", what, str(empty), *chosen, *set_too, *lengths, "--out", str(out / file)]
         return Step(f"bench {name}", command, result=file, gpus=gpus)
 
+    def train(shape: str, *more: str) -> Step:
+        """More: what is different, then options."""
+        name = " ".join(["train", shape, *more[:1]])
+        file = f"{name.replace(' ', '_')}.json"
+        command = [*python, "benchmarks/train_speed.py", shape, *small, *more[1:], "--result", str(out / file)]
+        return Step(name, command, result=file)
+
+    def two_ranks(what: str, stage: int, *more: str) -> Step:
+        settings = (f"roles.policy.zero_stage={stage}", "roles.policy.num_ranks=2", "ppo.num_chunks=2", *more)
+        return bench(f"{what}, two ranks, ZeRO {stage}", *settings, gpus=2)
+
+    sizes = {"batch": settings["ppo.batch_size"], "vocab-size": settings["tokenizer.vocab_size"]}
+    sizes |= {"prompt-tokens": tokens, "response-tokens": tokens}
+    alone = Step(
+        "vLLM alone",
+        [
+            *[
+                *python,
+                "benchmarks/rollout_speed.py",
+                str(settings["model.preset"]),
+                "--result",
+                str(out / "alone.json"),
+            ],
+            *(word for key, value in sizes.items() for word in (f"--{key}", str(value))),
+        ],
+        result="alone.json",
+    )
     demo = {
         "run.device": device,
         "rounds": "none",
@@ -81,27 +108,18 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
         ],
         "demo": [Step("demo", [*rlhf_ray, "run", "configs/demo.toml", "--out", str(out / "demo"), *demo_settings])],
         "train": [
-            Step(
-                f"train {shape}",
-                [*python, "benchmarks/train_speed.py", shape, *small, "--result", str(out / f"train_{shape}.json")],
-                result=f"train_{shape}.json",
-            )
-            for shape in shapes
+            *(train(shape) for shape in shapes),
+            train(shapes[0], "recompute", "--kinds", "sft", "--zero", "2", "--recompute", "none,selective,full"),
+            replace(
+                train(shapes[0], "without kernels", "--kinds", "sft", "--zero", "2"), env={"TORCH_COMPILE_DISABLE": "1"}
+            ),
         ],
-        "rollout": [bench("rollout")],
+        "rollout": [bench("rollout"), alone],
         "sync": [bench("sync"), bench("sync store", 'roles.rollout.weights="store"')],
         "round": [bench("round")],
+        "ranks": [two_ranks("train", stage, f"ppo.micro_batch_tokens={2048 if on_gpu else 16}") for stage in (1, 2)],
         "two": [
-            *(
-                bench(
-                    f"round, two ranks, ZeRO {stage}",
-                    f"roles.policy.zero_stage={stage}",
-                    "roles.policy.num_ranks=2",
-                    "ppo.num_chunks=2",
-                    gpus=2,
-                )
-                for stage in (2, 3)
-            ),
+            *(two_ranks("round", stage) for stage in (2, 3)),
             bench("sync from GPU to GPU", gpus=2),  # two roles on two GPUs: each has its own
             bench("rollout, tensor parallel", "roles.rollout.tensor_parallel_size=2", gpus=2),
         ],

@@ -5,13 +5,14 @@ import time
 import pytest
 import ray
 import torch
-from training_world import BATCH, RTOL, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
+from training_world import BATCH, OPTIM, RTOL, STEPS, TIED, UNTIED, TrainingWorker, begin, launch, lm_data
 
 from cluster.session import session
 from cluster.worker_group import WorkerError, collect
 from model.checkpoint import save_checkpoint
 from model.flops import num_parameters
 from model.llama import Llama
+from rlhf_ray.backends import train
 from rlhf_ray.backends.train import NonFiniteError
 from rlhf_ray.backends.train_state import StateReader
 from rlhf_ray.records import Rollouts, WeightVersion
@@ -30,6 +31,14 @@ def group():
 
 def weights_of(group, rank=0):
     return group.call(TrainingWorker.copy_weights)[rank]
+
+
+@pytest.mark.parametrize(("on_gpu", "ranks", "stages"), [(True, 2, [2, 3]), (True, 1, []), (False, 2, [])])
+def test_what_is_sent_in_every_micro_batch_is_sent_while_gpus_compute(monkeypatch, on_gpu, ranks, stages):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: ranks)
+    configs = [train._deepspeed_config(OPTIM, zero_stage=stage, precision="bf16") for stage in range(4)]
+    assert [n for n, config in enumerate(configs) if config["zero_optimization"]["overlap_comm"]] == stages
 
 
 @pytest.mark.slow

@@ -101,6 +101,11 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
     ("override", "line"),
     [
         ("ppo.num_step=3", "--set: ppo.num_step is not a known key; did you mean ppo.num_steps?"),
+        (
+            "roles.policy.activation_checkpointing=true",
+            "--set: roles.policy.activation_checkpointing is not a known key; known here: num_ranks, zero_stage, gpus, "
+            "recompute",
+        ),
         ("ppo.lr=3", "--set: ppo.lr is not a known key; did you mean ppo.optim.lr or ppo.value_optim.lr?"),
         ("pppo.lr=3", "--set: pppo is not a known key; did you mean ppo?"),
         (

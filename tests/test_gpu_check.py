@@ -18,22 +18,27 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path: Path) -> None:
-    parts = ("numeric", "train", "sync", "round")
+    parts = ("numeric", "train", "rollout", "sync", "round", "ranks")
     done = check(*parts, "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = {row["step"]: row for row in map(json.loads, (tmp_path / "check.jsonl").read_text().splitlines())}
-    assert {name: row["rc"] for name, row in lines.items()} == dict.fromkeys(
-        ("attention", "train tiny", "bench sync", "bench sync store", "bench round"), 0
-    ), lines
+    steps = ["attention", "train tiny", "train tiny recompute", "train tiny without kernels"]
+    steps += ["bench rollout", "vLLM alone", "bench sync", "bench sync store", "bench round"]
+    steps += [f"bench train, two ranks, ZeRO {stage}" for stage in (1, 2)]
+    assert {name: row["rc"] for name, row in lines.items()} == dict.fromkeys(steps, 0), lines
     runs = lines["train tiny"]["result"]["runs"]
     assert set(runs) == {f"{kind}/{side}" for kind in ("sft", "reward", "ppo") for side in ("bare", "zero1", "zero2")}
     assert all(run["tokens_per_s"] > 0 and run["mfu"] is None for run in runs.values())
+    again = lines["train tiny recompute"]["result"]["runs"]
+    assert set(again) == {f"sft/{side}" for side in ("bare", "zero2", "zero2 selective", "zero2 full")}
+    assert again["sft/zero2"]["planned_gib"] > again["sft/zero2 full"]["planned_gib"]
+    assert lines["vLLM alone"]["result"]["response_tokens_per_s"] > 0
     assert lines["bench sync"]["result"]["weights"] == "store"  # on CPU
     assert lines["bench round"]["result"]["seconds"]["median"] > 0
     assert lines["bench round"]["result"]["turns"] == {}
     again = check(*parts, "--device", "cpu", "--out", str(tmp_path))
     assert (again.returncode, again.stdout) == (0, "")
-    assert len((tmp_path / "check.jsonl").read_text().splitlines()) == 5
+    assert len((tmp_path / "check.jsonl").read_text().splitlines()) == len(steps)
 
 
 def test_a_part_that_is_not_known_is_told(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_plan_is_launched_as_it_is() -> None:
         "roles.rollout.gpu_memory_utilization=0.7",
         *(f"roles.{role}.num_ranks=4" for role in ("policy", "value", "reference", "helpfulness", "safety")),
         *(f"roles.{role}.zero_stage=2" for role in ("policy", "value")),
-        *(f"roles.{role}.activation_checkpointing=true" for role in ("policy", "value")),
+        *(f"roles.{role}.recompute=full" for role in ("policy", "value")),
         "ppo.num_chunks=4",
         "ppo.micro_batch_tokens=4096",
     ]

@@ -95,7 +95,7 @@ def test_every_kind_of_mark_is_there_to_be_tested():
         ({"ppo.safety_threshold": 0.5}, {"rejection-sample", "select", "ppo", "evaluate"}),
         ({"roles.rollout.num_engines": 2, "roles.rollout.kv_cache_gib": 1.0}, set()),
         ({f"roles.{role}.num_ranks": 2 for role in ("policy", "value", "helpfulness", "reference")}, set()),
-        ({"roles.policy.zero_stage": 3, "roles.value.activation_checkpointing": True}, set()),
+        ({"roles.policy.zero_stage": 3, "roles.value.recompute": "full"}, set()),
         ({"ppo.num_chunks": 4, "ppo.micro_batch_tokens": 9, "sft.micro_batch_size": 9}, set()),
         ({"run.save_every_s": None, "run.keep": (), "run.stages": ("ppo",), "cluster.cores": 1}, set()),
     ],

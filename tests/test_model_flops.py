@@ -12,6 +12,7 @@ from model.flops import (
     num_non_embedding_parameters,
     num_parameters,
     peak_flops,
+    recomputed_bytes,
     weight_bytes,
 )
 from model.llama import Llama
@@ -76,16 +77,18 @@ def test_activation_bytes_bound_what_autograd_keeps():
     config = PRESETS["testbed"]
     tokens = torch.zeros(4, 64, dtype=torch.int64)
 
-    def kept(checkpointing):
-        model = Llama(config, head="none", activation_checkpointing=checkpointing)
+    def kept(recompute):
+        model = Llama(config, head="none", recompute=recompute)
         return kept_by_autograd(model, lambda: model(tokens))
 
     predicted = activation_bytes(config, tokens.numel(), bytes_per_element=4)
     # CPU: the norms are not fused and keep two copies more.
-    assert predicted <= kept(False) <= 1.5 * predicted
-    checkpointed = activation_bytes(config, tokens.numel(), activation_checkpointing=True, bytes_per_element=4)
-    # The prediction includes the one block that the backward pass recomputes.
-    assert kept(True) <= checkpointed < predicted / 2
+    assert predicted <= kept("none") <= 1.5 * predicted
+    for recompute in ("selective", "full"):
+        less = activation_bytes(config, tokens.numel(), recompute=recompute, bytes_per_element=4)
+        again = recomputed_bytes(config, tokens.numel(), recompute=recompute, bytes_per_element=4)
+        assert less <= kept(recompute) <= 1.5 * less
+        assert less + config.num_layers * again == pytest.approx(predicted, rel=0.2)
 
 
 def test_peaks():

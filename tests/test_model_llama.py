@@ -1,12 +1,15 @@
 """The forward pass against transformers, and its invariances."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.attention import lay_end_to_end, packing_mask
-from model.config import PRESETS, Llama3RopeScaling, to_hf_config
+from model.config import PRESETS, Llama3RopeScaling, Recompute, to_hf_config
 from model.llama import Llama, Transformer
 
 TINY = PRESETS["tiny"]
@@ -199,7 +202,7 @@ def test_examples_end_to_end_compute_what_rows_do(layout, head, name, device, dt
     found = []
     for end_to_end in (False, True):
         monkeypatch.setattr(Transformer, "lays_end_to_end", lambda self, device, flat=end_to_end: flat)
-        model = random_model(VARIANTS[name], head=head, activation_checkpointing=True).to(device, dtype)
+        model = random_model(VARIANTS[name], head=head, recompute="selective").to(device, dtype)
         mask = {"target_mask": wanted, "with_entropy": True} if head == "lm" else {}
         result = model(tokens, **mask, **options)
         if head == "lm":
@@ -240,18 +243,28 @@ def test_end_to_end_no_padding_is_as_wide_as_hidden_states(head, monkeypatch):
     assert largest == TINY.vocab_size * TINY.hidden_size < tokens.numel() * TINY.hidden_size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_activation_checkpointing_gives_identical_gradients(head):
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_recomputation_gives_identical_gradients(head, layout, dtype):
+    """And products of matrices are computed anew by full recomputation alone, as attention's are."""
     tokens = random_tokens(2, 16)
-    gradients = []
-    for checkpointing in (False, True):
-        model = random_model(TINY, head=head, activation_checkpointing=checkpointing)
+    packed = {"segment_ids": torch.tensor([[1] * 9 + [2] * 7, [1] * 14 + [0] * 2])}
+    gradients, flops = {}, {}
+    for recompute in get_args(Recompute):
+        model = random_model(TINY, head=head, recompute=recompute).to(dtype)
+        options = packed if layout == "packed" else {}
         if head == "lm":
-            model(tokens, target_mask=targets_of(tokens)).logprobs.sum().backward()
+            loss = model(tokens, target_mask=targets_of(tokens), **options).logprobs.sum()
         else:
-            model(tokens).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
+            loss = model(tokens, **options).square().sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        gradients[recompute] = [parameter.grad for parameter in model.parameters()]
+        flops[recompute] = counter.get_total_flops()
+    for recompute in ("selective", "full"):
+        assert all(torch.equal(*pair) for pair in zip(gradients["none"], gradients[recompute], strict=True))
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 def test_scalar_head_reads_every_position_in_float32():

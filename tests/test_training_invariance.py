@@ -4,6 +4,7 @@ fp32, rtol 1e-5. `benchmarks/invariance_band.py` measures the same pairs in bf16
 """
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from training_world import (
     TIED,
     UNTIED,
     Trained,
+    TrainingWorker,
     assert_same,
     begin,
     launch,
@@ -31,6 +33,8 @@ from training_world import (
 )
 
 from cluster.session import session
+from model.config import Recompute
+from model.flops import num_parameters
 from model.llama import Llama
 from rlhf_ray.backends.train import learning_rate_scale
 from rlhf_ray.data.batching import epoch_rows
@@ -118,6 +122,34 @@ def test_what_a_pass_leaves_over_is_a_step_with_its_own_mean(groups, plain, rank
     # Steps of 8, 8 and 1 rows: the last leaves a second rank with nothing.
     run = train_lm(groups[ranks], count=2 * BATCH + 1, draw=epoch_rows, zero_stage=zero_stage)
     assert_same(run, plain("lm-passes"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_what_is_computed_again_changes_no_bit(groups, zero_stage):
+    """Of two ranks; at stage 3 weights are gathered for what is computed again."""
+    runs = [train_lm(groups[2], zero_stage=zero_stage, recompute=recompute) for recompute in get_args(Recompute)]
+    for run in runs[1:]:
+        assert run.metrics == runs[0].metrics
+        assert all(torch.equal(run.weights[name], weight) for name, weight in runs[0].weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradients_are_reduced_once_a_step_unless_they_are_divided(groups, zero_stage, precision, size):
+    begin(groups[2], UNTIED, "lm", zero_stage=zero_stage, precision=precision)
+    groups[2].call(TrainingWorker.sent, 1)  # in its first step stage 3 gathers weights that it then keeps
+    all_bytes = size * num_parameters(UNTIED)
+    reduces = "_reduce_scatter_base_" if zero_stage == 3 else "allreduce_"
+    for counts in groups[2].call(TrainingWorker.sent, 3):
+        between = [{name: n for name, n in count.items() if "reduce" in name} for count in counts[:-1]]
+        last = counts[-1]
+        assert between == 2 * [{reduces: all_bytes} if zero_stage >= 2 else {}]
+        # Metrics and the gradient norm are a few numbers.
+        assert all_bytes <= last[reduces] < all_bytes + 100
+        # Weights come back where the optimizer is divided. This model is too small for stage 3 to divide its weights.
+        assert last.get("_allgather_base_", 0) == (all_bytes if zero_stage else 0)
 
 
 @pytest.mark.slow

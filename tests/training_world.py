@@ -17,10 +17,12 @@ import torch
 from seats import launch_alone
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from cluster.hardware import resident_bytes
 from cluster.worker_group import WorkerGroup
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig, Recompute
 from model.heads import state_values
 from model.llama import Head, Llama
 from rlhf_ray.backends import train as train_module
@@ -76,6 +78,30 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
             return loss, {"index": torch.tensor(float(index))}
 
         return self.engine.step([0, 1], loss_fn)
+
+    def sent(self, num_micro_batches: int) -> list[dict[str, int]]:
+        """What ranks send each other in each micro-batch of a step, and in the last also at the step's end.
+
+        torch's collectives by name -> bytes of the tensors that they reduce, or gather.
+        """
+        counts: list[dict[str, int]] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                namespace, name = operation.name().split("::")
+                if namespace == "c10d":
+                    sizes = [tensor.nbytes for tensor in tree_iter(args) if isinstance(tensor, Tensor)]
+                    counts[-1][name] = counts[-1].get(name, 0) + max(sizes, default=0)
+                return operation(*args, **(kwargs or {}))
+
+        def loss_fn(model: Any, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            counts.append({})
+            mask = torch.tensor([[False, True, True]])
+            return -model(torch.tensor([[5, 6, 7 + index]]), target_mask=mask).logprobs.sum(), {}
+
+        with Watch():
+            self.engine.step(range(num_micro_batches), loss_fn)
+        return counts
 
     def resident_after_unload(
         self, num_builds: int, config: ModelConfig, checkpoint: str, zero_stage: int | None
@@ -162,13 +188,15 @@ def begin(
     seed: int = 1,
     state: str | None = None,
     zeroed: bool = False,
+    recompute: Recompute = "none",
 ) -> None:
     """Puts a model under DeepSpeed on every rank, with its scalar head at zero where `zeroed`."""
     runtime = Runtime(precision=precision, device="cpu")
     group.call(TrainerWorker.build, source, head=head, seed=seed, runtime=runtime)
     if zeroed:
         group.call(TrainerWorker.zero_head)
-    group.call(TrainerWorker.begin_training, optim=optim, num_steps=STEPS, zero_stage=zero_stage, state=state)
+    options: dict[str, Any] = {"optim": optim, "num_steps": STEPS, "state": state}
+    group.call(TrainerWorker.begin_training, zero_stage=zero_stage, recompute=recompute, **options)
 
 
 def train(group: WorkerGroup, method: Callable[..., Any], **options: Any) -> Trained:

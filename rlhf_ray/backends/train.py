@@ -199,6 +199,7 @@ class TrainEngine:
         parts: list[dict[str, Tensor]] = []
         for index, batch in enumerate(micro_batches):
             # DeepSpeed knows of one accumulation step and is told the boundary, so it does not divide by their number.
+            # Stages 0 and 1 reduce gradients at the boundary alone; 2 and 3, which divide them, at every micro-batch.
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, metrics = loss_fn(self._engine, batch)
             self._engine.backward(loss)
@@ -503,9 +504,16 @@ def _deepspeed_config(optim: Any, *, zero_stage: int, precision: str) -> dict[st
         "gradient_clipping": optim.grad_clip,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": accumulate},
-        # Stage 3 gathers the next weights while it computes, as DeepSpeed does by default; on CPU both want the cores.
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": zero_stage == 3 and torch.cuda.is_available()},
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": _overlaps(zero_stage)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+def _overlaps(zero_stage: int) -> bool:
+    """Whether ranks send each other gradients, and at stage 3 the next weights, while they compute.
+
+    For stages that do so in every micro-batch; stage 2 has a second bucket for it. On CPU both want the cores.
+    """
+    return zero_stage >= 2 and torch.cuda.is_available() and dist.get_world_size() > 1

@@ -7,14 +7,15 @@ Letters: P parameters, M those of the largest matrix, R data-parallel ranks, V v
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.plan import Memory
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.flops import (
     activation_bytes,
     backward_working_bytes,
-    block_activation_bytes,
     forward_working_bytes,
+    recomputed_bytes,
     weight_bytes,
 )
 
@@ -32,8 +33,7 @@ class Work:
     kept: int
     """Activations kept by the forward pass."""
     block: int
-    """What a block that goes backward needs beside them: gradients in flight, and with checkpointing its own
-    activations anew."""
+    """What a block that goes backward needs beside them: gradients in flight, and what it computes again."""
     head: int
     """Logits of a chunk, and the head's share of the backward pass."""
 
@@ -71,10 +71,10 @@ def training_memory(
         # cast to bf16 (2 P) as one piece for the all-reduce
         gradients, reduction = 6 * parameters, 6 * parameters
     elif zero_stage == 2:
-        # DeepSpeedZeroOptimizer: this rank's fp32 share, a bucket of bf16 gradients, its flattened copy, and the
-        # reduced gradient of a matrix in fp32
-        gradients, standing = 4 * shard, 2 * REDUCE_BUCKET
-        reduction, step = 2 * bucket + 4 * largest, -standing  # the bucket is freed before the step
+        # DeepSpeedZeroOptimizer: this rank's fp32 share, a bucket of bf16 gradients and one that fills while it is
+        # reduced, its flattened copy, and the reduced gradient of a matrix in fp32
+        gradients, standing = 4 * shard, 2 * REDUCE_BUCKET * min(2, num_ranks)
+        reduction, step = 2 * bucket + 4 * largest, -standing  # the buckets are freed before the step
     else:
         # DeepSpeedZeroOptimizer_Stage3: likewise; reduced shares to fp32; a flattened fp32 copy of a sub-group;
         # weights that are gathered and not yet released
@@ -125,24 +125,14 @@ def training_work(
     tokens: int,
     *,
     targets: int | None,
-    activation_checkpointing: bool,
+    recompute: Recompute,
     packed_row_length: int | None = None,
     cpu_kernels: bool = False,
 ) -> Work:
     """Bytes of a micro-batch; with the language-model head over `targets` tokens, or the scalar one (None)."""
-    kept = activation_bytes(
-        config,
-        tokens,
-        activation_checkpointing=activation_checkpointing,
-        packed_row_length=packed_row_length,
-        cpu_kernels=cpu_kernels,
-    )
-    block = backward_working_bytes(config, tokens)
-    if activation_checkpointing:
-        recomputed = block_activation_bytes(
-            config, tokens, packed_row_length=packed_row_length, cpu_kernels=cpu_kernels
-        )
-        kept, block = kept - recomputed, block + recomputed
+    kernels: dict[str, Any] = {"packed_row_length": packed_row_length, "cpu_kernels": cpu_kernels}
+    kept = activation_bytes(config, tokens, recompute=recompute, **kernels)
+    block = backward_working_bytes(config, tokens) + recomputed_bytes(config, tokens, recompute=recompute, **kernels)
     if targets is None:
         head = scalar_head_bytes(config, tokens)
     else:

@@ -8,10 +8,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from cluster.layout import Host, PlacementError
 from cluster.plan import GIB, Memory, Moments, Option, Placed, Placement, Role, all_on_all, apart, first_that_fits, put
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.backends.engine_limits import GPU_BUCKET_BYTES
 from rlhf_ray.config import Config, TrainRole, can_sleep, config_with, dotted
@@ -213,34 +214,27 @@ def _trained_role(request: Request, config: Config, name: str) -> Role:
     current: TrainRole = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
-        for zero_stage in _stage_choices(request, current):
-            for checkpointing in [current.activation_checkpointing] if request.given else [False, True]:
-                work = training_work(
-                    model,
-                    tokens,
-                    targets=targets,
-                    activation_checkpointing=checkpointing,
-                )
-                phases = training_memory(
-                    parameters,
-                    largest_matrix(model),
-                    work,
-                    zero_stage=zero_stage,
-                    num_ranks=num_ranks,
-                    overhead=request.overhead,
-                )
-                scoring = scoring_memory(model, scored[0], targets=scored[1], held=phases["idle"])
-                moments = {**phases, "scoring": scoring}
-                settings = {
-                    f"roles.{name}.num_ranks": num_ranks,
-                    f"roles.{name}.zero_stage": zero_stage,
-                    f"roles.{name}.activation_checkpointing": checkpointing,
-                }
-                asleep = Memory(overhead=request.overhead) if can_sleep(zero_stage) else phases["idle"]
-                turns: dict[str, Moments] = {name: moments}
-                if name == "policy":
-                    turns[SYNC] = {"sending weights": _with_buckets(phases["idle"], model)}
-                options.append(Option(settings=settings, num_ranks=num_ranks, phases=turns, asleep=asleep))
+        for zero_stage, recompute in _ways(request, current):
+            phases = training_memory(
+                parameters,
+                largest_matrix(model),
+                training_work(model, tokens, targets=targets, recompute=recompute),
+                zero_stage=zero_stage,
+                num_ranks=num_ranks,
+                overhead=request.overhead,
+            )
+            scoring = scoring_memory(model, scored[0], targets=scored[1], held=phases["idle"])
+            moments = {**phases, "scoring": scoring}
+            settings = {
+                f"roles.{name}.num_ranks": num_ranks,
+                f"roles.{name}.zero_stage": zero_stage,
+                f"roles.{name}.recompute": recompute,
+            }
+            asleep = Memory(overhead=request.overhead) if can_sleep(zero_stage) else phases["idle"]
+            turns: dict[str, Moments] = {name: moments}
+            if name == "policy":
+                turns[SYNC] = {"sending weights": _with_buckets(phases["idle"], model)}
+            options.append(Option(settings=settings, num_ranks=num_ranks, phases=turns, asleep=asleep))
     return Role(name=name, options=options)
 
 
@@ -264,10 +258,15 @@ def _micro_batch(
     return tokens, -(-tokens * config.ppo.max_new_tokens // row)
 
 
-def _stage_choices(request: Request, current: TrainRole) -> Sequence[int]:
+def _ways(request: Request, current: TrainRole) -> Sequence[tuple[int, Recompute]]:
+    """ZeRO stages and what is computed again, best first: the model whole on each rank, little computed again, and the
+    lower stage, which reduces gradients once a step and not once a micro-batch.
+    """
+    stages: Sequence[int] = [current.zero_stage] if request.given else ZERO_STAGES
     if request.zero_stage is not None:
-        return [request.zero_stage]
-    return [current.zero_stage] if request.given else ZERO_STAGES
+        stages = [request.zero_stage]
+    choices: Sequence[Recompute] = [current.recompute] if request.given else get_args(Recompute)
+    return sorted(itertools.product(stages, choices), key=lambda way: (way[0] == 3, choices.index(way[1]), way[0]))
 
 
 def _rank_choices(request: Request, config: Config) -> list[int]:

@@ -178,7 +178,7 @@ def in_flight(config: Config, stage: str, role: str, shape: ModelConfig) -> floa
         shape,
         tokens,
         targets=tokens if role == "policy" else None,
-        activation_checkpointing=settings.activation_checkpointing,
+        recompute=settings.recompute,
         packed_row_length=packed,
         cpu_kernels=True,
     )

@@ -352,7 +352,7 @@ class Roles:
             optim=optim,
             num_steps=num_steps,
             zero_stage=settings.zero_stage,
-            activation_checkpointing=settings.activation_checkpointing,
+            recompute=settings.recompute,
             state=str(state) if state else None,
         )
 

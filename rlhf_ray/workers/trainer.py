@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import iterate_tensors, meta_model, read_config, save_checkpoint, weights_of
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.llama import Head, Llama
 from rlhf_ray.backends.train import TrainEngine, init_distributed
 from rlhf_ray.workers.scorer import Runtime, ScorerWorker
@@ -64,13 +64,13 @@ class TrainerWorker(ScorerWorker):
         optim: Any,
         num_steps: int,
         zero_stage: int,
-        activation_checkpointing: bool = False,
+        recompute: Recompute = "none",
         state: str | None = None,
     ) -> None:
         """Puts the built model under DeepSpeed; `state` is a directory of `save_state` to go on from."""
         assert self._built is not None, f"{self.role}: build comes before begin_training"
         init_distributed(torch.device(self._runtime.device))
-        self._built.model.activation_checkpointing = activation_checkpointing
+        self._built.model.recompute = recompute
         self._engine = TrainEngine(
             self._built,
             optim=optim,
