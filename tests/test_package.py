@@ -171,15 +171,15 @@ def test_no_room_imports_from_one_above_it() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize(("engine", "file"), [("deepspeed", "train"), ("vllm", "rollout")])
-def test_one_file_imports_each_engine(engine: str, file: str) -> None:
+@pytest.mark.parametrize(("engine", "files"), [("deepspeed", ["train"]), ("vllm", ["rollout", "weights"])])
+def test_few_files_import_each_engine(engine: str, files: list[str]) -> None:
     importers = {
         str(source.relative_to(ROOT))
         for package in PACKAGES
         for source in source_files(package)
         if engine in imported_packages(source)
     }
-    assert importers == {f"rlhf_ray/backends/{file}.py"}
+    assert importers == {f"rlhf_ray/backends/{file}.py" for file in files}
 
 
 @pytest.fixture(scope="module")
