@@ -1,7 +1,7 @@
 """Generation by vLLM: an in-process engine whose samples depend on the request seeds alone.
 
-The only file that imports vLLM, but for its transfer of weights (`weights.py`). Where several tensor-parallel ranks make
-up an engine they are processes of their own, and what they are given is pickled.
+The only file that imports vLLM, but for its transfer of weights (`weights.py`). Where several tensor-parallel ranks
+make up an engine they are processes of their own, and what they are given is pickled.
 """
 
 import os
