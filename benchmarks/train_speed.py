@@ -10,6 +10,7 @@ torch's operations in place of kernels. Runs on CUDA where there is some, else o
 benchmarks/results/train_speed_SHAPE.json, or --result.
 """
 
+import argparse
 import gc
 import itertools
 import os
@@ -25,7 +26,7 @@ from measuring import RESULTS, parser_of, spread, write_result
 from torch import Tensor
 
 from cluster.hardware import gpu_names
-from model.config import PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig, Recompute
 from model.flops import forward_flops_per_token, num_parameters, peak_flops
 from model.fused import in_one_kernel
 from model.heads import last_token_scores
@@ -92,6 +93,18 @@ def flops_of(kind: str, config: ModelConfig, batches: list[Batch]) -> float:
     return 3 * total
 
 
+def model_of(config: ModelConfig, *, head: Any, recompute: Recompute) -> Llama:
+    """With random weights, made where they are to be."""
+    with torch.device("meta"):
+        model = Llama(config, head=head, recompute=recompute).bfloat16()
+    model.to_empty(device=DEVICE)
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    return model
+
+
 class Bare:
     """A loop with nothing around it."""
 
@@ -140,6 +153,28 @@ def measure(side: Any, batches: list[Batch], loss: Loss, *, steps: int) -> dict[
     return {"seconds": spread(seconds), "peak_gib": round(peak / 2**30, 3)}
 
 
+def write(options: argparse.Namespace, config: ModelConfig, gpu: str, found: dict[str, Any]) -> None:
+    """The figures so far."""
+    bare = {
+        kind: row["seconds"]["median"]
+        for name, row in found.items()
+        for kind, side in [name.split("/")]
+        if side == "bare"
+    }
+    ratios = {name: round(row["seconds"]["median"] / bare[name.partition("/")[0]], 3) for name, row in found.items()}
+    write_result(
+        options.result or RESULTS / f"train_speed_{options.shape}.json",
+        {
+            "runs": found,
+            "seconds_over_bare": ratios,
+            "gpu": gpu,
+            "kernels": in_one_kernel(DEVICE) and os.environ.get("TORCH_COMPILE_DISABLE") != "1",
+            "statistic": statistics.median.__name__,
+        },
+        config={"shape": config.model_dump(mode="json"), **{k: v for k, v in vars(options).items() if k != "result"}},
+    )
+
+
 def main() -> None:
     """Every work by the bare loop and by DeepSpeed at each ZeRO stage, in turn."""
     parser = parser_of(__doc__)
@@ -169,7 +204,7 @@ def main() -> None:
         sides: list[tuple[int | None, Any]] = [(None, "none")]
         sides += itertools.product(map(int, options.zero.split(",")), options.recompute.split(","))
         for stage, recompute in sides:
-            model = Llama(config, head=head, recompute=recompute)
+            model = model_of(config, head=head, recompute=recompute)
             if stage is None:
                 label, side = "bare", Bare(model)
             else:
@@ -197,21 +232,7 @@ def main() -> None:
             found[f"{kind}/{label}"] = row
             speed = f"{row['tokens_per_s']:,} tokens/s, MFU {row['mfu']}"
             print(f"{kind:<7} {label:<15} {median:.4f} s  {speed}", flush=True)
-    ratios = {
-        name: round(row["seconds"]["median"] / found[f"{name.partition('/')[0]}/bare"]["seconds"]["median"], 3)
-        for name, row in found.items()
-    }
-    write_result(
-        options.result or RESULTS / f"train_speed_{options.shape}.json",
-        {
-            "runs": found,
-            "seconds_over_bare": ratios,
-            "gpu": name,
-            "kernels": in_one_kernel(DEVICE) and os.environ.get("TORCH_COMPILE_DISABLE") != "1",
-            "statistic": statistics.median.__name__,
-        },
-        config={"shape": config.model_dump(mode="json"), **{k: v for k, v in vars(options).items() if k != "result"}},
-    )
+            write(options, config, name, found)  # whatever becomes of the next
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 torch.compile makes the kernels when they are first used, in seconds, and keeps them on disk. It is given functions of
 tensors alone, with no module, parameter or hook inside, so that ZeRO and recomputation see nothing of it. With
-TORCH_COMPILE_DISABLE=1 in the environment CUDA has the plain operations too.
+TORCH_COMPILE_DISABLE=1 in the environment, or without a C compiler, CUDA has the plain operations too.
 
 Letters: B rows, T positions, N heads, D head size, F feed-forward size.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache, wraps
 
@@ -19,7 +21,13 @@ Elementwise = Callable[..., Tensor]
 
 def in_one_kernel(device: torch.device) -> bool:
     """Whether a kernel is made: not on CPU, where results are those of torch's operations to the bit."""
-    return device.type == "cuda"
+    return device.type == "cuda" and _has_compiler()
+
+
+@cache
+def _has_compiler() -> bool:
+    """Of C, which Triton needs for what starts a kernel."""
+    return any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
 
 
 @cache

@@ -37,11 +37,12 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     """All steps."""
     on_gpu = device == "cuda"
     rlhf_ray, python = [sys.executable, "-m", "rlhf_ray.cli.main"], [sys.executable]
-    shapes = ("1b", "3b") if on_gpu else ("tiny",)
+    pytest = [*python, "-m", "pytest", "-q"]
+    shape = "1b" if on_gpu else "tiny"
     small = [] if on_gpu else ["--micro-tokens", "256", "--micro-batches", "2", "--steps", "2"]
     settings = {
         "run.device": device,
-        "model.preset": "1b" if on_gpu else "tiny",
+        "model.preset": shape,
         "tokenizer.vocab_size": 32_000 if on_gpu else 512,
         "roles.policy.zero_stage": 2,  # so that they can leave the GPU to others
         "roles.value.zero_stage": 2,
@@ -64,13 +65,14 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
 
     def train(shape: str, *more: str) -> Step:
         """More: what is different, then options."""
-        name = " ".join(["train", shape, *more[:1]])
+        name = " ".join(["train", shape, *more[:1]]).strip()
         file = f"{name.replace(' ', '_')}.json"
         command = [*python, "benchmarks/train_speed.py", shape, *small, *more[1:], "--result", str(out / file)]
         return Step(name, command, result=file)
 
     def two_ranks(what: str, stage: int, *more: str) -> Step:
-        settings = (f"roles.policy.zero_stage={stage}", "roles.policy.num_ranks=2", "ppo.num_chunks=2", *more)
+        settings = [f"roles.policy.zero_stage={stage}", "roles.policy.num_ranks=2", "ppo.num_chunks=2", *more]
+        settings += ["roles.rollout.num_engines=2"] if what == "round" else []
         return bench(f"{what}, two ranks, ZeRO {stage}", *settings, gpus=2)
 
     sizes = {"batch": settings["ppo.batch_size"], "vocab-size": settings["tokenizer.vocab_size"]}
@@ -104,15 +106,17 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     demo_settings = [word for key, value in demo.items() for word in ("--set", f"{key}={value}")]
     return {
         "numeric": [
-            Step("attention", [*python, "-m", "pytest", "-q", "tests/test_model_llama.py", "-k", "end_to_end"]),
+            Step("attention", [*pytest, "tests/test_model_llama.py", "-k", "end_to_end"]),
+            Step("kernels", [*pytest, "tests/test_model_fused.py", "-k", "cuda"]),
         ],
         "demo": [Step("demo", [*rlhf_ray, "run", "configs/demo.toml", "--out", str(out / "demo"), *demo_settings])],
         "train": [
-            *(train(shape) for shape in shapes),
-            train(shapes[0], "recompute", "--kinds", "sft", "--zero", "2", "--recompute", "none,selective,full"),
+            train(shape),
+            train(shape, "recompute", "--kinds", "sft", "--zero", "2", "--recompute", "none,selective,full"),
             replace(
-                train(shapes[0], "without kernels", "--kinds", "sft", "--zero", "2"), env={"TORCH_COMPILE_DISABLE": "1"}
+                train(shape, "without kernels", "--kinds", "sft", "--zero", "2"), env={"TORCH_COMPILE_DISABLE": "1"}
             ),
+            *([train("3b", "", "--zero", "2", "--steps", "4")] if on_gpu else []),
         ],
         "rollout": [bench("rollout"), alone],
         "sync": [bench("sync"), bench("sync store", 'roles.rollout.weights="store"')],
@@ -121,6 +125,8 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
         "two": [
             *(two_ranks("round", stage) for stage in (2, 3)),
             bench("sync from GPU to GPU", gpus=2),  # two roles on two GPUs: each has its own
+            # Iterations compare the engine's log-probs with the policy's, so that what NCCL brings is proved too.
+            bench("round from GPU to GPU", "roles.policy.gpus=[0]", "roles.rollout.gpus=[1]", gpus=2),
             bench("rollout, tensor parallel", "roles.rollout.tensor_parallel_size=2", gpus=2),
         ],
     }

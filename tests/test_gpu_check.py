@@ -22,7 +22,7 @@ def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path:
     done = check(*parts, "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = {row["step"]: row for row in map(json.loads, (tmp_path / "check.jsonl").read_text().splitlines())}
-    steps = ["attention", "train tiny", "train tiny recompute", "train tiny without kernels"]
+    steps = ["attention", "kernels", "train tiny", "train tiny recompute", "train tiny without kernels"]
     steps += ["bench rollout", "vLLM alone", "bench sync", "bench sync store", "bench round"]
     steps += [f"bench train, two ranks, ZeRO {stage}" for stage in (1, 2)]
     assert {name: row["rc"] for name, row in lines.items()} == dict.fromkeys(steps, 0), lines
@@ -52,5 +52,5 @@ def test_what_needs_more_gpus_than_there_are_is_not_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if gpus < 2:
-        assert [row["rc"] for row in rows] == ["not run"] * 4
+        assert [row["rc"] for row in rows] == ["not run"] * 5
         assert rows[0]["end"] == f"needs 2 GPUs, there are {gpus}"

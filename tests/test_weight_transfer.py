@@ -5,6 +5,7 @@ and a store's for NCCL. Everything above those two is what runs on GPUs.
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from cluster.worker_group import WorkerError, collect
 from model.checkpoint_redundant import LM_HEAD
 from model.config import PRESETS
 from model.llama import Llama
-from rlhf_ray.backends.weights import Channel, EngineClient, WeightStream, for_engine
+from rlhf_ray.backends.weights import Channel, EngineClient, WeightSender, WeightStream, for_engine
 from rlhf_ray.config import parse_config
 from rlhf_ray.machine import demands
 from rlhf_ray.recipe.context import Context
@@ -220,7 +221,9 @@ def test_the_way_follows_from_who_sits_where(monkeypatch: pytest.MonkeyPatch) ->
         return roles.weights_way()
 
     two = {"num_ranks": 2}
-    assert way(1) == way(2, policy=two, rollout={"num_engines": 2}) == way(2, policy=two) == "ipc"
+    assert way(1) == way(2, policy=two, rollout={"num_engines": 2}) == "ipc"
+    # One of the policy's GPUs has no engine, whose rank would keep what it offers.
+    assert way(2, policy=two) == "store"
     assert way(2) == way(4, policy=two, rollout={"num_engines": 2}) == "nccl"
     # The policy's first rank is on an engine's GPU, another engine's GPU has no rank of it.
     assert way(2, policy={"gpus": [0]}, rollout={"num_engines": 2}) == "store"
@@ -231,6 +234,31 @@ def test_the_way_follows_from_who_sits_where(monkeypatch: pytest.MonkeyPatch) ->
     roles = Roles(config)
     monkeypatch.setattr(roles, "_take_place", lambda: SimpleNamespace(layout=lay_out(demands(config, ()), [Host()])))
     assert roles.weights_way() == "store" and roles.channel() is None
+
+
+def test_a_trainer_does_not_wait_for_engines_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NCCL it broadcasts to them in the meantime."""
+    engine = SimpleNamespace(transfer=SimpleNamespace(remote=lambda *_, **__: None))
+    channel = Channel(way="nccl", engines=(engine,), pids=(1,), ranks_each=1, num_ids=9, timeout_s=1)
+    sender, client = WeightSender.__new__(WeightSender), EngineClient(channel)
+    aborted = threading.Event()
+    client.give_up = aborted.set
+
+    def send_weights() -> None:
+        thread = threading.Thread(target=pytest.raises, args=(MemoryError, client.update_weights, {}))
+        thread.start()
+        assert aborted.wait(20)
+        thread.join()
+        raise RuntimeError("aborted")  # as the broadcast
+
+    def fail(calls: Any, timeout: float) -> None:
+        raise MemoryError("no room for a bucket")
+
+    monkeypatch.setattr(ray, "get", fail)
+    sender._client, sender._stream = client, SimpleNamespace()  # type: ignore[assignment]
+    sender._engine = SimpleNamespace(send_weights=send_weights)
+    with pytest.raises(MemoryError, match="no room"):
+        sender.send(VERSION)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -215,6 +215,8 @@ def _allow_amx(worker: Any) -> None:
 def _begin_weights(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
+    if worker._weight_update_active or getattr(worker, "given", None):
+        _finish_layers(worker)  # what was broken off: layers that have half of their tensors would count them on
     worker._weight_update_active = False  # of a trainer that has not come to its end
     initialize_layerwise_reload(worker.model_runner.get_model())
     worker.given, worker.filled = set(), set()
@@ -235,14 +237,19 @@ def _end_weights(worker: Any, expected: set[str]) -> set[str]:
 
     Both, since one parameter holds several tensors: of a missing one it keeps whatever is in the memory.
     """
+    _finish_layers(worker)
+    parameters = {name for name, _ in worker.model_runner.get_model().named_parameters()}
+    lacking = (expected - worker.given) | (parameters - worker.filled)
+    worker.given, worker.filled = set(), set()
+    return lacking
+
+
+def _finish_layers(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
-    model = worker.model_runner.get_model()
     with set_current_vllm_config(worker.vllm_config):
-        finalize_layerwise_reload(model, worker.model_config)
-    parameters = {name for name, _ in model.named_parameters()}
-    return (expected - worker.given) | (parameters - worker.filled)
+        finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
 
 
 def _peak_memory_gib(worker: Any) -> float:

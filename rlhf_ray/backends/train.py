@@ -491,7 +491,10 @@ def whole_weights(module: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Te
         size += int(parameter.ds_numel) * parameter.element_size()  # type: ignore[attr-defined]
         if size >= _GATHER_BYTES or index == len(parameters) - 1:
             with deepspeed.zero.GatheredParameters([p for _, p in batch]):
-                yield from [(n, p.detach().clone()) for n, p in batch]
+                copies = [(n, p.detach().clone()) for n, p in batch]
+                if copies[0][1].is_cuda:  # whoever takes them may be on another stream by then
+                    torch.cuda.current_stream().synchronize()
+                yield from copies
             batch, size = [], 0
 
 

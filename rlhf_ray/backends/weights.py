@@ -1,7 +1,7 @@
 """The weight channel: a trainer's weights into engines' memory, by the way that the layout gives.
 
 store: buckets through host memory and Ray's object store, on CPU and wherever nothing else goes.
-ipc: CUDA IPC, where every engine's GPU has a rank of the trainer on it.
+ipc: CUDA IPC, where engines and the trainer's ranks have the same GPUs.
 nccl: a broadcast from the trainer's first rank, whose GPU is no engine's.
 
 The last two are vLLM's own transfer engines; here are what they ask of a trainer (`WeightStream`), of a connection to
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from model.checkpoint_redundant import EMBEDDING, LM_HEAD
@@ -136,6 +137,10 @@ class EngineClient:
         self._channel = channel
         self.version = WeightVersion("", 0)
         """Of what is being sent."""
+        self.give_up: Callable[[], object] = bool
+        """Called where engines fail to take weights: the trainer may wait for them in a broadcast."""
+        self.failure: Exception | None = None
+        """Why they did."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connects them; each has its own place in the communicator, where there is one."""
@@ -154,8 +159,15 @@ class EngineClient:
         self._all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """Has them take what the info tells of."""
-        self._all("update_weights", [{"update_info": update_info}] * len(self._channel.engines))
+        """Has them take what the info tells of; over NCCL in a thread, while the trainer broadcasts."""
+        try:
+            self._all("update_weights", [{"update_info": update_info}] * len(self._channel.engines))
+        except RayActorError:
+            raise  # of a death the driver knows, which ends the trainer's ranks too
+        except Exception as error:
+            self.failure = error
+            self.give_up()
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Puts what they took in place, under `version`."""
@@ -182,15 +194,24 @@ class WeightSender:
         self.channel, self._stream, self._client = channel, stream, EngineClient(channel)
         if rank == 0:
             self._client.shutdown_weight_transfer_engine()  # of a trainer that is no more
+        if torch.cuda.is_available():
+            # NCCL's start asks vLLM for the current stream, which makes one of its own unless it has been told of one.
+            torch.cuda.set_stream(torch.cuda.current_stream())
         size = max(GPU_BUCKET_BYTES, stream.largest_bytes())
         self._engine: Any = WeightTransferTrainerFactory.trainer_init(
             _init_info(channel, rank, bucket_bytes=size), client=self._client, source=stream
         )
+        if channel.way == "nccl" and rank == 0:
+            self._client.give_up = self._engine.model_update_group.destroy  # aborts what is under way
 
     def send(self, version: WeightVersion, *, scrambled: bool = False) -> None:
         """Sends all weights, bucket by bucket, and says which they are."""
         self._client.version, self._stream.scrambled = version, scrambled
-        self._engine.send_weights()
+        self._client.failure = None
+        try:
+            self._engine.send_weights()
+        except Exception as error:
+            raise self._client.failure or error from error
 
     def close(self) -> None:
         """Gives up the trainer's end."""

@@ -15,7 +15,7 @@ from cluster.plan import GIB
 from model.config import ModelConfig
 from model.flops import num_parameters, peak_flops, weight_bytes
 from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, turn_spread, utilisation
-from rlhf_ray.bench.workload import ROLES, Workload, model_flops
+from rlhf_ray.bench.workload import Workload, model_flops
 from rlhf_ray.planning.plan import Request, make_plan
 from rlhf_ray.run_state import package_versions
 
@@ -58,7 +58,7 @@ def report(work: Workload, shapes: Mapping[str, ModelConfig], laps: list[Lap], r
         }
     peaks = {key.removeprefix("memory/").removesuffix("_peak_gib"): gib for key, gib in roles.memory().items()}
     if device["kind"] == "cuda" and work.what == "round" and work.config.run.precision == "bf16":
-        _, gib = roles.gpu_memory_gib(*ROLES["round"])
+        _, gib = roles.gpu_memory_gib()
         found["planned_gib"] = planned_gib(work, shapes, gpus=device["count"], gpu_gib=gib)
     return found | {
         "turns": turn_spread(laps),

@@ -111,7 +111,11 @@ class PolicyWorker(TrainerWorker):
         """
         if self._sender is None or self._sender.channel != channel:
             self._sender = WeightSender(channel, self._stream(channel.num_ids), rank=self.rank)
-        self._sender.send(self._version, scrambled=scrambled)
+        try:
+            self._sender.send(self._version, scrambled=scrambled)
+        except Exception:
+            self._sender = None  # the next starts with a connection of its own
+            raise
 
     def unload(self) -> None:
         """Frees model, optimizer and data, and the trainer's end of a channel."""

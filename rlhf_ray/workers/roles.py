@@ -130,17 +130,18 @@ class Roles:
             if role not in roles and role not in self._asleep and not layout.are_apart(role, roles)
         ]
         waking = [role for role in roles if role in self._asleep]
-        before, start = self._used_gib(*leave, *waking), time.perf_counter()
+        measured = self.turn_log is not None and bool(leave or waking)
+        before, start = self.gpu_memory_gib()[0] if measured else 0.0, time.perf_counter()
         self._all(leave, Worker.sleep)
         self._asleep |= {*leave}
         self.engines_forgot |= "rollout" in leave
         self._all([r for r in roles if r not in waking and not layout.are_apart(r, waking)], Worker.give_back)
         self._all(waking, Worker.wake)
         self._asleep -= {*waking}
-        if self.turn_log is not None and (leave or waking):
+        if measured:
             seconds = time.perf_counter() - start
-            used = before, self._used_gib(*leave, *waking)
-            self.turn_log.append(Turn(tuple(leave), tuple(waking), seconds, used))
+            assert self.turn_log is not None
+            self.turn_log.append(Turn(tuple(leave), tuple(waking), seconds, (before, self.gpu_memory_gib()[0])))
 
     def can_overlap(self, role: str, others: Sequence[str]) -> bool:
         """Whether a role can compute while others do: on GPUs of its own; on CPU it would only take their cores."""
@@ -155,7 +156,8 @@ class Roles:
         layout = self._take_place().layout
         if self.runtime.device == "cpu" or self._config.roles.rollout.weights == "store" or not layout.of("policy"):
             return "store"
-        if layout.gpus("rollout") <= layout.gpus("policy"):
+        # A rank without an engine on its GPU would keep each of its buckets: CUDA IPC waits for somebody to open them.
+        if layout.gpus("rollout") == layout.gpus("policy"):
             return "ipc"
         # NCCL takes two ranks on one GPU for an error.
         return "nccl" if layout.gpus("rollout").isdisjoint(layout.gpus("policy", rank=0)) else "store"
@@ -187,14 +189,11 @@ class Roles:
             "shares_device": self.shares_gpus(role),
         }
 
-    def gpu_memory_gib(self, *roles: str) -> tuple[float, float]:
-        """(taken, there is) on the fullest GPU of the roles, as far as they are trained or frozen; zeros of none."""
-        groups = [self._groups[role] for role in roles if role != "rollout"]
+    def gpu_memory_gib(self) -> tuple[float, float]:
+        """(taken, there is) on the fullest GPU of trained and frozen roles that are up; zeros of none."""
+        groups = [group for role, group in self._groups.items() if role != "rollout"]
         calls = [call for group in groups for call in group.submit(ScorerWorker.gpu_memory_gib)]
         return max(collect(calls, timeout_s=self.timeout_s, step=self.step), default=(0.0, 0.0))
-
-    def _used_gib(self, *roles: str) -> float:
-        return 0.0 if self.turn_log is None else self.gpu_memory_gib(*roles)[0]
 
     def _all(self, roles: Sequence[str], method: Callable[[Any], None]) -> None:
         """Calls a method on all ranks of the roles, side by side; where it fails, none is left half way."""
