@@ -6,7 +6,7 @@ For each configuration a fresh process trains one worker's model for two optimiz
 through rlhf_ray/backends/train.py, in bf16 on CPU with one rank, and counts bytes:
 
 - state: weights, gradient accumulator and optimizer state, by walking the engine's tensors after the steps;
-- activations: what autograd keeps of a forward pass, by saved-tensor hooks;
+- activations: the storages that a forward pass leaves for the backward pass;
 - peak: the highest sum of the CPU allocator's live bytes in the second step, from torch's profiler;
 - resident growth: the process's highest resident memory less that before the model was built. It holds also
   what the allocator and libraries keep, and leaves out pages never touched, such as most of DeepSpeed's bucket.
@@ -130,7 +130,7 @@ def measure(name: str) -> dict[str, int]:
             value = -(result.logprobs * mask).sum() / mask.sum()
         return value, {}
 
-    def train(shape: ModelConfig, batch: torch.Tensor) -> tuple[Llama, TrainEngine]:
+    def train(shape: ModelConfig, batch: torch.Tensor) -> TrainEngine:
         nonlocal tokens, mask
         tokens, mask = batch, torch.ones_like(batch, dtype=torch.bool)
         mask[:, 0] = False
@@ -143,21 +143,22 @@ def measure(name: str) -> dict[str, int]:
         with record_function("second step"):
             engine.step([0, 1], loss)
         gc.collect()
-        return model, engine
+        return engine
 
     batch = torch.randint(config.vocab_size, (rows, length))
     # What libraries allocate at their first use is theirs, not the model's.
-    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16)))[1].close()
+    train(PRESETS["tiny"], torch.randint(PRESETS["tiny"].vocab_size, (2, 16))).close()
     gc.collect()
     before = resident_bytes()
-    train(config, batch)[1].close()
+    train(config, batch).close()
     resident_growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model, engine = train(config, batch)
+        engine = train(config, batch)
     state = state_bytes(engine)
-    # After the profile: hooks keep tensors alive a little longer than autograd does.
-    activations = kept_by_autograd(model, lambda: model.model(tokens, None, None))
+    # Of a model that DeepSpeed has no hold of: at ZeRO 3 gathered weights, too, would outlive the forward pass.
+    plain = Llama(config, head="none", recompute=recompute).bfloat16()  # type: ignore[arg-type]
+    activations = kept_by_autograd(plain, lambda: plain(tokens))
     bucket = BUCKET_BYTES if zero_stage >= 2 else 0
     return {
         **state,
