@@ -1,11 +1,15 @@
 """The check for GPU machines, rehearsed on CPU with small shapes."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rlhf_ray.bench.workload import check_bench
+from rlhf_ray.config import load_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
@@ -18,13 +22,13 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path: Path) -> None:
-    parts = ("numeric", "train", "rollout", "sync", "round", "ranks")
+    """The other benchmarks are rehearsed by their own tests."""
+    parts = ("numeric", "train", "rollout")
     done = check(*parts, "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = {row["step"]: row for row in map(json.loads, (tmp_path / "check.jsonl").read_text().splitlines())}
     steps = ["attention", "kernels", "train tiny", "train tiny recompute", "train tiny without kernels"]
-    steps += ["bench rollout", "vLLM alone", "bench sync", "bench sync store", "bench round"]
-    steps += [f"bench train, two ranks, ZeRO {stage}" for stage in (1, 2)]
+    steps += ["bench rollout", "vLLM alone"]
     assert {name: row["rc"] for name, row in lines.items()} == dict.fromkeys(steps, 0), lines
     runs = lines["train tiny"]["result"]["runs"]
     assert set(runs) == {f"{kind}/{side}" for kind in ("sft", "reward", "ppo") for side in ("bare", "zero1", "zero2")}
@@ -32,13 +36,28 @@ def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path:
     again = lines["train tiny recompute"]["result"]["runs"]
     assert set(again) == {f"sft/{side}" for side in ("bare", "zero2", "zero2 selective", "zero2 full")}
     assert again["sft/zero2"]["planned_gib"] > again["sft/zero2 full"]["planned_gib"]
+    assert lines["bench rollout"]["result"]["seconds"]["median"] > 0
     assert lines["vLLM alone"]["result"]["response_tokens_per_s"] > 0
-    assert lines["bench sync"]["result"]["weights"] == "store"  # on CPU
-    assert lines["bench round"]["result"]["seconds"]["median"] > 0
-    assert lines["bench round"]["result"]["turns"] == {}
     again = check(*parts, "--device", "cpu", "--out", str(tmp_path))
     assert (again.returncode, again.stdout) == (0, "")
     assert len((tmp_path / "check.jsonl").read_text().splitlines()) == len(steps)
+
+
+def test_every_benchmark_is_one_that_a_gpu_machine_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many GPUs as its step has; nothing of it is started."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    steps = [step for part in importlib.import_module("gpu_check").parts("cuda", tmp_path).values() for step in part]
+    benches = [step for step in steps if step.name.startswith("bench ")]
+    assert len(benches) == 11 and {step.gpus for step in benches} == {1, 2}
+    monkeypatch.setattr("rlhf_ray.machine.is_cpu_build", lambda: False)
+    for step in benches:
+        monkeypatch.setattr("cluster.hardware.count_gpus", lambda number=step.gpus: number)
+        words = step.command[step.command.index("bench") + 1 :]
+        sets = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+        sizes = {name: int(words[words.index(f"--{name}") + 1]) for name in ("prompt-tokens", "response-tokens")}
+        given = {name.replace("-", "_"): size for name, size in sizes.items()}
+        work = check_bench(words[0], load_config(Path(words[1]), sets), repeats=3, warmup=1, out=None, **given)
+        assert work.config.run.device == "cuda", step.name
 
 
 def test_a_part_that_is_not_known_is_told(tmp_path: Path) -> None:
