@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import PRESETS, ModelConfig
 from model.llama import Llama
+from rlhf_ray.backends import train as train_module
 from rlhf_ray.backends.frozen import FrozenEngine
 from rlhf_ray.backends.train import TrainEngine, sample_forward
 from rlhf_ray.config import OptimSection
@@ -95,6 +96,7 @@ def rank_bytes(
 def join() -> None:
     """A process group of WORLD_SIZE ranks of which this is RANK, and whose others are not there."""
     set_accelerator(MetaAccelerator())
+    train_module._take_weights = lambda *parts: None  # of a model on the meta device: it stays there
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as rlhf_ray.backends.train.init_distributed

@@ -386,11 +386,12 @@ class FixedAnswers:
 
 def write_outputs(to: str, directory: str) -> None:
     """Runs every stage by itself; to be called in a process of its own, of which it takes Ray away."""
-    from rlhf_ray.recipe import ppo
+    from rlhf_ray.recipe import engines, ppo
 
     ray.put, ray.get, ray.wait = Ref, lambda ref, **options: ref.value, lambda refs, **options: (refs, [])
     rollout.RolloutEngine = FixedAnswers  # type: ignore[assignment,misc]
-    ppo.verify_weight_channel = lambda *args, **options: {}  # the engine has no log-probs to be compared
+    # The engine has no log-probs to be compared.
+    ppo.verify_weight_channel = lambda roles, *args, **options: engines.sync_weights(roles) or {}
     inputs = write_inputs(Path(directory))
     outputs = {}
     for name in STAGES:
