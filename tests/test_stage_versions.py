@@ -366,7 +366,7 @@ class FixedAnswers:
     def __init__(self, *args: Any, **options: Any):
         self.version: tuple[Any, ...] = ()
 
-    def load_weights(self, buckets: Any) -> None:
+    def load_weights(self, buckets: Any, *, scrambled: bool = False) -> None:
         for bucket in buckets:
             self.version = weights_name(bucket.version)
 
