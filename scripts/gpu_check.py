@@ -1,10 +1,11 @@
 """What needs a GPU, in order of value: each step a command with its own limit, and a line of JSON when it ends.
 
-    python scripts/gpu_check.py [PART ...] [--out DIR] [--device cpu]
+    python scripts/gpu_check.py [PART ...] [--out DIR] [--device cpu] [--set KEY=VALUE ...]
 
 Parts: numeric, demo, train, rollout, sync, round, ranks, two; by default all, in this order. A step takes four minutes
 at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is
-not run again. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
+not run again. `--set` changes what every run and benchmark of the project is given, as `roles.rollout.weights="store"`
+does for a vLLM that knows no transfer of weights by CUDA IPC. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,8 +35,8 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def parts(device: str, out: Path) -> dict[str, list[Step]]:
-    """All steps."""
+def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[Step]]:
+    """All steps; `given` are settings as of `--set`."""
     on_gpu = device == "cuda"
     rlhf_ray, python = [sys.executable, "-m", "rlhf_ray.cli.main"], [sys.executable]
     pytest = [*python, "-m", "pytest", "-q"]
@@ -58,7 +60,7 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     def bench(name: str, *more: str, gpus: int = 1) -> Step:
         """`name` begins with the benchmark; `more` are settings."""
         file = f"bench_{name.replace(' ', '_').replace(',', '')}.json"
-        set_too = [word for setting in more for word in ("--set", setting)]
+        set_too = [word for setting in (*more, *given) for word in ("--set", setting)]
         what = name.split()[0].strip(",")
         command = [*rlhf_ray, "bench", what, str(empty), *chosen, *set_too, *lengths, "--out", str(out / file)]
         return Step(f"bench {name}", command, result=file, gpus=gpus)
@@ -103,7 +105,9 @@ def parts(device: str, out: Path) -> dict[str, list[Step]]:
     if not on_gpu:
         demo |= {"testbed.num_corpus": 500, "testbed.num_demonstrations": 200}
         demo |= {"ppo.batch_size": 8, "ppo.minibatch_size": 8}
-    demo_settings = [word for key, value in demo.items() for word in ("--set", f"{key}={value}")]
+    demo_settings = [
+        word for setting in (*(f"{key}={value}" for key, value in demo.items()), *given) for word in ("--set", setting)
+    ]
     return {
         "numeric": [
             Step("attention", [*pytest, "tests/test_model_llama.py", "-k", "end_to_end"]),
@@ -163,10 +167,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    known = parts(options.device, out)
+    known = parts(options.device, out, options.set)
     if unknown := [part for part in options.parts if part not in known]:
         raise SystemExit(f"error: PART {unknown[0]} is not known; there are {', '.join(known)}")
     lines = out / "check.jsonl"

@@ -46,7 +46,10 @@ def test_each_step_leaves_a_line_with_its_figures_and_is_not_run_twice(tmp_path:
 def test_every_benchmark_is_one_that_a_gpu_machine_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many GPUs as its step has; nothing of it is started."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    steps = [step for part in importlib.import_module("gpu_check").parts("cuda", tmp_path).values() for step in part]
+    given = ['roles.rollout.weights="store"']
+    all_parts = importlib.import_module("gpu_check").parts("cuda", tmp_path, given)
+    steps = [step for part in all_parts.values() for step in part]
+    assert all(given[0] in step.command for step in steps if step.name.split()[0] in ("bench", "demo"))
     benches = [step for step in steps if step.name.startswith("bench ")]
     assert len(benches) == 11 and {step.gpus for step in benches} == {1, 2}
     monkeypatch.setattr("rlhf_ray.machine.is_cpu_build", lambda: False)
@@ -55,9 +58,9 @@ def test_every_benchmark_is_one_that_a_gpu_machine_takes(tmp_path: Path, monkeyp
         words = step.command[step.command.index("bench") + 1 :]
         sets = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
         sizes = {name: int(words[words.index(f"--{name}") + 1]) for name in ("prompt-tokens", "response-tokens")}
-        given = {name.replace("-", "_"): size for name, size in sizes.items()}
-        work = check_bench(words[0], load_config(Path(words[1]), sets), repeats=3, warmup=1, out=None, **given)
-        assert work.config.run.device == "cuda", step.name
+        lengths = {name.replace("-", "_"): size for name, size in sizes.items()}
+        work = check_bench(words[0], load_config(Path(words[1]), sets), repeats=3, warmup=1, out=None, **lengths)
+        assert work.config.run.device == "cuda" and work.config.roles.rollout.weights == "store", step.name
 
 
 def test_a_part_that_is_not_known_is_told(tmp_path: Path) -> None:
