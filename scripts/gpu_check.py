@@ -5,7 +5,8 @@
 Parts: numeric, demo, train, rollout, sync, round, ranks, two; by default all, in this order. A step takes four minutes
 at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is
 not run again. `--set` changes what every run and benchmark of the project is given, as `roles.rollout.weights="store"`
-does for a vLLM that knows no transfer of weights by CUDA IPC. With `--device cpu` small shapes stand in, and everything but the figures is as on a GPU.
+does for a vLLM that knows no transfer of weights by CUDA IPC. With `--device cpu` small shapes stand in, and everything
+but the figures is as on a GPU.
 """
 
 import argparse
