@@ -24,8 +24,9 @@ from plan_memory import state_bytes, storage_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.checkpoint import meta_model
 from model.config import PRESETS, ModelConfig
-from model.llama import Llama
+from model.llama import Head, Llama
 from rlhf_ray.backends import train as train_module
 from rlhf_ray.backends.frozen import FrozenEngine
 from rlhf_ray.backends.train import TrainEngine, sample_forward
@@ -77,9 +78,8 @@ def rank_bytes(
         zero_stage: of trained roles; of a frozen one 3 where it is divided.
         tensor_parallel_size: GPUs of an engine.
     """
-    with META:
-        module = Llama(PRESETS[model], head="lm" if role in ("policy", "reference", "rollout") else "scalar")
-    module = module.bfloat16()
+    head: Head = "lm" if role in ("policy", "reference", "rollout") else "scalar"
+    module = meta_model(PRESETS[model], head=head, dtype=torch.bfloat16)
     if role == "rollout":
         held = BF16 * engine_elements(module, PRESETS[model], tensor_parallel_size)
         return {"weights": held, "gradients": 0, "optimizer": 0}

@@ -19,6 +19,7 @@ from measuring import RESULTS, parser_of, spread, work_directory, write_result
 from cluster.hardware import gpu_names
 from model.config import PRESETS, to_hf_config
 from rlhf_ray.backends.engine_limits import kv_cache_bytes
+from rlhf_ray.backends.rollout import _allow_amx
 from rlhf_ray.data.prompts import random_prompts
 
 
@@ -59,7 +60,7 @@ def main() -> None:
             disable_log_stats=True,
         )
         if not on_gpu:
-            engine.collective_rpc(allow_amx)
+            engine.collective_rpc(_allow_amx)
         sampling = SamplingParams(
             temperature=1.0, max_tokens=options.response_tokens, ignore_eos=True, detokenize=False
         )
@@ -83,11 +84,6 @@ def main() -> None:
     }
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     write_result(options.result or RESULTS / f"rollout_speed_{options.shape}.json", found, config=given)
-
-
-def allow_amx(worker: object) -> None:
-    """See `rlhf_ray.backends.rollout`."""
-    getattr(torch.cpu, "_init_amx", bool)()
 
 
 if __name__ == "__main__":

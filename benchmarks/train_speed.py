@@ -26,6 +26,7 @@ from measuring import RESULTS, parser_of, spread, write_result
 from torch import Tensor
 
 from cluster.hardware import gpu_names
+from model.checkpoint import meta_model
 from model.config import PRESETS, ModelConfig, Recompute
 from model.flops import forward_flops_per_token, num_parameters, peak_flops
 from model.fused import in_one_kernel
@@ -95,10 +96,9 @@ def flops_of(kind: str, config: ModelConfig, batches: list[Batch]) -> float:
 
 def model_of(config: ModelConfig, *, head: Any, recompute: Recompute) -> Llama:
     """With random weights, made where they are to be."""
-    with torch.device("meta"):
-        model = Llama(config, head=head, recompute=recompute).bfloat16()
-    model.to_empty(device=DEVICE)
+    model = meta_model(config, head=head, dtype=torch.bfloat16).to_empty(device=DEVICE)
     model.tie_weights()
+    model.model.recompute = recompute
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)

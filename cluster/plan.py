@@ -6,7 +6,7 @@ a GPU, phase by phase: in a phase a role is awake, or asleep and holds next to n
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from cluster.layout import Demand, Host, Layout, PlacementError, lay_out
@@ -131,7 +131,12 @@ class Placement:
 def fullest_phase(options: Sequence[Option]) -> tuple[str, int]:
     """When processes that share a GPU need most, and how much."""
     phases = dict.fromkeys(phase for option in options for phase in option.phases)
-    return max(((p, sum(o.at(p)[1].total for o in options)) for p in phases), key=lambda found: found[1])
+    return max(((phase, held_in(phase, options)) for phase in phases), key=lambda found: found[1])
+
+
+def held_in(phase: str, options: Iterable[Option]) -> int:
+    """Bytes that processes which share a GPU hold together in a phase."""
+    return sum(option.at(phase)[1].total for option in options)
 
 
 def put(
@@ -163,7 +168,7 @@ def _grow(engine: Placed, placement: Placement, share: float | None) -> Option:
     phases: dict[str, Moments] = {}
     for phase, moments in option.phases.items():
         moment, memory = option.at(phase)
-        beside = max(sum(other.at(phase)[1].total for other in others) for others in shared)
+        beside = max(held_in(phase, others) for others in shared)
         wanted = -(-engine.role.kv_cache_wanted // option.gpus_per_rank) if memory.kv_cache else 0
         left = min(int(ENGINE_SHARE * gpu_bytes), int(FULL * gpu_bytes) - beside)
         more = min(wanted - memory.kv_cache, (left if share is None else int(share * gpu_bytes)) - memory.total)

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +36,11 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
 
 
+def set_options(settings: Iterable[str]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
 def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[Step]]:
     """All steps; `given` are settings as of `--set`."""
     on_gpu = device == "cuda"
@@ -52,7 +57,7 @@ def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[S
         "ppo.batch_size": 64 if on_gpu else 4,
         "ppo.minibatch_size": 32 if on_gpu else 4,
     }
-    chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    chosen = set_options(f"{key}={value}" for key, value in settings.items())
     tokens = "256" if on_gpu else "8"
     lengths = ["--prompt-tokens", tokens, "--response-tokens", tokens, "--repeats", "3", "--warmup", "1"]
     empty = out / "empty.toml"
@@ -61,9 +66,8 @@ def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[S
     def bench(name: str, *more: str, gpus: int = 1) -> Step:
         """`name` begins with the benchmark; `more` are settings."""
         file = f"bench_{name.replace(' ', '_').replace(',', '')}.json"
-        set_too = [word for setting in (*more, *given) for word in ("--set", setting)]
-        what = name.split()[0].strip(",")
-        command = [*rlhf_ray, "bench", what, str(empty), *chosen, *set_too, *lengths, "--out", str(out / file)]
+        what, own = name.split()[0].strip(","), set_options((*more, *given))
+        command = [*rlhf_ray, "bench", what, str(empty), *chosen, *own, *lengths, "--out", str(out / file)]
         return Step(f"bench {name}", command, result=file, gpus=gpus)
 
     def train(shape: str, *more: str) -> Step:
@@ -78,22 +82,9 @@ def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[S
         settings += ["roles.rollout.num_engines=2"] if what == "round" else []
         return bench(f"{what}, two ranks, ZeRO {stage}", *settings, gpus=2)
 
-    sizes = {"batch": settings["ppo.batch_size"], "vocab-size": settings["tokenizer.vocab_size"]}
-    sizes |= {"prompt-tokens": tokens, "response-tokens": tokens}
-    alone = Step(
-        "vLLM alone",
-        [
-            *[
-                *python,
-                "benchmarks/rollout_speed.py",
-                str(settings["model.preset"]),
-                "--result",
-                str(out / "alone.json"),
-            ],
-            *(word for key, value in sizes.items() for word in (f"--{key}", str(value))),
-        ],
-        result="alone.json",
-    )
+    sizes = ["--batch", str(settings["ppo.batch_size"]), "--vocab-size", str(settings["tokenizer.vocab_size"])]
+    command = [*python, "benchmarks/rollout_speed.py", shape, *sizes, *lengths, "--result", str(out / "alone.json")]
+    alone = Step("vLLM alone", command, result="alone.json")
     demo = {
         "run.device": device,
         "rounds": "none",
@@ -106,9 +97,7 @@ def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[S
     if not on_gpu:
         demo |= {"testbed.num_corpus": 500, "testbed.num_demonstrations": 200}
         demo |= {"ppo.batch_size": 8, "ppo.minibatch_size": 8}
-    demo_settings = [
-        word for setting in (*(f"{key}={value}" for key, value in demo.items()), *given) for word in ("--set", setting)
-    ]
+    demo_settings = set_options((*(f"{key}={value}" for key, value in demo.items()), *given))
     return {
         "numeric": [
             Step("attention", [*pytest, "tests/test_model_llama.py", "-k", "end_to_end"]),

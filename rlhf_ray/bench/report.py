@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.hardware import cpu
-from cluster.plan import GIB
+from cluster.plan import GIB, held_in
 from model.config import ModelConfig
 from model.flops import num_parameters, peak_flops, weight_bytes
 from rlhf_ray.bench.figures import UNKNOWN, Lap, idle_share, phase_spread, rates, spread, turn_spread, utilisation
@@ -86,14 +86,12 @@ def planned_gib(work: Workload, shapes: Mapping[str, ModelConfig], *, gpus: int,
         prompt_tokens=work.prompt_tokens,
     )
     placement = make_plan(request).placement
-    phases = {phase for option in placement.options.values() for phase in option.phases}
-    held = {
-        phase: [sum(placement.options[name].at(phase)[1].total for name in names) for names in placement.gpus]
-        for phase in sorted(phases)
-    }
+    options = placement.options
+    together = [[options[name] for name in names] for names in placement.gpus]
+    phases = sorted({phase for option in options.values() for phase in option.phases})
     return {
-        "roles": {name: option.peak[1].total / GIB for name, option in placement.options.items()},
-        "turns": {phase: max(totals) / GIB for phase, totals in held.items()},
+        "roles": {name: option.peak[1].total / GIB for name, option in options.items()},
+        "turns": {phase: max(held_in(phase, on_gpu) for on_gpu in together) / GIB for phase in phases},
     }
 
 

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cluster.plan import GIB, Memory
+from cluster.plan import GIB, Memory, held_in
 from model.checkpoint_files import read_config
 from model.config import PRESETS, ModelConfig
 from rlhf_ray.config import Config, apply_overrides, config_with, parse_config, read_toml, stage_settings
@@ -198,7 +198,8 @@ def phase_table(plan: Plan) -> Table:
     for phase in phases:
         table.add_column(phase, justify="right", no_wrap=True)
     for names, count in groups.items():
-        held = [sum(placement.options[name].at(phase)[1].total for name in names) for phase in phases]
+        options = [placement.options[name] for name in names]
+        held = [held_in(phase, options) for phase in phases]
         table.add_row(str(count), ", ".join(names), *(f"{total / GIB:.1f}" for total in held))
     return table
 
