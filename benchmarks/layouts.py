@@ -30,7 +30,7 @@ from cluster.placement import Place, cluster_nodes, reserve
 from cluster.plan import GIB, Memory
 from cluster.worker_group import Worker, WorkerGroup, collect
 from rlhf_ray.cli.plan import plan_request
-from rlhf_ray.config import config_with
+from rlhf_ray.config import config_with, replicas
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import demands
 from rlhf_ray.planning.plan import FROZEN, OVERHEAD_GIB, Plan, make_plan
@@ -92,7 +92,14 @@ def batches(size: int, minibatch: int) -> tuple[str, ...]:
 
 ONE_EACH = tuple(f"roles.{role}.gpus=[{gpu}]" for gpu, role in enumerate(("policy", "value", *FROZEN, "rollout")))
 SEVENS = (*trained(7, 3), *frozen("gpus=[15]"), *engines(1, 1, 7), *batches(448, 56))
-TWENTIES = (*trained(20, 3), *frozen("num_ranks=4", "zero_stage=3"), *engines(1, 8, 20), *batches(640, 80))
+TWO_REPLICAS = ("roles.reference.num_ranks=8", "roles.reference.ranks_per_replica=4")
+TWENTIES = (
+    *trained(20, 3),
+    *frozen("num_ranks=4", "zero_stage=3"),
+    *TWO_REPLICAS,
+    *engines(1, 8, 20),
+    *batches(640, 80),
+)
 CASES = (
     Case("llama2-7b", 8, 80),
     Case("llama2-7b", 8, 80, (*trained(2, 2), *frozen("gpus=[7]"), *engines(2, 1, 2))),
@@ -253,7 +260,9 @@ def count_role(model: str, plan: Plan, group: WorkerGroup) -> dict[str, Any]:
     role = group.role
     option, size = plan.placement.options[role], len(plan.placement.layout.of(role)[0].gpus)
     zero_stage = option.settings.get(f"roles.{role}.zero_stage")
-    asked = {"role": role, "model": model, "zero_stage": zero_stage, "tensor_parallel_size": size}
+    settings = getattr(config_with(plan.request.config, option.settings).roles, role)
+    shards = len(replicas(settings)[0]) if role in FROZEN else 1
+    asked = {"role": role, "model": model, "zero_stage": zero_stage, "shards": shards, "tensor_parallel_size": size}
     step = 1 if group.num_ranks <= ALL_COUNT else 8
     ranks, counted = sorted({*range(0, group.num_ranks, step), group.num_ranks - 1}), []
     for first in range(0, len(ranks), AT_A_TIME):
@@ -264,6 +273,7 @@ def count_role(model: str, plan: Plan, group: WorkerGroup) -> dict[str, Any]:
         "ranks": group.num_ranks,
         "gpus_per_rank": size,
         "zero_stage": zero_stage,
+        "shards": shards,
         "counted": ranks,
         "plan": {part: getattr(planned, part) for part in PARTS},
         "tensors": {part: [min(each[part] for each in counted), max(each[part] for each in counted)] for part in PARTS},
@@ -294,7 +304,8 @@ def cell(role: dict[str, Any]) -> str:
     size = f" of {role['gpus_per_rank']} GPUs" if role["gpus_per_rank"] > 1 else ""
     stage = f", ZeRO {role['zero_stage']}" if role["zero_stage"] else ""
     total = sum(most for _, most in role["tensors"].values()) / GIB
-    return f"{role['ranks']} rank{'s' * (role['ranks'] > 1)}{size}{stage}: {total:.1f}"
+    several = f" in {role['ranks'] // shards} replicas" if 1 < (shards := role.get("shards", 1)) < role["ranks"] else ""
+    return f"{role['ranks']} rank{'s' * (role['ranks'] > 1)}{size}{several}{stage}: {total:.1f}"
 
 
 def main() -> None:

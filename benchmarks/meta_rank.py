@@ -69,13 +69,14 @@ class ValuesAreZero(TorchDispatchMode):
 
 
 def rank_bytes(
-    role: str, model: str, *, zero_stage: int | None = None, tensor_parallel_size: int = 1
+    role: str, model: str, *, zero_stage: int | None = None, shards: int = 1, tensor_parallel_size: int = 1
 ) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer (fp32 master weights and moments) on a GPU of this rank.
 
     Args:
         model: a preset.
-        zero_stage: of trained roles; of a frozen one 3 where it is divided.
+        zero_stage: of trained roles.
+        shards: ranks that a frozen model is divided over.
         tensor_parallel_size: GPUs of an engine.
     """
     head: Head = "lm" if role in ("policy", "reference", "rollout") else "scalar"
@@ -88,7 +89,7 @@ def rank_bytes(
         if role in ("policy", "value"):
             assert zero_stage is not None
             return trained_bytes(module, zero_stage)
-        frozen = FrozenEngine(module, device="meta", divided=zero_stage == 3)
+        frozen = FrozenEngine(module, device="meta", ranks=shards)
         held = storage_bytes(getattr(p, "ds_tensor", p) for p in frozen.module.parameters())
         return {"weights": held, "gradients": 0, "optimizer": 0}
 
@@ -97,6 +98,7 @@ def join() -> None:
     """A process group of WORLD_SIZE ranks of which this is RANK, and whose others are not there."""
     set_accelerator(MetaAccelerator())
     train_module._take_weights = lambda *parts: None  # of a model on the meta device: it stays there
+    FrozenEngine.forward_nothing = lambda self: None  # type: ignore[method-assign]  # it has ranks compare values
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as rlhf_ray.backends.train.init_distributed

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     Strict,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -77,6 +78,7 @@ SamplingTemperatures = Annotated[
 ]
 Temperatures = Annotated[tuple[Temperature, ...], Strict(False), Field(min_length=1)]
 Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
+RanksPerReplica = Annotated[PositiveInt | None, AfterValidator(lambda size, role: of_equal_size(size, role))]
 
 
 def all_different(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -91,6 +93,18 @@ def in_order(methods: tuple[T, ...]) -> tuple[T, ...]:
     if methods not in (("rejection-sampling",), ("ppo",), ("rejection-sampling", "ppo")):
         raise PydanticCustomError("order", "must be rejection-sampling, ppo, or both in this order")
     return methods
+
+
+def of_equal_size(size: int | None, role: ValidationInfo) -> int | None:
+    """The ranks of a replica, where the role's ranks make whole replicas, and those are divided."""
+    if size is None:
+        return None
+    stage, ranks = role.data.get("zero_stage", 3), role.data.get("num_ranks", size)
+    if stage != 3:
+        raise PydanticCustomError("whole", f"needs zero_stage=3 in place of {stage}, at which each rank has all of it")
+    if ranks % size:
+        raise PydanticCustomError("uneven", f"must divide num_ranks={ranks}")
+    return size
 
 
 def dotted(settings: Any) -> Any:
@@ -189,13 +203,24 @@ class TrainRole(Section):
     SwiGLU, which take little time; "full", each block, for a third more computation."""
 
 
+class RewardRole(TrainRole):
+    """A role that is trained in one stage and scores in others."""
+
+    ranks_per_replica: Execution[RanksPerReplica] = None
+    """As of the reference, while the model is frozen."""
+
+
 class FrozenRole(Section):
     """A role that only scores."""
 
     num_ranks: Execution[PositiveInt] = 1
-    """Replicas; chunks of a batch go to them in turn."""
+    """Chunks of a batch go to them in turn."""
     zero_stage: Execution[Literal[0, 3]] = 0
-    """3 divides the model over the ranks instead, as ZeRO 3 does: for models too large for a GPU."""
+    """0 has a replica of the model on each rank; 3 divides replicas over several, as ZeRO 3 does: for models too large
+    for a GPU."""
+    ranks_per_replica: Execution[RanksPerReplica] = None
+    """Ranks that a divided replica is spread over; none for one replica over all of them. The fewer, the faster they
+    gather and the more each of them holds."""
     gpus: Execution[Gpus | None] = None
     """Its ranks' GPUs, numbered through all nodes, where the device is CUDA; none for those with the fewest other
     roles on them."""
@@ -232,8 +257,8 @@ class RolesSection(Section):
 
     policy: TrainRole = TrainRole()
     value: TrainRole = TrainRole()
-    helpfulness: TrainRole = TrainRole()
-    safety: TrainRole = TrainRole()
+    helpfulness: RewardRole = RewardRole()
+    safety: RewardRole = RewardRole()
     reference: FrozenRole = FrozenRole()
     rollout: RolloutRole = RolloutRole()
 
@@ -836,3 +861,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> str:
 def can_sleep(zero_stage: int) -> bool:
     """Whether a role that is trained can leave its GPUs to others: DeepSpeed moves the states of ZeRO 2 and 3 alone."""
     return zero_stage >= 2
+
+
+def replicas(role: TrainRole | FrozenRole) -> list[range]:
+    """Ranks of each replica of a role's model: one that has it whole, or those that gather weights from each other."""
+    size = (getattr(role, "ranks_per_replica", None) or role.num_ranks) if role.zero_stage == 3 else 1
+    return [range(first, first + size) for first in range(0, role.num_ranks, size)]

@@ -21,6 +21,7 @@ from rlhf_ray.workers.scorer import Runtime, ScorerWorker
 from rlhf_ray.workers.trainer import TrainerWorker
 
 LM_STEP = {"batch_size": BATCH, "micro_batch_size": 2, "seed": 3}
+FP32 = Runtime(precision="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +277,8 @@ def test_a_divided_frozen_model_scores_what_a_whole_one_does(group, tmp_path, he
     save_checkpoint(tmp_path / "m", TIED, model.state_dict().items(), num_labels=1 if head == "scalar" else None)
     method, options = (ScorerWorker.logprobs, {"temperature": 0.7}) if head == "lm" else (ScorerWorker.score, {})
     parts, found = [rollouts(7), rollouts(2)], []
-    for divided in (False, True):
-        held = {"runtime": Runtime(precision="fp32", device="cpu"), "divided": divided, "shares_device": shares_device}
+    for ranks in (1, 2):
+        held = {"runtime": FP32, "ranks_per_replica": ranks, "shares_device": shares_device}
         group.call(ScorerWorker.load_frozen, str(tmp_path / "m"), head=head, **held)
         group.call(ScorerWorker.sleep)
         group.call(ScorerWorker.wake)
@@ -287,9 +288,40 @@ def test_a_divided_frozen_model_scores_what_a_whole_one_does(group, tmp_path, he
         ]
         collect(calls, timeout_s=60)
         alone = group.submit_one(1, method, parts[0], micro_batch_tokens=32, num_data=1, **options)
-        collect([alone, *([group.submit_one(0, ScorerWorker.join_in)] if divided else [])], timeout_s=60)
+        collect([alone, *([group.submit_one(0, ScorerWorker.join_in)] if ranks > 1 else [])], timeout_s=60)
         found.append([ray.get(call.data[0], timeout=60) for call in (*calls, alone)])
         group.call(ScorerWorker.unload)
     for whole, divided in zip(*found, strict=True):
         assert whole.abs().sum() > 0
         torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_each_of_two_replicas_scores_for_itself_what_a_whole_model_does(group, tmp_path):
+    """Of two ranks each; the second works while the first is not asked, and trained models have all ranks again."""
+    model = Llama(TIED, head="lm")
+    model.init_weights(seed=2)
+    save_checkpoint(tmp_path / "m", TIED, model.state_dict().items())
+    method, options = ScorerWorker.logprobs, {"temperature": 1.0, "micro_batch_tokens": 32, "num_data": 1}
+    parts = {3: rollouts(7), 0: rollouts(3), 1: rollouts(2)}
+    group.call(ScorerWorker.load_frozen, str(tmp_path / "m"), head="lm", runtime=FP32)
+    whole = {rank: group.submit_one(0, method, part, **options) for rank, part in parts.items()}
+    four = launch("scorer", 4)
+    try:
+        for _ in range(2):  # another model takes the first one's place
+            held = {"runtime": FP32, "ranks_per_replica": 2}
+            four.call(ScorerWorker.load_frozen, str(tmp_path / "m"), head="lm", **held)
+            shares = four.call(TrainingWorker.elements_of_share)
+            assert all(num_parameters(TIED) / 2 <= share < 0.51 * num_parameters(TIED) for share in shares)
+            for ranks in ([3], [0, 1]):
+                calls = {rank: four.submit_one(rank, method, parts[rank], **options) for rank in ranks}
+                joins = [four.submit_one(2, ScorerWorker.join_in)] if ranks == [3] else []
+                collect([*calls.values(), *joins], timeout_s=60)
+                for rank, call in calls.items():
+                    scored, expected = ray.get([call.data[0], whole[rank].data[0]], timeout=60)
+                    torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-6)
+        begin(four, TIED, "lm", zero_stage=3)
+        losses = {metrics["loss"] for metrics in four.call(TrainingWorker.faulty_step, "none", -1)}
+        assert len(losses) == 1
+    finally:
+        four.stop()

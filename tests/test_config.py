@@ -106,6 +106,16 @@ def test_a_table_given_in_part_keeps_its_sections_default(empty):
             "--set: roles.policy.activation_checkpointing is not a known key; known here: num_ranks, zero_stage, gpus, "
             "recompute",
         ),
+        (
+            "roles.reference.ranks_per_replica=2",
+            "--set: roles.reference.ranks_per_replica=2 needs zero_stage=3 in place of 0, at which each rank has all "
+            'of it, or "none"; correct it, or leave it out for the default, none',
+        ),
+        (
+            "roles.safety={ num_ranks = 4, zero_stage = 3, ranks_per_replica = 3 }",
+            '--set: roles.safety.ranks_per_replica=3 must divide num_ranks=4, or "none"; correct it, or leave it out '
+            "for the default, none",
+        ),
         ("ppo.lr=3", "--set: ppo.lr is not a known key; did you mean ppo.optim.lr or ppo.value_optim.lr?"),
         ("pppo.lr=3", "--set: pppo is not a known key; did you mean ppo?"),
         (

@@ -1,4 +1,4 @@
-"""PPO and the evaluation with frozen models divided over two ranks, against the same run with whole ones."""
+"""PPO and the evaluation with frozen models divided over ranks, against the same run with whole ones."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,10 @@ SHAPE = PRESETS["tiny"].model_copy(update={"vocab_size": VOCABULARY})
 
 
 def test_divided_models_score_as_whole_ones_do_in_ppo_and_at_the_end(tmp_path: Path) -> None:
-    """Three prompts in one chunk: of two ranks one has nothing of its own, and takes part all the same."""
+    """Three chunks in PPO, one at the end: of two ranks one has nothing of its own, and takes part all the same.
+
+    The helpfulness model has two replicas.
+    """
     models = {name: tmp_path / name for name in ("chat", *FROZEN[1:])}
     for seed, (name, path) in enumerate(models.items()):
         model = Llama(SHAPE, head="lm" if name == "chat" else "scalar")
@@ -33,12 +36,14 @@ def test_divided_models_score_as_whole_ones_do_in_ppo_and_at_the_end(tmp_path: P
     config = parse_config(
         {
             "run": {"device": "cpu", "precision": "fp32", "stages": ["ppo", "evaluate"]},
+            "cluster": {"cores": 4},
             "inputs": {**{name: str(path) for name, path in models.items()}, "tokenizer": str(tmp_path / "tokenizer")},
             "data": {f"prompts_{name}": path for name, path in tables.items()},
             "ppo": {
                 "num_steps": 1,
-                "batch_size": 4,
-                "minibatch_size": 4,
+                "batch_size": 3,
+                "minibatch_size": 3,
+                "num_chunks": 3,
                 "max_new_tokens": 6,
                 "micro_batch_tokens": 64,
             },
@@ -47,13 +52,14 @@ def test_divided_models_score_as_whole_ones_do_in_ppo_and_at_the_end(tmp_path: P
     )
     write_tokenizer(tmp_path / "tokenizer")
     found: list[dict[str, Any]] = []
-    for name, sizes in (("whole", {}), ("divided", {"num_ranks": 2, "zero_stage": 3})):
-        settings = {f"roles.{role}.{key}": value for role in FROZEN for key, value in sizes.items()}
+    divided = {f"roles.{role}.{key}": n for role in FROZEN for key, n in (("num_ranks", 2), ("zero_stage", 3))}
+    replicas = {"roles.helpfulness.num_ranks": 4, "roles.helpfulness.ranks_per_replica": 2}
+    for name, settings in (("whole", {}), ("divided", divided | replicas)):
         made = run_recipe(config_with(config, settings), tmp_path / name)
         report = json.loads(made["evaluation"].path.read_text())
         [step] = read_metrics(made["policy"].path.parent)
         found.append({**step, **report["models"]["PPO"]})
-    whole, divided = found
+    whole, other = found
     for figure in ("reward/helpfulness", "reward/safety", "kl/per_sequence", "reward_combined", "kl_per_sequence"):
-        assert divided[figure] == pytest.approx(whole[figure], rel=1e-4, abs=1e-5), figure
+        assert other[figure] == pytest.approx(whole[figure], rel=1e-4, abs=1e-5), figure
     assert abs(whole["reward/helpfulness"] - whole["reward/safety"]) > 0.01

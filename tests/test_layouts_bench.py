@@ -52,7 +52,10 @@ def test_a_cell_of_the_table():
     parts = {"weights": [2**30, 2 * 2**30], "gradients": [0, 2**30], "optimizer": [0, 0]}
     role = {"ranks": 2, "gpus_per_rank": 8, "zero_stage": None, "tensors": parts}
     assert cell(role) == "2 ranks of 8 GPUs: 3.0"
-    assert cell({**role, "ranks": 1, "gpus_per_rank": 1, "zero_stage": 3}) == "1 rank, ZeRO 3: 3.0"
+    one = {**role, "gpus_per_rank": 1, "zero_stage": 3}
+    assert cell({**one, "ranks": 1}) == "1 rank, ZeRO 3: 3.0"
+    assert cell({**one, "ranks": 8, "shards": 8}) == "8 ranks, ZeRO 3: 3.0"
+    assert cell({**one, "ranks": 8, "shards": 4}) == "8 ranks in 2 replicas, ZeRO 3: 3.0"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -272,6 +272,22 @@ def test_a_rank_holds_the_bytes_that_its_tensors_have(model, gpus, gib, settings
         assert memory.gradients + memory.optimizer == pytest.approx(states, rel=0.1)
 
 
+def test_a_divided_replica_is_planned_for_by_its_own_ranks():
+    one, two = (
+        plan("llama2-70b", 64, 80, overrides=[*APART["llama2-70b"], *more], prompt_tokens=512, response_tokens=512)
+        for more in ((), ("roles.reference.num_ranks=8", "roles.reference.ranks_per_replica=4"))
+    )
+    assert one.fits and two.fits, (one.verdict, two.verdict)
+    one, two = (found.placement.options["reference"] for found in (one, two))
+    assert (one.num_ranks, two.num_ranks) == (4, 8)
+    assert one.peak == two.peak
+    assert two.settings == {
+        "roles.reference.num_ranks": 8,
+        "roles.reference.zero_stage": 3,
+        "roles.reference.ranks_per_replica": 4,
+    }
+
+
 def test_a_role_of_zero_1_cannot_leave_its_gpu():
     found = plan("testbed", 1, 24)
     assert found.settings["roles.policy.zero_stage"] == 1

@@ -10,7 +10,7 @@ from rlhf_ray.config import load_config
 from rlhf_ray.errors import UserError
 from rlhf_ray.preflight import memory as preflight_memory
 from rlhf_ray.preflight.inputs import Model
-from rlhf_ray.preflight.memory import check_memory, trained_bytes
+from rlhf_ray.preflight.memory import check_memory, held, trained_bytes
 
 GIB = 2**30
 ALL = ("pretrain", "sft", "pairs", "label", "reward", "ppo", "evaluate")
@@ -102,6 +102,17 @@ def test_stages_in_commands_of_their_own_need_less(check):
     for stages in (["sft"], ["reward"], ["evaluate"], ["sft", "reward"]):
         assert "needs" not in refusal(*stages)
     assert "its processes alone need 2.8; give it more memory" in check(1.9, stages=["ppo"])
+
+
+def test_every_replica_of_a_frozen_model_counts():
+    def copies(**settings):
+        overrides = [f"roles.reference.{key}={value}" for key, value in settings.items()]
+        config = load_config("configs/demo.toml", ["run.precision=fp32", *overrides])
+        return held(config, "ppo", SMOLLM2, {})["reference"] / (4 * num_parameters(SMOLLM2))
+
+    assert copies(num_ranks=4) == 4
+    assert copies(num_ranks=4, zero_stage=3) == 1
+    assert copies(num_ranks=4, zero_stage=3, ranks_per_replica=2) == 2
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

@@ -92,8 +92,8 @@ class Roles(dict[str, Group]):
     def shares_gpus(self, role: str) -> bool:
         return False
 
-    def is_sharded(self, role: str) -> bool:
-        return False
+    def replicas(self, role: str) -> list[range]:
+        return [range(1)]
 
     def frozen(self, role: str) -> dict[str, Any]:
         return {}

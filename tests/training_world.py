@@ -146,6 +146,10 @@ class TrainingWorker(PolicyWorker, ValueWorker, RewardWorker):
             self.begin_training(optim=OPTIM, num_steps=STEPS, zero_stage=3, state=state)
         return counts
 
+    def elements_of_share(self) -> int:
+        """Of a divided model, those that this rank holds."""
+        return sum(parameter.ds_tensor.numel() for parameter in self.engine.module.parameters())
+
     def copy_weights(self) -> dict[str, Tensor]:
         """Whole weights, from every rank."""
         return {name: tensor.detach().clone() for name, tensor in self.engine.weights()}

@@ -1,4 +1,4 @@
-"""A model that only computes: whole on its device, or divided over its ranks where it is too large for one."""
+"""A model that only computes: whole on its device, or divided over ranks where it is too large for one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.llama import Llama
-from rlhf_ray.backends.train import destroy, divide_frozen, sample_forward
+from rlhf_ray.backends.train import destroy, divide_frozen, replica_group, sample_forward
 
 
 class FrozenEngine:
@@ -18,24 +18,33 @@ class FrozenEngine:
         model: Llama,
         *,
         device: str,
-        divided: bool = False,
+        ranks: int = 1,
         shares_device: bool = False,
         weights: Iterator[tuple[str, Tensor]] | None = None,
     ):
         """Takes a model that is in host memory, or is to be divided.
 
         Args:
-            divided: each rank holds a share of the weights and they gather layer by layer, so all ranks must pass as
-                many micro-batches; torch.distributed is up.
+            ranks: of the replica. Of several each holds a share of the weights and they gather layer by layer, so all
+                must pass as many micro-batches; torch.distributed is up.
             shares_device: others need the device in turn: a share of a divided model stays in host memory.
             weights: see `backends.train.divide`.
         """
         model = model.eval().requires_grad_(False)
-        self.sharded = divided
+        self.sharded = ranks > 1
+        self.group = replica_group(ranks) if self.sharded else None
+        """Those that gather from each other; None for all of the role."""
         self._device, self._model = torch.device(device), model
         self.module: nn.Module = (
-            divide_frozen(model, weights, in_host_memory=shares_device) if divided else model.to(self._device)
+            divide_frozen(model, weights, group=self.group, in_host_memory=shares_device)
+            if self.sharded
+            else model.to(self._device)
         )
+        if self.group is not None:
+            # DeepSpeed compares the order of the modules in the first two passes between all ranks of the role. From
+            # then on it knows it, and replicas go their own ways.
+            for _ in range(2):
+                self.forward_nothing()
 
     @property
     def padded(self) -> bool:

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +78,9 @@ def learning_rate_scale(
 
 class TrainEngine:
     """A model under DeepSpeed with AdamW and a learning-rate schedule."""
+
+    group = None
+    """Ranks that gather weights from each other, as of a frozen model: all of the role."""
 
     def __init__(
         self,
@@ -413,22 +417,40 @@ def _weights_of_state(model: Llama, state: Path) -> Iterator[tuple[str, Tensor]]
             yield name, reader.read(name, "weight").view(shape)
 
 
-def divide(model: Llama, weights: Iterator[tuple[str, Tensor]] | None, config: dict[str, Any]) -> None:
-    """Gives each rank its share of the weights that rank 0 has, by ZeRO 3.
+def divide(
+    model: Llama,
+    weights: Iterator[tuple[str, Tensor]] | None,
+    config: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Gives each rank of a group, or of the role, its share of the weights that the first one has, by ZeRO 3.
 
     Part by part: the device never holds more of the model than a part beside the share, and neither does host memory
-    where the model is on the meta device and has `weights`, on rank 0, from elsewhere.
+    where the model is on the meta device and has `weights`, on the first rank, from elsewhere.
     """
     import deepspeed
 
     for part in model.parts():
         if not all(hasattr(parameter, "ds_id") for parameter in part.parameters()):  # a tied head's are the embedding's
             _take_weights(model, part, weights)
-            deepspeed.zero.Init(module=part, config_dict_or_path=config)
+            deepspeed.zero.Init(module=part, config_dict_or_path=config, data_parallel_group=group)
 
 
-def divide_frozen(model: Llama, weights: Iterator[tuple[str, Tensor]] | None, *, in_host_memory: bool) -> nn.Module:
-    """A frozen model, divided over the role's ranks.
+@cache
+def replica_group(size: int) -> dist.ProcessGroup | None:
+    """This rank's group of so many that follow each other, made by all ranks together; None where it is all of them."""
+    return None if size == dist.get_world_size() else dist.new_subgroups(size)[0]
+
+
+def divide_frozen(
+    model: Llama,
+    weights: Iterator[tuple[str, Tensor]] | None,
+    *,
+    group: dist.ProcessGroup | None,
+    in_host_memory: bool,
+) -> nn.Module:
+    """A frozen model, divided over the ranks of a group.
 
     Args:
         weights: see `divide`.
@@ -444,7 +466,7 @@ def divide_frozen(model: Llama, weights: Iterator[tuple[str, Tensor]] | None, *,
             **({"offload_param": {"device": "cpu", "pin_memory": True}} if in_host_memory else {}),
         },
     }
-    divide(model, weights, config)
+    divide(model, weights, config, group=group)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
     return engine

@@ -15,7 +15,7 @@ from cluster.plan import GIB, Memory, Moments, Option, Placed, Placement, Role, 
 from model.config import ModelConfig, Recompute
 from model.flops import forward_working_bytes, kv_cache_bytes_per_token, num_parameters, weight_bytes
 from rlhf_ray.backends.engine_limits import GPU_BUCKET_BYTES
-from rlhf_ray.config import Config, TrainRole, can_sleep, config_with, dotted
+from rlhf_ray.config import Config, TrainRole, can_sleep, config_with, dotted, replicas
 from rlhf_ray.errors import UserError
 from rlhf_ray.machine import on_device
 from rlhf_ray.planning.batches import check_batches
@@ -288,11 +288,14 @@ def _frozen_role(request: Request, config: Config, name: str) -> Role:
     current = getattr(config.roles, name)
     options = []
     for num_ranks in [current.num_ranks] if request.given else _rank_choices(request, config):
-        for divided in [current.zero_stage == 3] if request.given else (False, True):
-            shards = num_ranks if divided else 1
+        for shards in [len(replicas(current)[0])] if request.given else (1, num_ranks):
             held = frozen_memory(model, scalar_head=scalar_head, shards=shards, overhead=request.overhead)
             scoring = scoring_memory(model, tokens, targets=targets, held=held)
-            settings = {f"roles.{name}.num_ranks": num_ranks} | ({f"roles.{name}.zero_stage": 3} if divided else {})
+            settings = {f"roles.{name}.num_ranks": num_ranks}
+            if shards > 1:
+                settings[f"roles.{name}.zero_stage"] = 3
+            if 1 < shards < num_ranks:
+                settings[f"roles.{name}.ranks_per_replica"] = shards
             options.append(
                 Option(
                     settings=settings,

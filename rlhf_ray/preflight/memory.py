@@ -12,7 +12,7 @@ from cluster.plan import Memory
 from model.config import PRESETS, ModelConfig
 from model.flops import num_parameters, weight_bytes
 from rlhf_ray.backends.engine_limits import kv_cache_bytes
-from rlhf_ray.config import Config, FrozenRole, RolloutRole, TrainRole
+from rlhf_ray.config import Config, FrozenRole, RewardRole, RolloutRole, TrainRole, replicas
 from rlhf_ray.data.reward_function import is_function
 from rlhf_ray.errors import UserError
 from rlhf_ray.planning.memory import Work, scoring_memory, training_memory, training_work
@@ -23,7 +23,12 @@ from rlhf_ray.recipe.stages import STAGES
 GIB = 2**30
 # Shares of memory (PSS) of the demo's processes once they are up, without their small models; rounded down.
 DRIVER_AND_RAY = 0.7 * GIB
-PROCESS: dict[type, float] = {RolloutRole: 0.7 * GIB, TrainRole: 0.3 * GIB, FrozenRole: 0.2 * GIB}
+PROCESS: dict[type, float] = {
+    RolloutRole: 0.7 * GIB,
+    TrainRole: 0.3 * GIB,
+    RewardRole: 0.3 * GIB,
+    FrozenRole: 0.2 * GIB,
+}
 
 
 def check_memory(config: Config, running: Sequence[str], models: Mapping[str, Model]) -> None:
@@ -143,8 +148,7 @@ def held(config: Config, stage: str, shape: ModelConfig, models: Mapping[str, Mo
         if role not in REWARD_MODELS or not is_function(getattr(config.inputs, role) or ""):
             own, scalar = _of_role(role, stage, shape, models), role in REWARD_MODELS
             copy = weight_bytes(own, scalar_head=scalar, bytes_per_parameter=size)
-            settings = getattr(config.roles, role)
-            sizes[role] = copy if settings.zero_stage == 3 else settings.num_ranks * copy
+            sizes[role] = len(replicas(getattr(config.roles, role))) * copy
     if "rollout" in STAGES[stage].roles:
         rollout = config.roles.rollout
         cache = rollout.kv_cache_gib

@@ -6,6 +6,7 @@ Everything is by reference: the driver holds no tensor.
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,14 +106,26 @@ def score(
         for role in turn:
             method, options = methods[role]
             group = roles[role]
+            dealt = [chunk % group.num_ranks for chunk in range(len(rollouts))]
             scores[role] = [
-                group.submit_one(chunk % group.num_ranks, method, call.data[0], **options, num_data=1)
-                for chunk, call in enumerate(rollouts)
+                *(
+                    group.submit_one(rank, method, call.data[0], **options, num_data=1)
+                    for rank, call in zip(dealt, rollouts, strict=True)
+                ),
+                *(group.submit_one(rank, ScorerWorker.join_in) for rank in joining(roles.replicas(role), dealt)),
             ]
-            if roles.is_sharded(role):
-                idle = range(len(rollouts), -(-len(rollouts) // group.num_ranks) * group.num_ranks)
-                scores[role] += [group.submit_one(n % group.num_ranks, ScorerWorker.join_in) for n in idle]
     return scores
+
+
+def joining(replicas: Sequence[range], dealt: Sequence[int]) -> list[int]:
+    """Ranks that join in, as often as they must: those of a replica take part in what any of them computes.
+
+    Args:
+        replicas: ranks of each.
+        dealt: the rank of each piece of work.
+    """
+    own = Counter(dealt)
+    return [rank for ranks in replicas for rank in ranks for _ in range(max(own[each] for each in ranks) - own[rank])]
 
 
 def summarize(
@@ -157,16 +170,18 @@ def score_samples(
     group = roles[role]
     answers = [Completion(row["tokens"], [0.0] * len(row["tokens"]), row["finished"]) for row in samples]
     bounds = [len(answers) * rank // group.num_ranks for rank in range(group.num_ranks + 1)]
-    calls = []
-    for rank, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if start < end:
-            own = prompts.select(range(start, end)), answers[start:end]
-            calls.append(
-                group.submit_one(rank, ScorerWorker.score_answers, *own, micro_batch_tokens=micro_batch_tokens)
-            )
-        elif roles.is_sharded(role):
-            calls.append(group.submit_one(rank, ScorerWorker.join_in))
-    return calls
+    shares = {rank: range(*share) for rank, share in enumerate(itertools.pairwise(bounds)) if share[0] < share[1]}
+    calls = [
+        group.submit_one(
+            rank,
+            ScorerWorker.score_answers,
+            prompts.select(rows),
+            [answers[row] for row in rows],
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        for rank, rows in shares.items()
+    ]
+    return calls + [group.submit_one(rank, ScorerWorker.join_in) for rank in joining(roles.replicas(role), [*shares])]
 
 
 def inputs_of(

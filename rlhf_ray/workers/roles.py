@@ -17,7 +17,7 @@ from cluster.layout import PlacementError, lay_out
 from cluster.placement import Place, cluster_nodes, reserve
 from cluster.worker_group import Call, Worker, WorkerError, WorkerGroup, collect, peak_gib
 from rlhf_ray.backends.weights import Channel, Way
-from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole
+from rlhf_ray.config import Config, OptimSection, RolloutRole, TrainRole, replicas
 from rlhf_ray.machine import EMBEDDED, demands
 from rlhf_ray.progress import console
 from rlhf_ray.workers.policy import PolicyWorker
@@ -176,16 +176,15 @@ class Roles:
             timeout_s=self.timeout_s,
         )
 
-    def is_sharded(self, role: str) -> bool:
-        """Whether the role's ranks gather weights from each other: all must take part in what one of them computes."""
-        settings = getattr(self._config.roles, role)
-        return settings.zero_stage == 3 and settings.num_ranks > 1
+    def replicas(self, role: str) -> list[range]:
+        """Ranks of each replica of the role's model: all must take part in what one of them computes."""
+        return replicas(getattr(self._config.roles, role))
 
     def frozen(self, role: str) -> dict[str, Any]:
         """How a model is held that the role only scores with: options of `ScorerWorker.load_frozen`."""
         return {
             "runtime": self.runtime,
-            "divided": self.is_sharded(role),
+            "ranks_per_replica": len(self.replicas(role)[0]),
             "shares_device": self.shares_gpus(role),
         }
 

@@ -44,7 +44,7 @@ class Runtime:
 
 
 class ScorerWorker(Worker):
-    """One replica of a frozen model; also the base of the trained roles, which score in the same way."""
+    """One rank of a frozen model; also the base of the trained roles, which score in the same way."""
 
     def __init__(self, role: str, rank: int, num_ranks: int):
         super().__init__(role, rank, num_ranks)
@@ -58,22 +58,22 @@ class ScorerWorker(Worker):
         torch.set_num_threads(threads)
 
     def load_frozen(
-        self, checkpoint: str, *, head: Head, runtime: Runtime, divided: bool = False, shares_device: bool = False
+        self, checkpoint: str, *, head: Head, runtime: Runtime, ranks_per_replica: int = 1, shares_device: bool = False
     ) -> None:
         """Takes a checkpoint for scoring, in place of whatever the rank held; see `FrozenEngine`."""
         self.unload()
         self._runtime = runtime
         weights = None
-        if divided:
+        if ranks_per_replica > 1:
             init_distributed(torch.device(runtime.device))
             model = meta_model(read_config(checkpoint), head=head, dtype=runtime.dtype)
-            if self.rank == 0:  # whose weights are sent
+            if self.rank % ranks_per_replica == 0:  # whose weights are sent
                 weights = weights_of(model, checkpoint)
         else:
             model = load_model(checkpoint, head=head, dtype=runtime.dtype)
         self._config = model.config
         self._engine = FrozenEngine(
-            model, device=runtime.device, divided=divided, shares_device=shares_device, weights=weights
+            model, device=runtime.device, ranks=ranks_per_replica, shares_device=shares_device, weights=weights
         )
 
     def load_function(self, spec: str, *, field: str, root: str, tokenizer: str) -> None:
@@ -172,7 +172,7 @@ class ScorerWorker(Worker):
         return scores
 
     def join_in(self) -> list[float]:
-        """Takes part in what other ranks of a sharded model score, with nothing of its own; no scores."""
+        """Takes part in what other ranks of its replica score, with nothing of its own; no scores."""
         for _ in self._equal_numbers([]):
             self.engine.forward_nothing()
         return []
@@ -189,11 +189,11 @@ class ScorerWorker(Worker):
                 self.engine.forward_nothing()
 
     def _equal_numbers(self, plan: list[list[int]]) -> Sequence[list[int]]:
-        """The plan this rank must go through; a sharded model's ranks all pass as many micro-batches."""
+        """The plan this rank must go through; a sharded replica's ranks all pass as many micro-batches."""
         if not self.engine.sharded:
             return plan
         longest = torch.tensor(len(plan), device=self._runtime.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.engine.group)
         return plan + [[]] * (int(longest) - len(plan))
 
     @property
