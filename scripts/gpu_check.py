@@ -4,12 +4,13 @@
 
 Parts: numeric, demo, train, rollout, sync, round, ranks, two; by default all, in this order. A step takes four minutes
 at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is
-not run again. `--set` changes what every run and benchmark of the project is given, as `roles.rollout.weights="store"`
-does for a vLLM that knows no transfer of weights by CUDA IPC. With `--device cpu` small shapes stand in, and everything
-but the figures is as on a GPU.
+not run again. `--set` changes what every run and benchmark of the project is given. With `--device cpu` small shapes
+stand in, and everything but the figures is as on a GPU. Where torch is older than the project's, scripts/older_stack
+has it and its vLLM understand what they are asked.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240
+TORCH = (2, 13)
+"""The project's; with an older one comes an older vLLM."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,20 @@ def parts(device: str, out: Path, given: Sequence[str] = ()) -> dict[str, list[S
     }
 
 
+def environment() -> dict[str, str]:
+    """Of this process; and what every other needs where libraries are older."""
+    torch = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
+    older = [str(ROOT / "scripts" / "older_stack")] if torch < TORCH else []
+    paths = [*older, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
 def run(step: Step, out: Path) -> dict[str, object]:
     """Runs one; its output goes to a log of its name."""
     log = out / f"{step.name.replace(' ', '_').replace(',', '')}.log"
     begin = time.monotonic()
     # Where there are more GPUs, roles would have some of their own.
-    env = {**os.environ, **step.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(step.gpus)))}
+    env = {**environment(), **step.env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(step.gpus)))}
     with log.open("wb") as file:
         process = subprocess.Popen(step.command, stdout=file, stderr=file, cwd=ROOT, env=env, start_new_session=True)
         try:

@@ -63,6 +63,15 @@ def test_every_benchmark_is_one_that_a_gpu_machine_takes(tmp_path: Path, monkeyp
         assert work.config.run.device == "cuda" and work.config.roles.rollout.weights == "store", step.name
 
 
+@pytest.mark.parametrize(("torch", "is_older"), [("2.11.0+cu130", True), ("2.13.0+cpu", False), ("3.0.1", False)])
+def test_libraries_that_are_older_have_help(monkeypatch: pytest.MonkeyPatch, torch: str, is_older: bool) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr("importlib.metadata.version", {"torch": torch}.__getitem__)
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    paths = importlib.import_module("gpu_check").environment()["PYTHONPATH"].split(":")
+    assert paths == [*([str(SCRIPT.parent / "older_stack")] if is_older else []), "/given"]
+
+
 def test_a_part_that_is_not_known_is_told(tmp_path: Path) -> None:
     done = check("numerics", "--out", str(tmp_path))
     assert done.returncode == 1
