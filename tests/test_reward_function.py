@@ -135,6 +135,7 @@ def test_a_function_gets_the_dialogue_and_the_answer(root: str, asked: tuple[Rol
     worker.load_function("my_rewards:words", field="inputs.referee", root=root, tokenizer=tokenizer)
     # "is it a bird?" has 13 characters and its answer one word, "which is a fish?" 16 and three.
     assert worker.score(rollouts, micro_batch_tokens=100)[1].tolist() == [1301.0, 1603.0]
+    assert worker.join_in() == []  # as its role's ranks may be asked to, if it is set to be divided
     worker.load_function("my_rewards:short", field="inputs.referee", root=root, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"^inputs.referee: my_rewards:short returned 1 scores"):
         worker.score(rollouts, micro_batch_tokens=100)

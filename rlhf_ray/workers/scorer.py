@@ -173,8 +173,9 @@ class ScorerWorker(Worker):
 
     def join_in(self) -> list[float]:
         """Takes part in what other ranks of its replica score, with nothing of its own; no scores."""
-        for _ in self._equal_numbers([]):
-            self.engine.forward_nothing()
+        if self._function is None:  # which gathers nothing
+            for _ in self._equal_numbers([]):
+                self.engine.forward_nothing()
         return []
 
     def _batches(self, rollouts: Rollouts, micro_batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
