@@ -6,6 +6,7 @@ Real roles, as a run has them, on a model of 0.16M parameters.
 import dataclasses
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,6 +131,7 @@ def engine_name(settings) -> str:
 def run(request, world):
     """A run's context: an engine on one checkpoint, of one rank or of two, a policy with other weights."""
     chat, precision, size = request.param
+    before = beside_processes()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKER_CLASSES, "rollout", UnpluggableRollout)
@@ -152,6 +154,14 @@ def run(request, world):
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        assert beside_processes() <= before
+
+
+def beside_processes() -> set[Path]:
+    """Files by which ranks of an engine speak with each other: vLLM's shared memory and sockets."""
+    shared, sockets = Path("/dev/shm"), Path(tempfile.gettempdir())
+    found = {*shared.glob("psm_*"), *shared.glob("vllm_*"), *sockets.glob("vllm-*")}
+    return found | {path for path in sockets.iterdir() if path.is_socket()}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ make up an engine they are processes of their own, and what they are given is pi
 
 import os
 import resource
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,10 @@ class RolloutEngine:
             way: by which a trainer's weights come (`backends/weights.py`).
         """
         _clean_environment()
+        self._sockets = None
+        if tensor_parallel_size > 1:  # of its ranks, which leave them behind
+            self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")
+            os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         from vllm import LLM  # a heavy import, and the variables must come before it
         from vllm.config import WeightTransferConfig
 
@@ -192,8 +197,11 @@ class RolloutEngine:
             self._has_cache = True
 
     def close(self) -> None:
-        """Frees the engine."""
+        """Frees the engine, and what its ranks speak with each other by: shared memory and sockets."""
+        self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        if self._sockets is not None:
+            self._sockets.cleanup()
 
     def peak_memory_gib(self) -> float:
         """Highest memory so far of the engine's largest process, GiB: allocated on the GPU, or resident."""

@@ -53,6 +53,12 @@ class RolloutWorker(Worker):
         if self._engine is not None:
             self._engine.wake()
 
+    def close(self) -> None:
+        """Frees the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def peak_memory_gib(self) -> float:
         """Highest memory so far, GiB: of this process, or of the largest that the engine has beside it."""
         beside = 0.0 if self._engine is None else self._engine.peak_memory_gib()
