@@ -3,8 +3,8 @@
     python scripts/gpu_check.py [PART ...] [--out DIR] [--device cpu] [--set KEY=VALUE ...]
 
 Parts: numeric, demo, train, rollout, sync, round, ranks, two; by default all, in this order. A step takes four minutes
-at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what stands there is
-not run again. `--set` changes what every run and benchmark of the project is given. With `--device cpu` small shapes
+at most; one that fails or runs out of time ends alone. DIR/check.jsonl holds a line of each, and what was run is not
+run again. `--set` changes what every run and benchmark of the project is given. With `--device cpu` small shapes
 stand in, and everything but the figures is as on a GPU. Where torch is older than the project's, scripts/older_stack
 has it and its vLLM understand what they are asked.
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240
+NOT_RUN = "not run"
+"""In place of an exit status, for want of GPUs."""
 TORCH = (2, 13)
 """The project's; with an older one comes an older vLLM."""
 
@@ -176,11 +178,8 @@ def main() -> None:
     if unknown := [part for part in options.parts if part not in known]:
         raise SystemExit(f"error: PART {unknown[0]} is not known; there are {', '.join(known)}")
     lines = out / "check.jsonl"
-    done = (
-        {json.loads(line)["step"] for line in lines.read_text(encoding="utf-8").splitlines()}
-        if lines.exists()
-        else set()
-    )
+    told = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []
+    done = {line["step"] for line in map(json.loads, told) if line["rc"] != NOT_RUN}
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     for part in options.parts or known:
         for step in known[part]:
@@ -188,7 +187,7 @@ def main() -> None:
                 continue
             if options.device == "cuda" and gpus < step.gpus:
                 why = f"needs {step.gpus} GPUs, there are {gpus}"
-                line: dict[str, object] = {"step": step.name, "rc": "not run", "end": why}
+                line: dict[str, object] = {"step": step.name, "rc": NOT_RUN, "end": why}
             else:
                 line = run(step, out)
             with lines.open("a", encoding="utf-8") as file:

@@ -85,3 +85,4 @@ def test_what_needs_more_gpus_than_there_are_is_not_run(tmp_path: Path) -> None:
     if gpus < 2:
         assert [row["rc"] for row in rows] == ["not run"] * 5
         assert rows[0]["end"] == f"needs 2 GPUs, there are {gpus}"
+        assert check("two", "--out", str(tmp_path)).stdout == done.stdout  # and is asked for again
