@@ -4,11 +4,11 @@ For `scripts/gpu_check.py` alone: where libraries are so old it puts this direct
 imports a module of this name in every process that starts. A module of theirs is changed once it is imported.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -78,14 +78,12 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-class Changing(importlib.abc.MetaPathFinder):
+class Changing(MetaPathFinder):
     """Finds these modules as Python does, and changes them when they have been executed."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         """None for all others."""
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if name in CHANGES else None
+        spec = PathFinder.find_spec(name, path) if name in CHANGES else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
