@@ -278,6 +278,21 @@ def test_a_layout_of_other_sizes_ends_all_roles_and_one_of_the_same_none(cluster
     assert list(roles._groups) == [] and made.freed == 2
 
 
+def test_engines_of_several_ranks_close_before_they_end_in_another_layout_too(cluster: Any, monkeypatch: Any) -> None:
+    """They are what they were started as, whatever the config that takes their place says."""
+    monkeypatch.setattr(roles_module.ray, "wait", lambda refs, **_: (refs, []))
+    made = cluster(2)
+    two = {"rollout": {"tensor_parallel_size": 2}}
+    roles = made.roles(roles=two)
+    roles.start("rollout")
+    roles.lay_out(parse_config({"run": {"device": "cuda"}}), EVERYONE)
+    assert ("rollout", "close") in made.calls
+    made.calls.clear()
+    roles.start("rollout")
+    roles.lay_out(parse_config({"run": {"device": "cuda"}, "roles": two}), EVERYONE)
+    assert ("rollout", "close") not in made.calls
+
+
 def test_a_reward_that_is_a_function_sits_on_no_gpu() -> None:
     given = {"helpfulness": "my_rewards:words", "safety": "models/safety"}
     config = parse_config({"run": {"device": "cuda"}, "inputs": given})

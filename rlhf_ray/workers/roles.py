@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from cluster.layout import PlacementError, lay_out
+from cluster.layout import Layout, PlacementError, lay_out
 from cluster.placement import Place, cluster_nodes, reserve
 from cluster.worker_group import Call, Worker, WorkerError, WorkerGroup, collect, peak_gib
 from rlhf_ray.backends.weights import Channel, Way
@@ -255,9 +255,10 @@ class Roles:
             seated: those that share the GPUs; on CPU, and where none is named, all have seats.
         """
         everyone = config.run.device != "cuda" or not seated
-        self._config, self._seated = config, tuple(WORKER_CLASSES if everyone else seated)
-        if self._place is not None and not self._still_sits():
-            self.stop()
+        seated = tuple(WORKER_CLASSES if everyone else seated)
+        if self._place is not None and not _still_sits(self._place.layout, config, seated):
+            self.stop()  # by the config that they were started with
+        self._config, self._seated = config, seated
 
     def release(self, needed: Collection[str]) -> None:
         """Ends the roles that are not needed any more."""
@@ -298,15 +299,6 @@ class Roles:
         """What the method returns, by role and rank."""
         calls = {role: group.submit(method) for role, group in self._groups.items()}
         return {role: collect(ranks, timeout_s=self.timeout_s, step=self.step) for role, ranks in calls.items()}
-
-    def _still_sits(self) -> bool:
-        """Whether the place that is held is that of the seated roles; nodes that have joined since change nothing."""
-        assert self._place is not None
-        held = self._place.layout
-        try:
-            return lay_out(demands(self._config, self._seated), held.nodes) == held
-        except PlacementError:
-            return False
 
     def _cores(self, node: int) -> int:
         """That compute threads may fill on a node."""
@@ -358,6 +350,14 @@ class Roles:
             recompute=settings.recompute,
             state=str(state) if state else None,
         )
+
+
+def _still_sits(held: Layout, config: Config, seated: Sequence[str]) -> bool:
+    """Whether the layout is that of the seated roles; nodes that have joined since change nothing."""
+    try:
+        return lay_out(demands(config, seated), held.nodes) == held
+    except PlacementError:
+        return False
 
 
 def worker_environment(
